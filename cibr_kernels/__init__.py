@@ -1,0 +1,35 @@
+"""Fused, memory-efficient all-pairs losses: CLIP, mutual information by MINE, and CIBR.
+
+    import cibr_kernels as ck
+    loss = ck.clip_loss(image_features, text_features, logit_scale)
+
+Importing this pulls in torch and nothing heavier.
+"""
+
+import torch  # noqa: F401  (before the compiled module: torch's wheel carries the OpenMP runtime they share)
+
+from cibr_kernels import backends, nn
+from cibr_kernels.backends import native_available
+from cibr_kernels.ops.cibr_loss.op import cibr_loss
+from cibr_kernels.ops.clip_loss.op import clip_loss, set_stash_budget, stash_budget
+from cibr_kernels.ops.critic_moments.op import critic_moments, shifts
+from cibr_kernels.ops.log_mean_exp.op import log_mean_exp
+from cibr_kernels.ops.mutual_information.op import bound, conditional_mutual_information, mutual_information
+
+__version__ = "0.1.0"
+__all__ = [
+    "bound",
+    "cibr_loss",
+    "clip_loss",
+    "conditional_mutual_information",
+    "critic_moments",
+    "log_mean_exp",
+    "mutual_information",
+    "native_available",
+    "nn",
+    "set_stash_budget",
+    "shifts",
+    "stash_budget",
+]
+
+backends.warn_if_missing()

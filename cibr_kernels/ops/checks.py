@@ -1,0 +1,80 @@
+"""Validation shared by the public functions: once, before any work, in the caller's words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def matrix(name: str, t: Tensor) -> None:
+    """`t` must be a 2-d, non-empty tensor of a supported floating dtype."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
+    if t.dim() != 2:
+        raise ValueError(f"{name} must be 2-d (rows, features), got shape {tuple(t.shape)}")
+    if t.shape[0] == 0 or t.shape[1] == 0:
+        raise ValueError(f"{name} is empty: shape {tuple(t.shape)}")
+
+
+def same_place(**tensors: Tensor) -> None:
+    """All named tensors share one dtype and one device."""
+    (first, a), *rest = tensors.items()
+    for name, b in rest:
+        if a.dtype != b.dtype or a.device != b.device:
+            raise ValueError(f"{first} is {a.dtype} on {a.device} but {name} is {b.dtype} on {b.device}")
+
+
+def same_rows(**tensors: Tensor) -> None:
+    """All named tensors have as many rows: row i of one belongs to row i of the others."""
+    (first, a), *rest = tensors.items()
+    for name, b in rest:
+        if a.shape[0] != b.shape[0]:
+            raise ValueError(f"{first} has {a.shape[0]} rows but {name} has {b.shape[0]}")
+
+
+def same_width(**tensors: Tensor) -> None:
+    """All named tensors have as many columns."""
+    (first, a), *rest = tensors.items()
+    for name, b in rest:
+        if a.shape[1] != b.shape[1]:
+            raise ValueError(f"{first} has width {a.shape[1]} but {name} has width {b.shape[1]}")
+
+
+def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
+    """`value` as a 0-d tensor on `like`'s device, in float32 (float64 beside float64 features)."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if not isinstance(value, Tensor):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number or a tensor of one element, got {type(value).__name__}")
+        return torch.full((), float(value), dtype=dtype, device=like.device)
+    if value.numel() != 1:
+        raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating, got {value.dtype}")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device} but the features are on {like.device}")
+    return value.reshape(()).to(dtype)
+
+
+def choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    """`value` is one of the known words."""
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}; known are {', '.join(map(repr, known))}")
+
+
+def positive(name: str, value: Tensor) -> None:
+    """A 0-d CPU tensor that must be above zero (NaN passes: the loss will be NaN).  Reads the value: CPU only."""
+    if value.device.type == "cpu" and value.item() <= 0:
+        raise ValueError(f"{name} must be positive (it is exp(log_scale), not log_scale), got {value.item()}")
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, features in the dtype a matmul would take; logits and sums stay float32 inside the ops."""
+    kind = tensors[0].device.type
+    if torch.is_autocast_enabled(kind):
+        return tuple(t.to(torch.get_autocast_dtype(kind)) if t.dtype != torch.float64 else t for t in tensors)
+    return tensors

@@ -1,0 +1,2 @@
+def unsupported(*tensors):
+    return "not yet"

@@ -1,0 +1,91 @@
+// Portable SIMD: one vector type per instruction set, from GCC/Clang vector extensions.
+//
+// Every kernel source is compiled once per instruction set (CMakeLists.txt) with CK_ISA set to the namespace the copy
+// lives in.  Everything here is inside that namespace, so the linker can never mix code built for different machines.
+// For the same reason kernels use no standard-library templates that may be emitted as shared weak symbols.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#ifndef CK_ISA
+#error "compile kernel sources with -DCK_ISA=<namespace>"
+#endif
+
+namespace ck {
+namespace CK_ISA {
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;  // floats per vector
+#elif defined(__AVX2__)
+constexpr int VL = 8;
+#else
+constexpr int VL = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef float vf_any __attribute__((vector_size(VL * 4), aligned(4), may_alias));  // loads and stores at any address
+typedef int32_t vi_any __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+
+static inline vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
+static inline void store(float* p, vf v) { *reinterpret_cast<vf_any*>(p) = v; }
+static inline vf broadcast(float s) { return vf{} + s; }
+static inline vf vmax(vf a, vf b) { return a > b ? a : b; }  // the second operand where either is NaN
+static inline vf vmin(vf a, vf b) { return a < b ? a : b; }
+static inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+
+// The sum of the lanes, always in the same order.
+static inline float reduce_add(vf v) {
+  float lane[VL];
+  store(lane, v);
+  for (int width = VL / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) lane[i] += lane[i + width];
+  return lane[0];
+}
+
+static inline float reduce_max(vf v) {
+  float lane[VL];
+  store(lane, v);
+  for (int width = VL / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+  return lane[0];
+}
+
+// 0, 1, ..., VL - 1
+static inline vi iota() {
+  vi v{};
+  for (int i = 0; i < VL; i++) v[i] = i;
+  return v;
+}
+
+// e^x, relative error below 2e-7 for -87 <= x <= 88; 0 below -87.3, saturated at e^88 above, NaN for NaN.
+// Cody-Waite reduction to |r| <= ln2 / 2, then the degree-6 minimax polynomial of Cephes' expf.
+static inline vf vexp(vf x) {
+  const vf lo = broadcast(-87.33654f), hi = broadcast(88.0f);
+  const vf tiny = x;
+  x = x < lo ? lo : x;  // NaN stays NaN
+  x = x > hi ? hi : x;
+  const vf magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const vf shifted = x * 1.44269504088896341f + magic;
+  const vf k = shifted - magic;
+  vf r = x - k * 0.693359375f;
+  r = r + k * 2.12194440e-4f;
+  vf p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const vi bits = reinterpret_cast<vi>(shifted) << 23;  // the low bits of `shifted` hold k
+  const vf y = reinterpret_cast<vf>(reinterpret_cast<vi>(p) + bits);
+  return tiny < lo ? vf{} : y;
+}
+
+}  // namespace CK_ISA
+}  // namespace ck
