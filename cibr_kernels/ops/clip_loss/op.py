@@ -95,36 +95,34 @@ def rectangular_clip_loss(
 @torch.library.custom_op("cibr_kernels::clip_loss_forward", mutates_args=())
 def clip_loss_forward(
     x: Tensor, y: Tensor, scale: Tensor, offset: int, one_way: bool, stash: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> loss (), row LSE (n,), column LSE (m,) without the positives, positives (n,), stash (blocks, n, 32)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> loss (), LSE of rows (n,) and columns (m,) without the positives, positives (n,), stash and its offset ()."""
     checks.positive("logit_scale", scale)
     kept = _empty_stash(x, y, stash)
-    loss, row_lse, col_lse, positives = backends.choose("clip_loss", backend, x, y).forward(
-        x, y, scale, offset, one_way, kept
-    )
-    return loss, row_lse, col_lse, positives, kept
+    outputs = backends.choose("clip_loss", backend, x, y).forward(x, y, scale, offset, one_way, kept)
+    return *outputs, kept
 
 
 @clip_loss_forward.register_fake
 def _(x: Tensor, y: Tensor, scale: Tensor, offset: int, one_way: bool, stash: bool, backend: str):
     n, m = x.shape[0], y.shape[0]
     new = scale.new_empty
-    return new(()), new((n,)), new((m,)), new((n,)), _empty_stash(x, y, stash)
+    return new(()), new((n,)), new((m,)), new((n,)), new(()), _empty_stash(x, y, stash)
 
 
 @torch.library.custom_op("cibr_kernels::clip_loss_backward", mutates_args=())
 def clip_loss_backward(
     grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, row_lse: Tensor, col_lse: Tensor, positives: Tensor,
-    stash: Tensor, offset: int, one_way: bool, need_dx: bool, need_dy: bool, backend: str,
+    stash_offset: Tensor, stash: Tensor, offset: int, one_way: bool, need_dx: bool, need_dy: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx (n, d), dy (m, d), each empty unless needed, and dscale ()."""
     return backends.choose("clip_loss", backend, x, y).backward(
-        grad, x, y, scale, row_lse, col_lse, positives, stash, offset, one_way, need_dx, need_dy
+        grad, x, y, scale, row_lse, col_lse, positives, stash_offset, stash, offset, one_way, need_dx, need_dy
     )
 
 
 @clip_loss_backward.register_fake
-def _(grad, x, y, scale, row_lse, col_lse, positives, stash, offset, one_way, need_dx, need_dy, backend):
+def _(grad, x, y, scale, row_lse, col_lse, positives, stash_offset, stash, offset, one_way, need_dx, need_dy, backend):
     dx = torch.empty_like(x) if need_dx else x.new_empty(0)
     dy = torch.empty_like(y) if need_dy else y.new_empty(0)
     return dx, dy, torch.empty_like(scale)

@@ -1,0 +1,635 @@
+// All-pairs additive critic: moments and gradients in one sweep, with no n x m array.
+//
+//   S_ij = sum_h w_h phi(a_ih + b_jh)      J = mean_i S_{i,offset+i}      L = log(1/|P| sum_P e^{S_ij})
+//   ga_ih = w_h sum_j P_ij phi'(t_ijh)     gb_jh = w_h sum_i P_ij phi'(t_ijh)     gw_h = sum_ij P_ij phi(t_ijh)
+//   t_ijh = a_ih + b_jh,  P_ij = e^{S_ij} / sum_P e^S on the pairs of P, 0 elsewhere
+//
+// One sweep.  L is one number for the whole array, so a tile of pairs computes its S, turns it into e_ij = e^{S_ij - shift}
+// and adds e_ij phi' to unnormalised gradients at once; dividing by sum e comes at the end.  `shift` is the largest S of the
+// first tile, and moves (rescaling what was summed) only if a tile exceeds it by HEADROOM.
+//
+// ReLU and leaky ReLU (slope s below 0) are phi(t) = s t + (1-s) max(t, 0), and max(a + b, 0) = max(a, -b) + b, so
+//   S_ij = (1-s) [ sum_h w_h max(a_ih, -b_jh) + sum_h w_h b_jh ] + s [ sum_h w_h a_ih + sum_h w_h b_jh ]
+// takes two instructions per vector of products (max, fma), and phi' = s + (1-s) [b_jh > -a_ih] three (compare to a mask, add
+// e_ij under the mask to the row's sum and to the column's).  The scores run with columns in the lanes, and need no sum over
+// lanes; the gradients run with h in the lanes, for the same reason.  phi = t phi' gives gw for nothing:
+//   gw_h = sum_i a_ih U_ih + sum_j b_jh V_jh,    U_ih = sum_j P_ij phi'(t_ijh),  V_jh = sum_i P_ij phi'(t_ijh)
+// max(a, -b) + b loses digits where a and b are large together (a unit dead behind a large bias), so a + centre_h and
+// b - centre_h stand in their place, with centre_h = -max(a, -b) for an a and a b typical of unit h.
+//
+// The other activations compute phi and phi' together, once, keep those of one small tile in cache until its e_ij are known,
+// and sum gw as they go.
+//
+// Order.  Rows are cut into groups and columns into blocks by shape alone.  A group has its own shift, its rows of ga and, per
+// block, its own sum for gb; groups are merged in order.  So one writer per number, and the same bits for any thread count.
+
+#include "additive_moments/additive_moments.h"
+
+#include <math.h>
+#include <new>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "common/activations.h"
+#include "common/simd.h"
+
+namespace ck {
+namespace CK_ISA {
+namespace {
+
+constexpr int CHUNK = 64;            // products summed in one accumulator before joining S: keeps its rounding error low
+constexpr int64_t MAX_GROUPS = 64;   // also the most threads that can help
+constexpr int64_t TILES_PER_GROUP = 8;      // at least, to keep the merging of their sums for gb near 2% of the time
+constexpr int64_t BLOCK_FLOATS = 32 << 10;  // b's block, its transpose and a group's sum for gb (128 KiB each) share L2
+constexpr float HEADROOM = 40.0f;           // e^40 times the number of pairs stays far inside float
+constexpr float NOTHING = -INFINITY;  // the score of a pair outside P
+
+int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
+int64_t larger(int64_t x, int64_t y) { return x > y ? x : y; }
+
+// Zeroed, aligned memory.
+template <class T>
+struct Buffer {
+  T* data;
+  explicit Buffer(int64_t size) : data(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64)))) {
+    memset(data, 0, size * sizeof(T));
+  }
+  ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+};
+
+// A panel of `rows` vectors of length h is stored by chunks of CHUNK columns, each a dense (rows, CHUNK) array: rows are a
+// compile-time distance apart, in neighbouring cache lines.  This is the place of element k of row 0.
+inline int64_t chunked(int64_t rows, int64_t k) { return k / CHUNK * (CHUNK * rows) + k % CHUNK; }
+
+// panel = f(x, column), from and to `count` of its rows; padding is left as it is.
+template <class F>
+void pack_rows(const float* x, int64_t count, int64_t h, int64_t rows, float* panel, const F& f) {
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t k0 = 0; k0 < h; k0 += CHUNK) {
+      float* chunk = panel + chunked(rows, k0) + i * CHUNK;
+      for (int64_t k = k0; k < smaller(k0 + CHUNK, h); k++) chunk[k - k0] = f(x[i * h + k], k);
+    }
+}
+
+// x += the first `count` rows of the panel
+void add_rows(const float* panel, int64_t count, int64_t h, int64_t rows, float* x) {
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t k0 = 0; k0 < h; k0 += CHUNK) {
+      const float* chunk = panel + chunked(rows, k0) + i * CHUNK;
+      for (int64_t k = k0; k < smaller(k0 + CHUNK, h); k++) x[i * h + k] += chunk[k - k0];
+    }
+}
+
+void scale(float* x, int64_t size, float factor) {
+  for (int64_t i = 0; i < size; i++) x[i] *= factor;
+}
+
+bool all_finite(const float* x, int64_t size, int threads) {
+  int64_t bad = 0;
+#pragma omp parallel for reduction(+ : bad) num_threads(threads)
+  for (int64_t block = 0; block < size; block += 4096) {
+    float zero = 0.0f;
+#pragma omp simd reduction(+ : zero)
+    for (int64_t i = block; i < smaller(block + 4096, size); i++) zero += x[i] * 0.0f;  // NaN where x[i] is not finite
+    bad += zero != 0.0f;
+  }
+  return bad == 0;
+}
+
+#if defined(__AVX512F__)
+typedef __mmask16 mask;
+inline mask greater(vf x, vf y) { return _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ); }
+inline vf add_where(mask m, vf sum, vf x) { return _mm512_mask_add_ps(sum, m, sum, x); }
+#else
+typedef vi mask;
+inline mask greater(vf x, vf y) { return x > y; }
+inline vf add_where(mask m, vf sum, vf x) { return sum + reinterpret_cast<vf>(reinterpret_cast<vi>(x) & m); }
+#endif
+
+// What one panel of columns offers to the tiles on it.
+struct Panel {
+  const float* b;         // (COLS, h) chunked
+  const float* negative;  // (h, COLS) centre - b; ReLU family only
+  const float* shift;     // (COLS,) the part of S that depends on j alone; NOTHING in the padding
+  float* gb;              // (COLS, h) chunked: sum_i e_ij phi', of one group
+  float* mass;            // (COLS,) sum_i e_ij, of one group
+};
+
+// What one thread needs for a tile.
+struct Scratch {
+  float* a;         // (ROWS, h) chunked; ReLU family: -a
+  float* centred;   // (ROWS, h) chunked: a + centre; ReLU family only
+  float* ga;        // (ROWS, h) chunked: sum_j e_ij phi'
+  float* gw;        // (h,) sum_ij e_ij phi; smooth activations only
+  float* s;         // (ROWS, COLS) scores, then e_ij
+  float* values;    // (h / VL, ROWS, COLS, VL) phi; smooth activations only
+  float* slopes;    // likewise, phi'
+};
+
+// ReLU (below = 0) and leaky ReLU.
+struct Kinked {
+#if defined(__AVX512F__)
+  static constexpr int ROWS = 12;  // x 2 vectors of columns: 24 accumulators of 32 registers
+#else
+  static constexpr int ROWS = 4;  // x 2: 8 of 16
+#endif
+  static constexpr int COLS = 2 * VL;
+  static constexpr bool KINKED = true;
+
+  // s += (1-s) sum_h w_h max(a_ih + centre_h, centre_h - b_jh); w comes multiplied by (1-s)
+  template <bool GRADIENTS>
+  void scores(const Scratch& t, const Panel& panel, const float* w, int64_t h) const {
+    for (int64_t k0 = 0; k0 < h; k0 += CHUNK) {
+      const float* a = t.centred + chunked(ROWS, k0);
+      vf sum[ROWS][2] = {};
+      for (int64_t k = 0; k < smaller(CHUNK, h - k0); k++) {
+        const vf left = load(panel.negative + (k0 + k) * COLS), right = load(panel.negative + (k0 + k) * COLS + VL);
+        const vf weight = broadcast(w[k0 + k]);
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; i++) {
+          const vf ai = broadcast(a[i * CHUNK + k]);
+          sum[i][0] += weight * vmax(ai, left);
+          sum[i][1] += weight * vmax(ai, right);
+        }
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; i++) {
+        float* s = t.s + i * COLS;
+        store(s, load(s) + sum[i][0]);
+        store(s + VL, load(s + VL) + sum[i][1]);
+      }
+    }
+  }
+
+  template <bool FOR_A, bool FOR_B>
+  void gradients(const Scratch& t, const Panel& panel, int64_t h) const {
+    for (int64_t k = 0; k < h; k += VL) {
+      const float* a = t.a + chunked(ROWS, k);
+      const float* b = panel.b + chunked(COLS, k);
+      float* ga = t.ga + chunked(ROWS, k);
+      float* gb = panel.gb + chunked(COLS, k);
+      vf minus_a[ROWS], row_sum[ROWS];
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; i++) minus_a[i] = load(a + i * CHUNK), row_sum[i] = load(ga + i * CHUNK);
+      for (int j = 0; j < COLS; j++) {
+        const vf bj = load(b + j * CHUNK);
+        vf column_sum = FOR_B ? load(gb + j * CHUNK) : vf{};
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; i++) {
+          const mask active = greater(bj, minus_a[i]);  // t > 0, exactly
+          const vf e = broadcast(t.s[i * COLS + j]);
+          if (FOR_A) row_sum[i] = add_where(active, row_sum[i], e);
+          if (FOR_B) column_sum = add_where(active, column_sum, e);
+        }
+        if (FOR_B) store(gb + j * CHUNK, column_sum);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; i++) store(ga + i * CHUNK, row_sum[i]);
+    }
+  }
+};
+
+// phi and phi' from one function of a vector of t.
+template <class Phi>
+struct Smooth {
+  static constexpr int ROWS = 4, COLS = 16;  // phi and phi' of a tile take 8 h ROWS COLS bytes: 128 KiB at h = 256
+  static constexpr bool KINKED = false;
+  Phi phi;
+
+  template <bool GRADIENTS>
+  void scores(const Scratch& t, const Panel& panel, const float* w, int64_t h) const {
+    vf sum[ROWS * COLS] = {};
+    for (int64_t k = 0; k < h; k += VL) {
+      const float* a = t.a + chunked(ROWS, k);
+      const float* b = panel.b + chunked(COLS, k);
+      const vf weight = load(w + k);  // 0 in the padding
+      for (int i = 0; i < ROWS; i++) {
+        const vf ai = load(a + i * CHUNK);
+        for (int j = 0; j < COLS; j++) {
+          const ValueAndSlope f = phi(ai + load(b + j * CHUNK));
+          sum[i * COLS + j] += weight * f.value;
+          if (GRADIENTS) {
+            const int64_t place = k * ROWS * COLS + (i * COLS + j) * VL;
+            store(t.values + place, f.value);
+            store(t.slopes + place, f.slope);
+          }
+        }
+      }
+    }
+    for (int p = 0; p < ROWS * COLS; p++) t.s[p] += reduce_add(sum[p]);
+  }
+
+  // All three sums: next to phi, leaving one out would save nothing worth a template.
+  template <bool, bool>
+  void gradients(const Scratch& t, const Panel& panel, int64_t h) const {
+    for (int64_t k = 0; k < h; k += VL) {
+      const float* values = t.values + k * ROWS * COLS;
+      const float* slopes = t.slopes + k * ROWS * COLS;
+      float* ga = t.ga + chunked(ROWS, k);
+      float* gb = panel.gb + chunked(COLS, k);
+      vf row_sum[ROWS], weight_sum = load(t.gw + k);
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; i++) row_sum[i] = load(ga + i * CHUNK);
+      for (int j = 0; j < COLS; j++) {
+        vf column_sum = load(gb + j * CHUNK);
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; i++) {
+          const vf e = broadcast(t.s[i * COLS + j]);
+          const vf slope = load(slopes + (i * COLS + j) * VL);
+          row_sum[i] += e * slope;
+          column_sum += e * slope;
+          weight_sum += e * load(values + (i * COLS + j) * VL);
+        }
+        store(gb + j * CHUNK, column_sum);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; i++) store(ga + i * CHUNK, row_sum[i]);
+      store(t.gw + k, weight_sum);
+    }
+  }
+};
+
+struct Group {
+  int64_t first, last;  // its rows
+  double mass;          // sum of e_ij over its rows and the columns so far
+  double positives;     // sum of S over its positives
+  float shift;          // e_ij = e^{S_ij - shift}
+  float* gb;            // (block, h) in chunked panels: sum_i e_ij phi' over its rows
+  float* column_mass;   // (block,) sum_i e_ij over its rows
+  double* gw;           // (h,) smooth activations only
+};
+
+// e^{from - to}; `from` is NOTHING where nothing was summed.
+double ratio(float from, float to) { return from == NOTHING ? 0.0 : exp(static_cast<double>(from) - to); }
+
+template <class Tile>
+class Sweep {
+  static constexpr int ROWS = Tile::ROWS, COLS = Tile::COLS;
+  static constexpr bool KINKED = Tile::KINKED;
+  static constexpr int64_t SCORES = ROWS * COLS;
+
+ public:
+  Sweep(const AdditiveMoments& p, const Tile& tile, float below)
+      : p(p),
+        tile(tile),
+        below(below),
+        width(round_up(p.h, CHUNK)),
+        for_a(p.need_a || p.need_w || (!KINKED && p.need_b)),
+        for_b(p.need_b || p.need_w || (!KINKED && p.need_a)),
+        groups(count_groups()),
+        block(larger(COLS, smaller(BLOCK_FLOATS / width / COLS * COLS, round_up(p.m, COLS)))),
+        blocks((p.m + block - 1) / block),
+        scratch_size(3 * ROWS * width + width + SCORES + (KINKED ? 0 : 2 * SCORES * width)),
+        w(width),
+        centre(width),
+        row_shift(p.n),
+        row_mass(p.n),
+        column_mass(p.m),
+        own_ga(for_a && !p.need_a ? p.n * p.h : 0),
+        own_gb(for_b && !p.need_b ? p.m * p.h : 0),
+        ga(p.need_a ? p.ga : own_ga.data),
+        gb(p.need_b ? p.gb : own_gb.data),
+        panels(block * width),
+        negative(KINKED ? block * width : 0),
+        column_shift(block),
+        group_gb(for_b ? groups * block * width : 0),
+        group_column_mass(groups * block),
+        scratch(p.threads * scratch_size),
+        group_gw(KINKED ? 0 : groups * width),
+        block_shift(blocks),
+        group(groups) {}
+
+  void run() {
+    prepare();
+    void (Sweep::*sweep)(Group&, int64_t, const Scratch&) = &Sweep::sweep_group<false, false>;
+    if (for_a && for_b) sweep = &Sweep::sweep_group<true, true>;
+    if constexpr (KINKED) {
+      if (for_a && !for_b) sweep = &Sweep::sweep_group<true, false>;
+      if (!for_a && for_b) sweep = &Sweep::sweep_group<false, true>;
+    }
+#pragma omp parallel num_threads(p.threads)
+    {
+      const Scratch t = thread_scratch();
+      for (int64_t index = 0; index < blocks; index++) {
+        const int64_t first = index * block, last = smaller(first + block, p.m);
+#pragma omp for
+        for (int64_t column = first; column < last; column += COLS) pack_panel(column, column - first);
+#pragma omp for schedule(dynamic)
+        for (int64_t g = 0; g < groups; g++) (this->*sweep)(group.data[g], first, t);
+        if (for_b) merge(index, first, last);
+      }
+    }
+    finish();
+  }
+
+ private:
+  // A power of two, so that it divides evenly among the usual numbers of threads.
+  int64_t count_groups() const {
+    int64_t count = 1;
+    while (count < MAX_GROUPS && count * 2 * TILES_PER_GROUP * ROWS <= p.n + ROWS - 1) count *= 2;
+    return count;
+  }
+
+  Scratch thread_scratch() const {
+#ifdef _OPENMP
+    float* next = scratch.data + omp_get_thread_num() * scratch_size;
+#else
+    float* next = scratch.data;
+#endif
+    Scratch t;
+    t.a = next, next += ROWS * width;
+    t.centred = next, next += ROWS * width;
+    t.ga = next, next += ROWS * width;
+    t.gw = next, next += width;
+    t.s = next, next += SCORES;
+    t.values = next, next += KINKED ? 0 : SCORES * width;
+    t.slopes = next;
+    return t;
+  }
+
+  void prepare() {
+    for (int64_t k = 0; k < p.h; k++) w.data[k] = (1.0f - below) * p.w[k];
+    const int64_t tiles = (p.n + ROWS - 1) / ROWS;
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t first = g * tiles / groups * ROWS, last = smaller((g + 1) * tiles / groups * ROWS, p.n);
+      group.data[g] = {first,
+                       last,
+                       0.0,
+                       0.0,
+                       NOTHING,
+                       group_gb.data + (for_b ? g * block * width : 0),
+                       group_column_mass.data + g * block,
+                       group_gw.data + (KINKED ? 0 : g * width)};
+    }
+    if constexpr (KINKED) {
+#pragma omp parallel for num_threads(p.threads)
+      for (int64_t k0 = 0; k0 < p.h; k0 += CHUNK) {
+        float a[CHUNK], b[CHUNK];
+        nearest_to_zero(p.a, p.n, k0, a);
+        nearest_to_zero(p.b, p.m, k0, b);
+        for (int64_t k = 0; k < smaller(CHUNK, p.h - k0); k++) centre.data[k0 + k] = a[k] > -b[k] ? -a[k] : b[k];
+      }
+      if (below != 0.0f) {
+#pragma omp parallel for num_threads(p.threads)
+        for (int64_t i = 0; i < p.n; i++) {
+          double sum = 0.0;
+          for (int64_t k = 0; k < p.h; k++) sum += static_cast<double>(p.w[k]) * p.a[i * p.h + k];
+          row_shift.data[i] = static_cast<float>(below * sum);
+        }
+      }
+    }
+  }
+
+  // For each of CHUNK columns of x (rows, h), the number nearest 0 between the least and the greatest: an offset common to
+  // the column, which no outlier can move.
+  void nearest_to_zero(const float* x, int64_t rows, int64_t k0, float* nearest) const {
+    float low[CHUNK], high[CHUNK];
+    const int64_t count = smaller(CHUNK, p.h - k0);
+    for (int64_t k = 0; k < count; k++) low[k] = high[k] = x[k0 + k];
+    for (int64_t i = 1; i < rows; i++)
+      for (int64_t k = 0; k < count; k++) {
+        const float y = x[i * p.h + k0 + k];
+        low[k] = y < low[k] ? y : low[k];
+        high[k] = y > high[k] ? y : high[k];
+      }
+    for (int64_t k = 0; k < count; k++) nearest[k] = low[k] > 0.0f ? low[k] : high[k] < 0.0f ? high[k] : 0.0f;
+  }
+
+  // COLS columns of b from `column` on, as the panel at place `at` of the block.
+  void pack_panel(int64_t column, int64_t at) {
+    const int64_t count = smaller(COLS, p.m - column);
+    const float* b = p.b + column * p.h;
+    float* panel = panels.data + at * width;
+    if (count < COLS) memset(panel, 0, COLS * width * sizeof(float));
+    pack_rows(b, count, p.h, COLS, panel, [](float x, int64_t) { return x; });
+    for (int64_t j = 0; j < COLS; j++) column_shift.data[at + j] = j < count ? 0.0f : NOTHING;
+    if constexpr (KINKED) {
+      float* transposed = negative.data + at * width;
+      for (int64_t j = 0; j < count; j++) {
+        const float* bj = b + j * p.h;
+        for (int64_t k = 0; k < p.h; k++) transposed[k * COLS + j] = centre.data[k] - bj[k];
+        double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t k = 0; k < p.h; k++) sum += p.w[k] * (bj[k] - static_cast<double>(1.0f - below) * centre.data[k]);
+        column_shift.data[at + j] = static_cast<float>(sum);
+      }
+    }
+  }
+
+  // One group of rows against one block of columns.
+  template <bool FOR_A, bool FOR_B>
+  void sweep_group(Group& g, int64_t first_column, const Scratch& t) {
+    constexpr bool GRADIENTS = FOR_A || FOR_B;
+    if (FOR_A && first_column == 0) memset(ga + g.first * p.h, 0, (g.last - g.first) * p.h * sizeof(float));
+    if (FOR_B) memset(g.gb, 0, block * width * sizeof(float));
+    memset(g.column_mass, 0, block * sizeof(float));
+    for (int64_t row = g.first; row < g.last; row += ROWS) {
+      const int64_t count = smaller(ROWS, g.last - row);
+      const float* a = p.a + row * p.h;
+      pack_rows(a, count, p.h, ROWS, t.a, [](float x, int64_t) { return KINKED ? -x : x; });
+      if (KINKED) pack_rows(a, count, p.h, ROWS, t.centred, [this](float x, int64_t k) { return x + centre.data[k]; });
+      if (FOR_A) memset(t.ga, 0, ROWS * width * sizeof(float));
+      if (GRADIENTS && !KINKED) memset(t.gw, 0, width * sizeof(float));
+      for (int64_t at = 0; at < block && first_column + at < p.m; at += COLS) {
+        const Panel panel = {panels.data + at * width, negative.data + (KINKED ? at * width : 0), column_shift.data + at,
+                             g.gb + (FOR_B ? at * width : 0), g.column_mass + at};
+        for (int i = 0; i < ROWS; i++)
+          for (int j = 0; j < COLS; j++) t.s[i * COLS + j] = row_shift.data[row + (i < count ? i : 0)] + panel.shift[j];
+        tile.template scores<GRADIENTS>(t, panel, w.data, p.h);
+        exponentials(g, row, count, first_column + at, t, panel);
+        if (GRADIENTS) tile.template gradients<FOR_A, FOR_B>(t, panel, p.h);
+      }
+      if (FOR_A) add_rows(t.ga, count, p.h, ROWS, ga + row * p.h);
+      if (GRADIENTS && !KINKED)
+        for (int64_t k = 0; k < p.h; k++) g.gw[k] += t.gw[k];
+    }
+  }
+
+  // Takes J's part from a tile of scores, and replaces them by e_ij.
+  void exponentials(Group& g, int64_t row, int64_t count, int64_t column, const Scratch& t, const Panel& panel) {
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t j = p.offset + row + i - column;
+      if (j < 0 || j >= COLS) continue;
+      g.positives += t.s[i * COLS + j];
+      if (!p.include_diagonal) t.s[i * COLS + j] = NOTHING;
+    }
+    vf top = broadcast(NOTHING);
+    for (int64_t x = 0; x < count * COLS; x += VL) top = vmax(load(t.s + x), top);
+    const float highest = reduce_max(top);
+    if (highest > g.shift + HEADROOM) move_shift(g, highest, t);
+    const vf shift = broadcast(g.shift == NOTHING ? 0.0f : g.shift);
+    for (int64_t i = 0; i < count; i++) {
+      vf sum{};
+      for (int64_t j = 0; j < COLS; j += VL) {
+        const vf e = vexp(load(t.s + i * COLS + j) - shift);
+        store(t.s + i * COLS + j, e);
+        store(panel.mass + j, load(panel.mass + j) + e);
+        sum += e;
+      }
+      const float mass = reduce_add(sum);
+      row_mass.data[row + i] += mass;
+      g.mass += mass;
+    }
+    memset(t.s + count * COLS, 0, (ROWS - count) * COLS * sizeof(float));
+  }
+
+  // Everything the group has summed so far, in units of the new e^shift.
+  void move_shift(Group& g, float shift, const Scratch& t) {
+    const float factor = static_cast<float>(ratio(g.shift, shift));
+    g.shift = shift;
+    g.mass *= factor;
+    scale(row_mass.data + g.first, g.last - g.first, factor);
+    scale(g.column_mass, block, factor);
+    if (for_a) {
+      scale(ga + g.first * p.h, (g.last - g.first) * p.h, factor);
+      scale(t.ga, ROWS * width, factor);
+    }
+    if (for_b) scale(g.gb, block * width, factor);
+    if (!KINKED) {
+      scale(t.gw, width, factor);
+      for (int64_t k = 0; k < p.h; k++) g.gw[k] *= factor;
+    }
+  }
+
+  float highest_shift() const {
+    float highest = NOTHING;
+    for (int64_t g = 0; g < groups; g++) highest = group.data[g].shift > highest ? group.data[g].shift : highest;
+    return highest;
+  }
+
+  // gb of one block of columns: its groups, in order, in units of the highest of their e^shift.
+  void merge(int64_t index, int64_t first, int64_t last) {
+    const float shift = highest_shift();
+    float factor[MAX_GROUPS];
+    for (int64_t g = 0; g < groups; g++) factor[g] = static_cast<float>(ratio(group.data[g].shift, shift));
+#pragma omp for nowait  // the next block may be packed meanwhile, and packing ends with a barrier
+    for (int64_t column = first; column < last; column++) {
+      const int64_t at = (column - first) / COLS * COLS, j = (column - first) % COLS;
+      block_shift.data[index] = shift;
+      float mass = 0.0f;
+      for (int64_t g = 0; g < groups; g++) mass += factor[g] * group.data[g].column_mass[at + j];
+      column_mass.data[column] = mass;
+      for (int64_t k0 = 0; k0 < p.h; k0 += CHUNK) {
+        float sum[CHUNK] = {};
+        for (int64_t g = 0; g < groups; g++) {
+          const float* part = group.data[g].gb + at * width + chunked(COLS, k0) + j * CHUNK;
+          for (int k = 0; k < CHUNK; k++) sum[k] += factor[g] * part[k];
+        }
+        memcpy(gb + column * p.h + k0, sum, smaller(CHUNK, p.h - k0) * sizeof(float));
+      }
+    }
+  }
+
+  // Turns u, the sum of e phi'_+ over a row or a column (phi'_+ is [t > 0] in the ReLU family), into the gradient w U, with
+  // U = sum of P phi', and adds (x - origin) U to gw.
+  void finish_vector(const float* x, float* u, int64_t k0, double unit, float mass, double sign, double* gw) const {
+    const float slope = static_cast<float>((1.0 - below) * unit), base = static_cast<float>(below * unit * mass);
+    for (int64_t k = k0; k < smaller(k0 + CHUNK, p.h); k++) {
+      const float sum = slope * u[k] + base;
+      gw[k - k0] += (x[k] + sign * centre.data[k]) * sum;
+      u[k] = p.w[k] * sum;
+    }
+  }
+
+  void finish() {
+    const float shift = highest_shift();
+    double total = 0.0, positives = 0.0;
+    for (int64_t g = 0; g < groups; g++) {
+      total += group.data[g].mass * ratio(group.data[g].shift, shift);
+      positives += group.data[g].positives;
+    }
+    const double pairs = static_cast<double>(p.n) * p.m - (p.include_diagonal ? 0 : p.n);
+    p.moments[0] = static_cast<float>(positives / p.n);
+    p.moments[1] = static_cast<float>(shift + log(total) - log(pairs));
+    if (!for_a && !for_b) return;
+#pragma omp parallel for num_threads(p.threads)
+    for (int64_t k0 = 0; k0 < p.h; k0 += CHUNK) {
+      double gw[CHUNK] = {};
+      for (int64_t g = 0; g < groups; g++) {
+        const double unit = ratio(group.data[g].shift, shift) / total;
+        if (for_a)
+          for (int64_t i = group.data[g].first; i < group.data[g].last; i++)
+            finish_vector(p.a + i * p.h, ga + i * p.h, k0, unit, row_mass.data[i], 1.0, gw);
+      }
+      if (for_b)
+        for (int64_t j = 0; j < p.m; j++) {
+          const double unit = ratio(block_shift.data[j / block], shift) / total;
+          finish_vector(p.b + j * p.h, gb + j * p.h, k0, unit, column_mass.data[j], -1.0, gw);
+        }
+      if (!p.need_w) continue;
+      for (int64_t k = k0; k < smaller(k0 + CHUNK, p.h); k++) {
+        double sum = gw[k - k0];
+        if constexpr (!KINKED) {
+          sum = 0.0;
+          for (int64_t g = 0; g < groups; g++) sum += ratio(group.data[g].shift, shift) / total * group.data[g].gw[k];
+        }
+        p.gw[k] = static_cast<float>(sum);
+      }
+    }
+  }
+
+  const AdditiveMoments& p;
+  const Tile& tile;
+  const float below;          // slope of the leaky ReLU below 0; 0 for everything else
+  const int64_t width;        // h, padded
+  const bool for_a, for_b;    // sums over columns, over rows
+  const int64_t groups;
+  const int64_t block, blocks;  // columns of a block, and their number
+  const int64_t scratch_size;
+  Buffer<float> w;            // (width,) times 1 - below
+  Buffer<float> centre;       // (width,)
+  Buffer<float> row_shift, row_mass, column_mass;  // (n,) (n,) (m,)
+  Buffer<float> own_ga, own_gb;                    // in place of gradients that only gw needs
+  float *const ga, *const gb;                      // unnormalised, without w, until finish()
+  Buffer<float> panels, negative, column_shift;    // the block at hand
+  Buffer<float> group_gb, group_column_mass, scratch;
+  Buffer<double> group_gw;
+  Buffer<float> block_shift;  // (blocks,) units of gb
+  Buffer<Group> group;
+};
+
+template <class Tile>
+void run(const AdditiveMoments& p, const Tile& tile, float below = 0.0f) {
+  Sweep<Tile>(p, tile, below).run();
+}
+
+template <class Phi>
+void run_smooth(const AdditiveMoments& p, const Phi& phi) {
+  run(p, Smooth<Phi>{phi});
+}
+
+void fill(float* x, int64_t size, float value) {
+  for (int64_t i = 0; i < size; i++) x[i] = value;
+}
+
+}  // namespace
+
+void additive_moments(const AdditiveMoments& p) {
+  const bool finite = all_finite(p.a, p.n * p.h, p.threads) && all_finite(p.b, p.m * p.h, p.threads) &&
+                      all_finite(p.w, p.h, 1) && all_finite(&p.slope, 1, 1);
+  if (!finite) {
+    fill(p.moments, 2, NAN);
+    if (p.need_a) fill(p.ga, p.n * p.h, NAN);
+    if (p.need_b) fill(p.gb, p.m * p.h, NAN);
+    if (p.need_w) fill(p.gw, p.h, NAN);
+    return;
+  }
+  const float slope = p.slope;
+  switch (static_cast<Activation>(p.activation)) {
+    case Activation::relu: return run(p, Kinked{});
+    case Activation::leaky_relu: return run(p, Kinked{}, slope);
+    case Activation::gelu: return run_smooth(p, [](vf t) { return gelu(t); });
+    case Activation::gelu_tanh: return run_smooth(p, [](vf t) { return gelu_tanh(t); });
+    case Activation::silu: return run_smooth(p, [](vf t) { return silu(t); });
+    case Activation::elu: return run_smooth(p, [slope](vf t) { return elu(t, slope); });
+    case Activation::softplus: return run_smooth(p, [](vf t) { return softplus(t); });
+    case Activation::tanh: return run_smooth(p, [](vf t) { return tanh(t); });
+  }
+}
+
+}  // namespace CK_ISA
+}  // namespace ck

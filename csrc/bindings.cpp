@@ -1,0 +1,156 @@
+// The Python module cibr_kernels._C: parameter structs of raw pointers and sizes, and one function for each kernel.
+//
+// No PyTorch header: a pointer field is set to tensor.data_ptr(), 0 for null, so one build serves every torch version.
+// Checks are the caller's (cibr_kernels/ops/*/native.py).
+#include <pybind11/pybind11.h>
+
+#include "additive_moments/additive_moments.h"
+#include "clip_loss/clip_loss.h"
+#include "common/isa.h"
+#include "dot_moments/dot_moments.h"
+#include "log_mean_exp/log_mean_exp.h"
+
+namespace py = pybind11;
+using namespace ck;
+
+namespace {
+
+// A field of a struct: pointers as integers, numbers as they are.
+template <typename Class, typename Owner, typename T>
+void field(Class& c, const char* name, T* Owner::*member) {
+  c.def_property(
+      name, [member](const typename Class::type& p) { return reinterpret_cast<uintptr_t>(p.*member); },
+      [member](typename Class::type& p, uintptr_t v) { p.*member = reinterpret_cast<T*>(v); });
+}
+
+template <typename Class, typename Owner, typename T>
+void field(Class& c, const char* name, T Owner::*member) {
+  c.def_property(
+      name, [member](const typename Class::type& p) { return p.*member; },
+      [member](typename Class::type& p, T v) { p.*member = v; });
+}
+
+#define FIELD(name) field(c, #name, &P::name)
+
+#ifdef CK_HAVE_avx2
+#define CK_CASE_AVX2(f) \
+  case Isa::avx2:       \
+    return avx2::f(p);
+#else
+#define CK_CASE_AVX2(f)
+#endif
+#ifdef CK_HAVE_avx512
+#define CK_CASE_AVX512(f) \
+  case Isa::avx512:       \
+    return avx512::f(p);
+#else
+#define CK_CASE_AVX512(f)
+#endif
+#ifdef CK_HAVE_avx512bf16
+#define CK_CASE_AVX512BF16(f) \
+  case Isa::avx512bf16:       \
+    return avx512bf16::f(p);
+#else
+#define CK_CASE_AVX512BF16(f)
+#endif
+#ifdef CK_HAVE_amx
+#define CK_CASE_AMX(f) \
+  case Isa::amx:       \
+    return amx::f(p);
+#else
+#define CK_CASE_AMX(f)
+#endif
+
+// Runs the copy of `function` built for the instruction set in use, without the GIL.
+#define KERNEL(function, Params)                                     \
+  m.def(                                                             \
+      #function,                                                     \
+      [](const Params& p) {                                          \
+        py::gil_scoped_release unlocked;                             \
+        switch (isa()) {                                             \
+          CK_CASE_AVX2(function)                                     \
+          CK_CASE_AVX512(function)                                   \
+          CK_CASE_AVX512BF16(function)                               \
+          CK_CASE_AMX(function)                                      \
+          default:                                                   \
+            return generic::function(p);                             \
+        }                                                            \
+      },                                                             \
+      py::arg("params"))
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ kernels of cibr_kernels; see csrc/<op>/<op>.h for the fields";
+  {
+    using P = DotProblem;
+    py::class_<P> c(m, "DotProblem");
+    FIELD(x), FIELD(y), FIELD(dtype), FIELD(n), FIELD(m), FIELD(d), FIELD(scale), FIELD(offset), FIELD(mask_positives),
+        FIELD(threads);
+  }
+  {
+    using P = DotForward;
+    py::class_<P, DotProblem> c(m, "DotForward");
+    FIELD(row_lse), FIELD(col_lse), FIELD(positives), FIELD(stash), FIELD(stash_dtype), FIELD(stash_offset);
+  }
+  {
+    using P = ClipLossForward;
+    py::class_<P, DotForward> c(m, "ClipLossForward");
+    c.def(py::init<>());
+    FIELD(one_way), FIELD(loss);
+  }
+  {
+    using P = ClipLossBackward;
+    py::class_<P, DotProblem> c(m, "ClipLossBackward");
+    c.def(py::init<>());
+    FIELD(one_way), FIELD(grad), FIELD(row_lse), FIELD(col_lse), FIELD(positives), FIELD(stash), FIELD(stash_dtype),
+        FIELD(stash_offset), FIELD(dx), FIELD(dy), FIELD(dscale);
+  }
+  {
+    using P = DotMomentsForward;
+    py::class_<P, DotProblem> c(m, "DotMomentsForward");
+    c.def(py::init<>());
+    FIELD(moments);
+  }
+  {
+    using P = DotMomentsBackward;
+    py::class_<P, DotProblem> c(m, "DotMomentsBackward");
+    c.def(py::init<>());
+    FIELD(grad_j), FIELD(grad_l), FIELD(el), FIELD(dx), FIELD(dy);
+  }
+  {
+    using P = AdditiveMoments;
+    py::class_<P> c(m, "AdditiveMoments");
+    c.def(py::init<>());
+    FIELD(a), FIELD(b), FIELD(w), FIELD(n), FIELD(m), FIELD(h), FIELD(offset), FIELD(include_diagonal),
+        FIELD(activation), FIELD(slope), FIELD(need_a), FIELD(need_b), FIELD(need_w), FIELD(threads), FIELD(moments),
+        FIELD(ga), FIELD(gb), FIELD(gw);
+  }
+  {
+    using P = LogMeanExp;
+    py::class_<P> c(m, "LogMeanExp");
+    c.def(py::init<>());
+    FIELD(scores), FIELD(mask), FIELD(dtype), FIELD(count), FIELD(threads), FIELD(el), FIELD(grad), FIELD(dscores);
+  }
+
+  KERNEL(clip_loss_forward, ClipLossForward);
+  KERNEL(clip_loss_backward, ClipLossBackward);
+  KERNEL(dot_moments_forward, DotMomentsForward);
+  KERNEL(dot_moments_backward, DotMomentsBackward);
+  KERNEL(additive_moments, AdditiveMoments);
+  KERNEL(log_mean_exp_forward, LogMeanExp);
+  KERNEL(log_mean_exp_backward, LogMeanExp);
+
+  m.def("isa", [] { return isa_name(isa()); }, "the instruction set in use");
+  m.def("supported_isas", [] {
+    py::list names;
+    for (Isa i : {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amx})
+      if (isa_supported(i)) names.append(isa_name(i));
+    return names;
+  });
+  m.def("set_isa", [](const std::string& name) {
+    for (Isa i : {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amx})
+      if (name == isa_name(i) && isa_supported(i)) return set_isa(i);
+    throw py::value_error("unknown or unsupported instruction set '" + name + "'; see supported_isas()");
+  });
+}

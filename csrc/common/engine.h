@@ -1,0 +1,202 @@
+// Matrix engines: C += A B on operands stored in blocks of 32 columns.
+//
+//   blocked (rows, cols):   element (r, c) at  p[((c / 32) * rows + r) * 32 + c % 32]
+//   paired  (rows, cols):   element (r, c) at  p[((c / 32) * rows / 2 + r / 2) * 64 + (c % 32) * 2 + r % 2]
+//
+// A is blocked.  B is blocked for the float engine and paired for the bf16 ones, whose instructions take two
+// consecutive k at a time.  C is float, blocked.  In each, the 32 columns that a register tile works on are contiguous,
+// so a tile walks memory with unit stride whatever the matrix sizes are; rows, columns and k are padded to 32 with zeros.
+//
+// One engine is `Engine<float>` or `Engine<bf16>`: the storage type of its operands.
+#pragma once
+
+#include "dtype.h"
+#include "simd.h"
+
+namespace ck {
+namespace CK_ISA {
+
+constexpr int64_t kBlock = 32;
+
+static inline int64_t pad32(int64_t v) { return (v + kBlock - 1) / kBlock * kBlock; }
+
+// One block of 32 columns of C: rows [0, rows) += A (rows, k) * B (k, 32).  k is a multiple of 32.
+//   a: first row of the first k block; a_block: elements from one k block to the next
+template <typename T>
+struct Engine;
+
+// ---------------------------------------------------------------- float
+// MR rows by NV vectors of accumulators: 12 x 2 of the 32 AVX-512 registers, 6 x 2 of 16 in AVX2.
+#if defined(__AVX512F__)
+constexpr int MR = 12, NV = 2;
+#else
+constexpr int MR = 6, NV = 2;
+#endif
+
+template <int ROWS>
+static inline void float_tile(const float* a, int64_t a_block, const float* b, int64_t k, float* c, bool add) {
+  vf acc[ROWS][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) acc[r][v] = add ? load(c + r * kBlock + v * VL) : vf{};
+  for (int64_t kb = 0; kb < k; kb += kBlock, a += a_block, b += kBlock * kBlock) {
+#pragma GCC unroll 1
+    for (int kk = 0; kk < kBlock; kk++) {
+      vf bv[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) bv[v] = load(b + kk * kBlock + v * VL);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; r++) {
+        const vf ar = broadcast(a[r * kBlock + kk]);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; v++) acc[r][v] += ar * bv[v];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; v++) store(c + r * kBlock + v * VL, acc[r][v]);
+}
+
+template <int ROWS>
+static inline void float_tail(int64_t rows, const float* a, int64_t a_block, const float* b, int64_t k, float* c,
+                              bool add) {
+  if (rows == ROWS)
+    float_tile<ROWS>(a, a_block, b, k, c, add);
+  else if constexpr (ROWS > 2)
+    float_tail<ROWS - 2>(rows, a, a_block, b, k, c, add);
+}
+
+template <>
+struct Engine<float> {
+  static constexpr int64_t kPanelRows = 256;   // rows of x worked on at a time
+  static constexpr int64_t kDepth = 256;       // k of one sweep: 256 x 32 floats of B are 32 KiB, the L1 cache
+
+  static void enter() {}
+  static void leave() {}
+
+  static void multiply(const float* a, int64_t a_block, int64_t rows, const float* b, int64_t k, float* c, bool add) {
+    for (int64_t k0 = 0; k0 < k; k0 += kDepth, a += kDepth / kBlock * a_block, b += kDepth * kBlock) {
+      const int64_t kn = k - k0 < kDepth ? k - k0 : kDepth;
+      const bool accumulate = add || k0 > 0;
+      for (int64_t r = 0; r < rows; r += MR)
+        for (int64_t v = 0; v < kBlock; v += NV * VL) {
+          if (rows - r >= MR)
+            float_tile<MR>(a + r * kBlock, a_block, b + v, kn, c + r * kBlock + v, accumulate);
+          else
+            float_tail<MR - 2>(rows - r, a + r * kBlock, a_block, b + v, kn, c + r * kBlock + v, accumulate);
+        }
+    }
+  }
+};
+
+// ---------------------------------------------------------------- bf16
+#if defined(CK_ISA_amx)
+
+struct __attribute__((packed)) TileConfig {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t bytes[16];
+  uint8_t rows[16];
+};
+
+template <>
+struct Engine<bf16> {
+  static constexpr int64_t kPanelRows = 512;
+  static constexpr int64_t kDepth = 512;  // 512 x 32 of B are 32 KiB
+
+  static void enter() {  // eight tiles of 16 rows of 64 bytes; the barrier keeps the compiler from dropping the stores
+    TileConfig config;
+    std::memset(&config, 0, sizeof config);
+    config.palette = 1;
+    for (int t = 0; t < 8; t++) config.bytes[t] = 64, config.rows[t] = 16;
+    asm volatile("" ::"r"(&config) : "memory");
+    _tile_loadconfig(&config);
+  }
+  static void leave() { _tile_release(); }
+
+  static void multiply(const bf16* a, int64_t a_block, int64_t rows, const bf16* b, int64_t k, float* c, bool add) {
+    for (int64_t k0 = 0; k0 < k; k0 += kDepth, a += kDepth / kBlock * a_block, b += kDepth * kBlock)
+      sweep(a, a_block, rows, b, k - k0 < kDepth ? k - k0 : kDepth, c, add || k0 > 0);
+  }
+
+ private:
+  // 2 x 2 tiles: 32 rows by the 32 columns of the block.
+  static void sweep(const bf16* a, int64_t a_block, int64_t rows, const bf16* b, int64_t k, float* c, bool add) {
+    for (int64_t r = 0; r < rows; r += kBlock) {
+      float* cr = c + r * kBlock;
+      if (add) {
+        _tile_loadd(0, cr, 128);
+        _tile_loadd(1, cr + 16, 128);
+        _tile_loadd(2, cr + 16 * kBlock, 128);
+        _tile_loadd(3, cr + 16 * kBlock + 16, 128);
+      } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+      const bf16 *ak = a + r * kBlock, *bk = b;
+      for (int64_t k0 = 0; k0 < k; k0 += kBlock, ak += a_block, bk += kBlock * kBlock) {
+        _tile_loadd(6, bk, 128);  // 16 pairs of k, the first 16 columns
+        _tile_loadd(4, ak, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, bk + 32, 128);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, ak + 16 * kBlock, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      _tile_stored(0, cr, 128);
+      _tile_stored(1, cr + 16, 128);
+      _tile_stored(2, cr + 16 * kBlock, 128);
+      _tile_stored(3, cr + 16 * kBlock + 16, 128);
+    }
+  }
+};
+
+#elif defined(CK_ISA_avx512bf16)
+
+template <int ROWS>
+static inline void bf16_tile(const bf16* a, int64_t a_block, const bf16* b, int64_t k, float* c, bool add) {
+  __m512 acc[ROWS][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < 2; v++) acc[r][v] = add ? _mm512_loadu_ps(c + r * kBlock + v * 16) : _mm512_setzero_ps();
+  for (int64_t k0 = 0; k0 < k; k0 += kBlock, a += a_block)
+#pragma GCC unroll 1
+    for (int kk = 0; kk < kBlock; kk += 2, b += 2 * kBlock) {
+      const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b), b1 = (__m512bh)_mm512_loadu_si512(b + kBlock);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; r++) {
+        int32_t pair;
+        std::memcpy(&pair, a + r * kBlock + kk, 4);
+        const __m512bh ar = (__m512bh)_mm512_set1_epi32(pair);
+        acc[r][0] = _mm512_dpbf16_ps(acc[r][0], ar, b0);
+        acc[r][1] = _mm512_dpbf16_ps(acc[r][1], ar, b1);
+      }
+    }
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < 2; v++) _mm512_storeu_ps(c + r * kBlock + v * 16, acc[r][v]);
+}
+
+template <>
+struct Engine<bf16> {
+  static constexpr int64_t kPanelRows = 512;
+  static void enter() {}
+  static void leave() {}
+
+  static void multiply(const bf16* a, int64_t a_block, int64_t rows, const bf16* b, int64_t k, float* c, bool add) {
+    int64_t r = 0;
+    for (; rows - r >= 12; r += 12) bf16_tile<12>(a + r * kBlock, a_block, b, k, c + r * kBlock, add);
+    if (rows - r == 8) bf16_tile<8>(a + r * kBlock, a_block, b, k, c + r * kBlock, add);
+    if (rows - r == 4) bf16_tile<4>(a + r * kBlock, a_block, b, k, c + r * kBlock, add);
+  }
+};
+
+#endif
+
+}  // namespace CK_ISA
+}  // namespace ck
