@@ -117,6 +117,7 @@ class LogEMA(nn.Module):
     """The log of a moving average of e^L, for MINE's corrected gradient; all in log space, so e^L may overflow.
 
     log_ema <- log(decay e^log_ema + (1 - decay) e^L): `decay` weighs the old value.  The first L starts it.
+    Called with L it returns the log average, moved by L in training mode only.
     """
 
     value: Tensor
@@ -129,6 +130,9 @@ class LogEMA(nn.Module):
         self.decay = decay
         self.register_buffer("value", torch.zeros(()))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+
+    def forward(self, el: Tensor) -> Tensor:
+        return self.update(el) if self.training else self.value
 
     @torch.no_grad()
     def update(self, el: Tensor) -> Tensor:

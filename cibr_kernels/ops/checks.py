@@ -75,6 +75,6 @@ def positive(name: str, value: Tensor) -> None:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, features in the dtype a matmul would take; logits and sums stay float32 inside the ops."""
     kind = tensors[0].device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return tuple(t.to(torch.get_autocast_dtype(kind)) if t.dtype != torch.float64 else t for t in tensors)
     return tensors

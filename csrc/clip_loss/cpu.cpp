@@ -25,24 +25,24 @@ void clip_loss_forward(const ClipLossForward& p) {
 void clip_loss_backward(const ClipLossBackward& p) {
   Buffer<float> row_lse(p.n), row_weight(p.n), col_lse(p.m), col_weight(p.m), positive_grad(p.n);
   const double each = *p.grad / (p.one_way ? 1.0 : 2.0) / p.n;
-  for (int64_t j = 0; j < p.m; j++) col_lse.p[j] = col_weight.p[j] = 0;
+  for (int64_t j = 0; j < p.m; j++) col_lse.data[j] = col_weight.data[j] = 0;
   for (int64_t i = 0; i < p.n; i++) {
     const double l = p.positives[i], rows = p.row_lse[i], cols = p.one_way ? 0 : p.col_lse[p.offset + i];
-    row_lse.p[i] = static_cast<float>(logaddexp(rows, l));
-    row_weight.p[i] = static_cast<float>(each);
+    row_lse.data[i] = static_cast<float>(logaddexp(rows, l));
+    row_weight.data[i] = static_cast<float>(each);
     if (!p.one_way) {
-      col_lse.p[p.offset + i] = static_cast<float>(logaddexp(cols, l));
-      col_weight.p[p.offset + i] = static_cast<float>(each);
+      col_lse.data[p.offset + i] = static_cast<float>(logaddexp(cols, l));
+      col_weight.data[p.offset + i] = static_cast<float>(each);
     }
-    positive_grad.p[i] = static_cast<float>(-each * (sigmoid(rows - l) + (p.one_way ? 0 : sigmoid(cols - l))));
+    positive_grad.data[i] = static_cast<float>(-each * (sigmoid(rows - l) + (p.one_way ? 0 : sigmoid(cols - l))));
   }
   DotBackward q{};
   static_cast<DotProblem&>(q) = p;
-  q.row_lse = row_lse.p;
-  q.row_weight = row_weight.p;
-  q.col_lse = p.one_way ? nullptr : col_lse.p;
-  q.col_weight = p.one_way ? nullptr : col_weight.p;
-  q.positive_grad = positive_grad.p;
+  q.row_lse = row_lse.data;
+  q.row_weight = row_weight.data;
+  q.col_lse = p.one_way ? nullptr : col_lse.data;
+  q.col_weight = p.one_way ? nullptr : col_weight.data;
+  q.positive_grad = positive_grad.data;
   q.stash = p.stash;
   q.stash_dtype = p.stash_dtype;
   q.stash_offset = p.stash ? *p.stash_offset : 0;

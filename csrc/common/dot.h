@@ -16,11 +16,11 @@
 #pragma once
 
 #include <math.h>
-#include <stdlib.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
+#include "buffer.h"
 #include "pack.h"
 #include "problem.h"
 
@@ -30,20 +30,6 @@ namespace CK_ISA {
 constexpr float kFixedBound = 110.0f, kHeadroom = 60.0f;
 constexpr float kUnderflow = 55.0f;     // e^-55 of the offset still leaves 30 nats above the smallest float
 constexpr int64_t kChunkBlocks = 128;   // blocks of 32 columns in a chunk: a panel of P is 4 MiB
-
-template <typename T>
-struct Buffer {  // uninitialised, aligned to a cache line
-  T* p;
-  explicit Buffer(int64_t count) : p(nullptr) {
-    if (count > 0) p = static_cast<T*>(::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
-    if (count > 0 && !p) ::abort();
-  }
-  ~Buffer() { ::free(p); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-};
-
-static inline float neg_inf() { return -__builtin_inff(); }
 
 // The largest norm of a row; NaN or infinity where a row has one.
 template <typename S>
@@ -238,51 +224,51 @@ static bool forward_sweep(const DotForward& p, bool fixed, float off) {
     Engine<T>::enter();
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < blocks; b++) {
-      pack_b_transposed(y, b, b + 1, yt.p, dp);
+      pack_b_transposed(y, b, b + 1, yt.data, dp);
       for (int c = 0; c < kBlock; c++) {
-        col_sum.p[b * kBlock + c] = 0;
-        if (!fixed) col_max.p[b * kBlock + c] = neg_inf();
+        col_sum.data[b * kBlock + c] = 0;
+        if (!fixed) col_max.data[b * kBlock + c] = neg_inf();
       }
     }
     for (int64_t i0 = 0; i0 < p.n; i0 += panel) {
       const int64_t valid = p.n - i0 < panel ? p.n - i0 : panel, rows = pad32(valid);
       const Rows<S> x{static_cast<const S*>(p.x), p.n, p.d, i0, rows};
 #pragma omp for schedule(static)
-      for (int64_t b = 0; b < dp / kBlock; b++) pack_blocked<T>(x, b, b + 1, xa.p, rows);
+      for (int64_t b = 0; b < dp / kBlock; b++) pack_blocked<T>(x, b, b + 1, xa.data, rows);
       for (int64_t b0 = 0; b0 < blocks; b0 += kChunkBlocks) {
         const int64_t b1 = b0 + kChunkBlocks < blocks ? b0 + kChunkBlocks : blocks;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t b = b0; b < b1; b++) {
           const TileShape t{valid, i0, b * kBlock, rows};
-          float *rs = part_sum.p + (b - b0) * rows, *cs = col_sum.p + b * kBlock;
-          Engine<T>::multiply(xa.p, rows * kBlock, rows, yt.p + b * dp * kBlock, dp, tile.p, false);
-          prepare(p, t, tile.p, p.positives);
+          float *rs = part_sum.data + (b - b0) * rows, *cs = col_sum.data + b * kBlock;
+          Engine<T>::multiply(xa.data, rows * kBlock, rows, yt.data + b * dp * kBlock, dp, tile.data, false);
+          prepare(p, t, tile.data, p.positives);
           if (fixed) {
-            exp_sums(p.scale, off, t, tile.p, rs, cs);
+            exp_sums(p.scale, off, t, tile.data, rs, cs);
             if (p.stash && p.stash_dtype == kBFloat16)
-              to_stash(tile.p, valid, static_cast<bf16*>(p.stash) + (b * p.n + i0) * kBlock);
+              to_stash(tile.data, valid, static_cast<bf16*>(p.stash) + (b * p.n + i0) * kBlock);
             else if (p.stash)
-              to_stash(tile.p, valid, static_cast<float*>(p.stash) + (b * p.n + i0) * kBlock);
+              to_stash(tile.data, valid, static_cast<float*>(p.stash) + (b * p.n + i0) * kBlock);
           } else {
-            online_sums(p.scale, t, tile.p, part_max.p + (b - b0) * rows, rs,
-                        p.col_lse ? col_max.p + b * kBlock : nullptr, cs);
+            online_sums(p.scale, t, tile.data, part_max.data + (b - b0) * rows, rs,
+                        p.col_lse ? col_max.data + b * kBlock : nullptr, cs);
           }
         }
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < valid; r++) {
-          double sum = b0 ? row_sum.p[r] : 0, top = b0 ? row_max.p[r] : neg_inf();
+          double sum = b0 ? row_sum.data[r] : 0, top = b0 ? row_max.data[r] : neg_inf();
           for (int64_t b = 0; b < b1 - b0; b++) {
-            const double s = part_sum.p[b * rows + r];
+            const double s = part_sum.data[b * rows + r];
             if (fixed) {
               sum += s;
             } else if (s > 0 || s != s) {
-              const double m = part_max.p[b * rows + r], next = m > top ? m : top;
+              const double m = part_max.data[b * rows + r], next = m > top ? m : top;
               sum = sum * (sum > 0 ? ::exp(top - next) : 0) + s * ::exp(m - next);
               top = next;
             }
           }
-          row_sum.p[r] = sum;
-          row_max.p[r] = top;
+          row_sum.data[r] = sum;
+          row_max.data[r] = top;
           if (b1 == blocks) p.row_lse[i0 + r] = static_cast<float>(::log(sum) + (fixed ? off : top));
         }
       }
@@ -290,7 +276,7 @@ static bool forward_sweep(const DotForward& p, bool fixed, float off) {
     Engine<T>::leave();
   }
   if (p.col_lse)
-    for (int64_t j = 0; j < p.m; j++) p.col_lse[j] = ::logf(col_sum.p[j]) + (fixed ? off : col_max.p[j]);
+    for (int64_t j = 0; j < p.m; j++) p.col_lse[j] = ::logf(col_sum.data[j]) + (fixed ? off : col_max.data[j]);
   if (fixed && p.n > 1) {  // with one row a column may hold nothing but its positive
     for (int64_t i = 0; i < p.n; i++) underflow |= p.row_lse[i] < off - kUnderflow;
     if (p.col_lse)
@@ -321,44 +307,44 @@ static void backward_sweep(const DotBackward& p, const Weights& w) {
     Engine<T>::enter();
     if (!p.stash) {
 #pragma omp for schedule(static)
-      for (int64_t b = 0; b < blocks; b++) pack_b_transposed(y, b, b + 1, yt.p, dp);
+      for (int64_t b = 0; b < blocks; b++) pack_b_transposed(y, b, b + 1, yt.data, dp);
     }
     if (p.dx) {
 #pragma omp for schedule(static)
-      for (int64_t b = 0; b < dblocks; b++) pack_b(y, b, b + 1, yb.p, mp);
+      for (int64_t b = 0; b < dblocks; b++) pack_b(y, b, b + 1, yb.data, mp);
     }
     for (int64_t i0 = 0; i0 < p.n; i0 += panel) {
       const int64_t valid = p.n - i0 < panel ? p.n - i0 : panel, rows = pad32(valid);
       const Rows<S> x{xs, p.n, p.d, i0, rows};
       if (!p.stash) {
 #pragma omp for schedule(static)
-        for (int64_t b = 0; b < dblocks; b++) pack_blocked<T>(x, b, b + 1, xa.p, rows);
+        for (int64_t b = 0; b < dblocks; b++) pack_blocked<T>(x, b, b + 1, xa.data, rows);
       }
       if (p.dy) {
 #pragma omp for schedule(static)
-        for (int64_t b = 0; b < rows / kBlock; b++) pack_transposed<T>(x, b, b + 1, xt.p, dp);
+        for (int64_t b = 0; b < rows / kBlock; b++) pack_transposed<T>(x, b, b + 1, xt.data, dp);
       }
       for (int64_t b0 = 0; b0 < blocks; b0 += kChunkBlocks) {
         const int64_t b1 = b0 + kChunkBlocks < blocks ? b0 + kChunkBlocks : blocks;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t b = b0; b < b1; b++) {
           const TileShape t{valid, i0, b * kBlock, rows};
-          T* as_a = pa.p + (b - b0) * rows * kBlock;
-          float* s = two_forms ? tile.p : reinterpret_cast<float*>(as_a);
+          T* as_a = pa.data + (b - b0) * rows * kBlock;
+          float* s = two_forms ? tile.data : reinterpret_cast<float*>(as_a);
           if (p.stash) {
             if (p.stash_dtype == kBFloat16)
-              from_stash(static_cast<const bf16*>(p.stash) + (b * p.n + i0) * kBlock, valid, stashed.p);
+              from_stash(static_cast<const bf16*>(p.stash) + (b * p.n + i0) * kBlock, valid, stashed.data);
             else
-              from_stash(static_cast<const float*>(p.stash) + (b * p.n + i0) * kBlock, valid, stashed.p);
+              from_stash(static_cast<const float*>(p.stash) + (b * p.n + i0) * kBlock, valid, stashed.data);
           } else {
-            Engine<T>::multiply(xa.p, rows * kBlock, rows, yt.p + b * dp * kBlock, dp, s, false);
+            Engine<T>::multiply(xa.data, rows * kBlock, rows, yt.data + b * dp * kBlock, dp, s, false);
             prepare(p, t, s, nullptr);
           }
-          gradient_tile(p, w, t, s, p.stash ? stashed.p : nullptr);
-          T* as_b = two_forms ? paired.p : as_a;
+          gradient_tile(p, w, t, s, p.stash ? stashed.data : nullptr);
+          T* as_b = two_forms ? paired.data : as_a;
           emit(s, rows, as_a, as_b);
           if (p.dy)
-            Engine<T>::multiply(xt.p, dp * kBlock, dp, as_b, rows, dyt.p + b * dp * kBlock, i0 > 0);
+            Engine<T>::multiply(xt.data, dp * kBlock, dp, as_b, rows, dyt.data + b * dp * kBlock, i0 > 0);
         }
         if (!p.dx) continue;
         constexpr int64_t kTileRows = 128;
@@ -367,8 +353,8 @@ static void backward_sweep(const DotBackward& p, const Weights& w) {
         for (int64_t task = 0; task < row_tiles * dblocks; task++) {
           const int64_t r = task % row_tiles * kTileRows, db = task / row_tiles;
           const int64_t height = rows - r < kTileRows ? rows - r : kTileRows;
-          Engine<T>::multiply(pa.p + r * kBlock, rows * kBlock, height, yb.p + (db * mp + b0 * kBlock) * kBlock,
-                              (b1 - b0) * kBlock, dxp.p + (db * rows + r) * kBlock, b0 > 0);
+          Engine<T>::multiply(pa.data + r * kBlock, rows * kBlock, height, yb.data + (db * mp + b0 * kBlock) * kBlock,
+                              (b1 - b0) * kBlock, dxp.data + (db * rows + r) * kBlock, b0 > 0);
         }
       }
       if (!p.dx) continue;
@@ -379,11 +365,11 @@ static void backward_sweep(const DotBackward& p, const Weights& w) {
         S* out = static_cast<S*>(p.dx) + i * p.d;
         double along = 0;
         for (int64_t c = 0; c < p.d; c++) {
-          const float g = dxp.p[(c / kBlock * rows + r) * kBlock + c % kBlock] + p.positive_grad[i] * to_float(yp[c]);
+          const float g = dxp.data[(c / kBlock * rows + r) * kBlock + c % kBlock] + p.positive_grad[i] * to_float(yp[c]);
           along += static_cast<double>(g) * to_float(xi[c]);
           from_float(p.scale * g, out + c);
         }
-        dscale_lines.p[i] = along;
+        dscale_lines.data[i] = along;
       }
     }
     Engine<T>::leave();
@@ -395,17 +381,17 @@ static void backward_sweep(const DotBackward& p, const Weights& w) {
         S* out = static_cast<S*>(p.dy) + j * p.d;
         double along = 0;
         for (int64_t c = 0; c < p.d; c++) {
-          float g = dyt.p[(j / kBlock * dp + c) * kBlock + j % kBlock];
+          float g = dyt.data[(j / kBlock * dp + c) * kBlock + j % kBlock];
           if (positive) g += p.positive_grad[i] * to_float(xs[i * p.d + c]);
           along += static_cast<double>(g) * to_float(ys[j * p.d + c]);
           from_float(p.scale * g, out + c);
         }
-        if (!p.dx) dscale_lines.p[j] = along;
+        if (!p.dx) dscale_lines.data[j] = along;
       }
     }
   }
   double total = 0;
-  for (int64_t i = 0; i < lines; i++) total += dscale_lines.p[i];
+  for (int64_t i = 0; i < lines; i++) total += dscale_lines.data[i];
   *p.dscale = total;
 }
 
@@ -467,14 +453,14 @@ static void dot_backward(const DotBackward& q) {
   for (int64_t i = 0; i < p.n; i++) fixed &= !(p.row_lse[i] < off - kUnderflow);
   for (int64_t j = 0; p.col_lse && j < p.m; j++)
     fixed &= !(p.col_lse[j] < off - kUnderflow) || p.col_weight[j] == 0;
-  for (int64_t i = 0; i < p.n; i++) u.p[i] = fixed ? ::expf(off - p.row_lse[i]) * p.row_weight[i] : p.row_weight[i];
+  for (int64_t i = 0; i < p.n; i++) u.data[i] = fixed ? ::expf(off - p.row_lse[i]) * p.row_weight[i] : p.row_weight[i];
   for (int64_t j = 0; j < mp; j++) {
     const bool used = p.col_lse && j < p.m && p.col_weight[j] != 0;
-    v.p[j] = used ? p.col_weight[j] * (fixed ? ::expf(off - p.col_lse[j]) : 1.0f) : 0.0f;
-    cols.p[j] = used ? p.col_lse[j] : 0.0f;
+    v.data[j] = used ? p.col_weight[j] * (fixed ? ::expf(off - p.col_lse[j]) : 1.0f) : 0.0f;
+    cols.data[j] = used ? p.col_lse[j] : 0.0f;
   }
   if (!fixed) p.stash = nullptr;
-  const Weights w{fixed, off, u.p, v.p, p.row_lse, p.col_lse ? cols.p : nullptr};
+  const Weights w{fixed, off, u.data, v.data, p.row_lse, p.col_lse ? cols.data : nullptr};
   if (!stashed) p.stash = nullptr;
   if (p.dtype == kBFloat16)
     backward_sweep<Bf16Operand, bf16>(p, w);

@@ -1,7 +1,10 @@
 // log_mean_exp on the CPU: fixed pieces of 16384 scores, each with its own maximum, merged in order in double.
 #include "log_mean_exp.h"
 
-#include "common/dot.h"
+#include <math.h>
+
+#include "common/buffer.h"
+#include "common/simd.h"
 
 namespace ck {
 namespace CK_ISA {
@@ -36,17 +39,17 @@ static void forward(const LogMeanExp& p) {
     vf sum{};
     if (largest > neg_inf() && largest < -neg_inf())
       for (int64_t i = begin; i < end; i += VL) sum += vexp(load_scores<S>(p, i, end) - largest);
-    tops.p[piece] = nan != nan ? nan : largest;
-    sums.p[piece] = largest == -neg_inf() ? 1 : reduce_add(sum);
+    tops.data[piece] = nan != nan ? nan : largest;
+    sums.data[piece] = largest == -neg_inf() ? 1 : reduce_add(sum);
   }
   double top = neg_inf(), total = 0, pairs = 0;
   bool bad = false;
   for (int64_t k = 0; k < pieces; k++) {
-    bad |= tops.p[k] != tops.p[k];
-    top = tops.p[k] > top ? tops.p[k] : top;
+    bad |= tops.data[k] != tops.data[k];
+    top = tops.data[k] > top ? tops.data[k] : top;
   }
   for (int64_t k = 0; k < pieces; k++)
-    if (sums.p[k] > 0) total += sums.p[k] * (tops.p[k] == top ? 1 : ::exp(tops.p[k] - top));
+    if (sums.data[k] > 0) total += sums.data[k] * (tops.data[k] == top ? 1 : ::exp(tops.data[k] - top));
   for (int64_t i = 0; p.mask && i < p.count; i++) pairs += p.mask[i] != 0;
   *p.el = bad ? __builtin_nanf("") : static_cast<float>(top + ::log(total) - ::log(p.mask ? pairs : p.count));
 }

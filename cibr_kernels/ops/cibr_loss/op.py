@@ -23,7 +23,7 @@ from torch import Tensor
 from cibr_kernels.ops import checks
 from cibr_kernels.ops.clip_loss.op import clip_loss
 from cibr_kernels.ops.critic_moments.op import Shifts
-from cibr_kernels.ops.mutual_information.op import BOUNDS, mutual_information
+from cibr_kernels.ops.mutual_information.op import BOUNDS, Ema, mutual_information
 
 TERMS = ("image_own", "image_other", "text_own", "text_other")
 
@@ -54,7 +54,7 @@ def cibr_loss(
     estimator: str = "mine",
     negatives: str | Shifts = "all",
     diagonal: str = "exclude",
-    ema: Mapping[str, Tensor] | None = None,
+    ema: Mapping[str, Ema] | None = None,
     one_way: bool = False,
     generator: torch.Generator | None = None,
     return_parts: bool = False,
@@ -73,7 +73,7 @@ def cibr_loss(
         critics: {"image_own": T(Xv, Zv), "image_other": T(Xt, Zv), "text_own": T(Xt, Zt), "text_other": T(Xv, Zt)}.
         lam: weight of the penalty, a number or a 0-d tensor; 0 trains the critics only.
         noise_std: noise on Z before the critics, on its unit-norm scale; caps I(Z; X) near 1 / 2 noise_std^2 nats.
-        estimator, negatives, diagonal, backend: as in `mutual_information`; ema: log moving averages by critic name.
+        estimator, negatives, diagonal, backend: as in `mutual_information`; ema: as there, by critic name.
         generator: draws the noise; torch's default generator otherwise.
         return_parts: also return {"contrastive_loss", "image_cmi", "text_cmi", and the four estimates}, detached.
 

@@ -69,9 +69,9 @@ def critic_moments(
         raise ValueError("critic_moments needs at least 2 rows: one pair has no negatives, got 1")
     if negatives != "all" and not isinstance(negatives, Shifts):
         raise ValueError(f"negatives is {negatives!r}; known are 'all' and shifts(k)")
+    x, z = (t if t.dtype == torch.float64 else t.float() for t in (x, z))
+    checks.same_place(x=x, z=z)
     with torch.autocast(x.device.type, enabled=False):
-        if x.dtype != torch.float64:
-            x, z = x.float(), z.float()
         if isinstance(negatives, Shifts):
             return _shifted_moments(x, z, critic, negatives.k)
         include = diagonal == "include"

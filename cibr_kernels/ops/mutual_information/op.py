@@ -27,21 +27,25 @@ from cibr_kernels.ops.log_mean_exp.op import ema_corrected
 
 BOUNDS = ("mine", "dv", "nwj", "tuba", "remine")
 DECOMPOSITIONS = ("markov", "chain", "joint")
+Ema = Tensor | Callable[[Tensor], Tensor]
 
 
 def bound(
-    j: Tensor, el: Tensor, estimator: str = "mine", *, ema: Tensor | None = None, a: float = math.e, rho: float = 0.1,
+    j: Tensor, el: Tensor, estimator: str = "mine", *, ema: Ema | None = None, a: float = math.e, rho: float = 0.1,
     c: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """The estimate in nats from J and L (0-d), differentiable in both.
 
-    `ema` (log of the moving average of e^L, 0-d) belongs to "mine", without it "mine" is "dv"; `a` > 0 to "tuba" (e
-    gives NWJ); `rho`, `c` to "remine" (2012.07494).  Raises ValueError for an unknown estimator or a <= 0.
+    `ema` (log of the moving average of e^L, 0-d, or an `nn.LogEMA`, which takes this L in first) belongs to "mine",
+    without it "mine" is "dv"; `a` > 0 to "tuba" (e gives NWJ); `rho`, `c` to "remine" (2012.07494).
+    Raises ValueError for an unknown estimator or a <= 0.
     Sources: Donsker-Varadhan and MINE 1801.04062, NWJ 0809.0853, TUBA 1905.06922.
     """
     checks.choice("estimator", estimator, BOUNDS)
-    if estimator in ("mine", "dv"):
-        return j - (ema_corrected(el, ema) if ema is not None and estimator == "mine" else el)
+    if estimator == "dv" or (estimator == "mine" and ema is None):
+        return j - el
+    if estimator == "mine":
+        return j - ema_corrected(el, ema(el) if callable(ema) else ema)
     if estimator == "nwj":
         return j - (el - 1).exp()
     if estimator == "tuba":
@@ -59,7 +63,7 @@ def mutual_information(
     estimator: str = "mine",
     negatives: str | Shifts = "all",
     diagonal: str = "exclude",
-    ema: Tensor | None = None,
+    ema: Ema | None = None,
     backend: str = "auto",
     **options: float,
 ) -> Tensor:
@@ -84,7 +88,7 @@ def conditional_mutual_information(
     noise_std: float | None = None,
     negatives: str | Shifts = "all",
     diagonal: str = "exclude",
-    ema: Sequence[Tensor | None] = (None, None),
+    ema: Sequence[Ema | None] = (None, None),
     backend: str = "auto",
     **options: float,
 ) -> Tensor:

@@ -1,0 +1,3 @@
+from cibr.cli import main
+
+main()

@@ -1,0 +1,35 @@
+// Scratch memory of a kernel: aligned to a cache line, freed at the end of its scope.
+#pragma once
+
+#include <stdlib.h>
+#include <string.h>
+
+#include <cstdint>
+
+namespace ck {
+namespace CK_ISA {
+
+template <typename T>
+struct Buffer {
+  T* data = nullptr;
+
+  // Uninitialised.  A kernel that cannot get its O((n + m) d) scratch ends the process, as operator new would.
+  explicit Buffer(int64_t count) {
+    if (count <= 0) return;
+    data = static_cast<T*>(::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
+    if (!data) ::abort();
+  }
+  ~Buffer() { ::free(data); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+};
+
+template <typename T>
+struct ZeroBuffer : Buffer<T> {
+  explicit ZeroBuffer(int64_t count) : Buffer<T>(count) {
+    if (count > 0) ::memset(static_cast<void*>(this->data), 0, count * sizeof(T));
+  }
+};
+
+}  // namespace CK_ISA
+}  // namespace ck
