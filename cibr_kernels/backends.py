@@ -18,13 +18,12 @@ from torch import Tensor
 
 NAMES = ("native", "reference")
 
+_missing: str | None = None
 try:  # torch first (cibr_kernels/__init__.py sees to it), so that both share one OpenMP thread pool
     _C = importlib.import_module("cibr_kernels._C")
 except ImportError as error:
     _C = None  # type: ignore[assignment]
     _missing = f"the compiled module cibr_kernels._C is not there ({error}); run `pip install -e .` in the checkout"
-else:
-    _missing = None
 
 
 def native_available() -> bool:

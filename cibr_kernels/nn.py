@@ -155,7 +155,7 @@ class Standardize(nn.Module):
     var: Tensor
     started: Tensor
 
-    def __init__(self, dim: int, momentum: float = 0.01, eps: float = 1e-5) -> None:
+    def __init__(self, dim: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
         self.momentum, self.eps = momentum, eps
         self.register_buffer("mean", torch.zeros(dim))
@@ -240,8 +240,9 @@ class CIBRLoss(nn.Module):
         loss, parts = cibr_loss(
             image_features, text_features, logit_scale, logit_bias,
             image_inputs=self.standardize_image(image_inputs), text_inputs=self.standardize_text(text_inputs),
-            critics=self.critics, lam=lam, noise_std=self.noise_std, estimator=self.estimator,
-            negatives=self.negatives, diagonal=self.diagonal, one_way=self.one_way, ema=self.ema, return_parts=True,
+            critics=dict(self.critics.items()), lam=lam, noise_std=self.noise_std, estimator=self.estimator,
+            negatives=self.negatives, diagonal=self.diagonal, one_way=self.one_way,
+            ema=None if self.ema is None else dict(self.ema.items()), return_parts=True,
         )  # fmt: skip
         if self.training:
             self.step += 1

@@ -200,8 +200,7 @@ static void to_stash(const float* e, int64_t rows, E* out) {
   for (int64_t k = 0; k < rows * kBlock; k++) from_float(e[k], out + k);
 }
 
-template <typename E>
-static void from_stash(const E* e, int64_t rows, float* out) {
+static void from_stash(const bf16* e, int64_t rows, float* out) {
   for (int64_t k = 0; k < rows * kBlock; k++) out[k] = to_float(e[k]);
 }
 
@@ -302,7 +301,7 @@ static void backward_sweep(const DotBackward& p, const Weights& w) {
 
 #pragma omp parallel num_threads(p.threads)
   {
-    Buffer<float> tile(rows_cap * kBlock), stashed(p.stash ? rows_cap * kBlock : 0);
+    Buffer<float> tile(rows_cap * kBlock), stashed(p.stash && p.stash_dtype == kBFloat16 ? rows_cap * kBlock : 0);
     Buffer<T> paired(two_forms ? rows_cap * kBlock : 0);
     Engine<T>::enter();
     if (!p.stash) {
@@ -331,16 +330,17 @@ static void backward_sweep(const DotBackward& p, const Weights& w) {
           const TileShape t{valid, i0, b * kBlock, rows};
           T* as_a = pa.data + (b - b0) * rows * kBlock;
           float* s = two_forms ? tile.data : reinterpret_cast<float*>(as_a);
-          if (p.stash) {
-            if (p.stash_dtype == kBFloat16)
-              from_stash(static_cast<const bf16*>(p.stash) + (b * p.n + i0) * kBlock, valid, stashed.data);
-            else
-              from_stash(static_cast<const float*>(p.stash) + (b * p.n + i0) * kBlock, valid, stashed.data);
+          const float* e = nullptr;
+          if (p.stash && p.stash_dtype == kBFloat16) {
+            from_stash(static_cast<const bf16*>(p.stash) + (b * p.n + i0) * kBlock, valid, stashed.data);
+            e = stashed.data;
+          } else if (p.stash) {
+            e = static_cast<const float*>(p.stash) + (b * p.n + i0) * kBlock;
           } else {
             Engine<T>::multiply(xa.data, rows * kBlock, rows, yt.data + b * dp * kBlock, dp, s, false);
             prepare(p, t, s, nullptr);
           }
-          gradient_tile(p, w, t, s, p.stash ? stashed.data : nullptr);
+          gradient_tile(p, w, t, s, e);
           T* as_b = two_forms ? paired.data : as_a;
           emit(s, rows, as_a, as_b);
           if (p.dy)

@@ -110,7 +110,7 @@ def cibr_loss(
         }  # fmt: skip
         image_cmi = (nats["image_own"] - nats["image_other"]).detach()
         text_cmi = (nats["text_own"] - nats["text_other"]).detach()
-        surrogate = -sum(nats.values())
+        surrogate = -torch.stack(list(nats.values())).sum()
         loss = contrastive + lam * (image_cmi + text_cmi) + (surrogate - surrogate.detach())
     if not return_parts:
         return loss

@@ -21,9 +21,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> loss (), LSE of rows (n,) and columns (m,) without the positives, positives (n,), stash offset (); stash filled."""
     n, m = x.shape[0], y.shape[0]
-    floats = {"dtype": torch.float32, "device": x.device}
-    loss, stash_offset = torch.empty((), **floats), torch.empty((), **floats)
-    row_lse, col_lse, positives = torch.empty(n, **floats), torch.empty(m, **floats), torch.empty(n, **floats)
+    loss, stash_offset, row_lse, col_lse, positives = (
+        torch.empty(size, dtype=torch.float32) for size in ((), (), (n,), (m,), (n,))
+    )
     call(
         "clip_loss_forward", "ClipLossForward", **_problem(x, y, scale, offset), row_lse=row_lse,
         col_lse=None if one_way else col_lse, positives=positives, stash=stash,

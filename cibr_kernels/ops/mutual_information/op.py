@@ -42,10 +42,10 @@ def bound(
     Sources: Donsker-Varadhan and MINE 1801.04062, NWJ 0809.0853, TUBA 1905.06922.
     """
     checks.choice("estimator", estimator, BOUNDS)
-    if estimator == "dv" or (estimator == "mine" and ema is None):
-        return j - el
-    if estimator == "mine":
-        return j - ema_corrected(el, ema(el) if callable(ema) else ema)
+    if estimator in ("mine", "dv"):
+        if estimator == "dv" or ema is None:
+            return j - el
+        return j - ema_corrected(el, ema if isinstance(ema, Tensor) else ema(el))
     if estimator == "nwj":
         return j - (el - 1).exp()
     if estimator == "tuba":
