@@ -1,0 +1,1 @@
+"""The benchmark: `python bench/`, cases as data and one measuring function."""

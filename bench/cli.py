@@ -1,0 +1,106 @@
+"""The command line.  The fork server starts before the heavy imports, so that both import at the same time."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench import processes
+
+QUICK_SECONDS, QUICK_STOP = 45, 56  # --quick must end within 60: no case starts after 45 s, none goes on after 56
+BUDGET, QUICK_BUDGET = 10.0, 1.0  # seconds of timing per case
+
+
+def commands() -> dict[str, Callable[[Path | None], int]]:
+    """What is not a table of cases, by name; each takes the file of --json."""
+    from bench import toy
+
+    return {"toy": toy.main}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """-> exit status: 0; 1 when an implementation disagrees with the fused op; 2 for a bad command line."""
+    began = time.monotonic()
+    parser = argparse.ArgumentParser(
+        prog="python bench/", description="The fused ops against their eager peers: time, peak memory, agreement."
+    )
+    parser.add_argument("names", nargs="*", help="cases by name or the beginning of one, or a command; see --list")
+    parser.add_argument("--quick", action="store_true", help="a few cases, at most 60 s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the machine and every number")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw time and memory against N")
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    args = parser.parse_args(argv)
+    if args.names != ["toy"] and not args.list:
+        processes.start_server()
+
+    from bench.registry import CASES, Case
+
+    known = commands()
+    if args.list:
+        print("\n".join([*(case.name for case in CASES), *known]))
+        return 0
+    for name in args.names:
+        if name in known and len(args.names) > 1:
+            parser.error(f"{name} runs alone")
+        if name not in known and not any(case.name.startswith(name) for case in CASES):
+            parser.error(f"no case is called {name!r}; known are {', '.join([*(c.name for c in CASES), *known])}")
+    if args.names and args.names[0] in known:
+        return known[args.names[0]](args.json)
+
+    def wanted(case: Case) -> bool:
+        return (case.quick or not args.quick) and (not args.names or any(case.name.startswith(n) for n in args.names))
+
+    chosen = [case for case in CASES if wanted(case)]
+    if args.quick:  # a compilation takes a third of the time there is
+        chosen = [replace(c, baselines=tuple(b for b in c.baselines if b != "compiled")) for c in chosen]
+        chosen.sort(key=lambda case: case.n)  # what is left out for time is large
+    if not chosen:
+        parser.error(f"--quick has none of {', '.join(args.names)}")
+    return run(chosen, args, began)
+
+
+def run(cases: Sequence[Any], args: argparse.Namespace, began: float) -> int:
+    """Measures, prints as it goes, and writes what was asked for."""
+    from tqdm import tqdm
+
+    from bench import machine, measure, report
+
+    if args.plot:
+        try:
+            report.require_matplotlib()
+        except ModuleNotFoundError as error:
+            print(error, file=sys.stderr)
+            return 2
+    about = machine.describe()
+    print("\n".join(f"{key:>13}: {value}" for key, value in about.items()) + "\n", flush=True)
+    results, left_out = [], []
+    with tqdm(total=sum(1 + len(c.implementations) for c in cases), unit="step", file=sys.stderr, leave=False) as bar:
+
+        def tick(label: str) -> None:
+            bar.set_description(label)
+            bar.update()
+
+        for case in cases:
+            if args.quick and time.monotonic() > began + QUICK_SECONDS:
+                left_out.append(case.name)
+                continue
+            budget = QUICK_BUDGET if args.quick else BUDGET * (3 if case.target else 1)
+            result = measure.measure(case, budget, tick, began + QUICK_STOP if args.quick else None)
+            results.append(result)
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(report.table(result) + "\n", flush=True)
+    if left_out:
+        print(f"left out for time: {', '.join(left_out)}")
+    if args.json:
+        report.write_json(args.json, about, results, {"left_out": left_out})
+    if args.plot:
+        report.plot(args.plot, about, results)
+    wrong = [f"{r.case.name} {row.implementation}" for r in results for row in r.rows if row.wrong]
+    if wrong:
+        print(f"WRONG RESULTS: {', '.join(wrong)}", file=sys.stderr)
+    return 1 if wrong else 0

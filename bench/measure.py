@@ -1,0 +1,248 @@
+"""The measuring function: `measure(case)` -> times, peaks, passes and agreement of every implementation of it.
+
+Memory: one process per implementation, which warms up at a tiny size, resets the kernel's record of its peak, runs once
+and reads peak minus what was resident before.  Time: one process per case that runs the implementations in turn
+(A B C A B C ...), so that a busy moment hits all of them; the vendor GEMM is timed in the same rounds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import processes
+from bench.peers import IMPLEMENTATIONS, Loss, gigabytes
+from bench.registry import Case, Inputs, make_inputs
+
+# largest relative difference from the fused op of the loss and of the gradients: bfloat16 peers round their logits
+TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (5e-2, 5e-2)}
+MAX_ROUNDS = 15
+Gradients = tuple[Tensor, ...]
+
+
+@dataclass
+class Row:
+    """One implementation of one case; fields stay None where it did not run, and `note` says why."""
+
+    implementation: str
+    seconds: list[float] = field(default_factory=list)
+    extra_bytes: int | None = None
+    passes: int | None = None
+    floor_percent: float | None = None
+    loss: float | None = None
+    loss_diff: float | None = None
+    grad_diff: float | None = None
+    wrong: bool = False
+    note: str = ""
+
+    @property
+    def time(self) -> float | None:
+        """Median seconds."""
+        return median(self.seconds) if self.seconds else None
+
+
+@dataclass
+class Result:
+    """A measured case; `gemm_rate` is the vendor's, in flop/s, beside the rows."""
+
+    case: Case
+    rows: list[Row]
+    gemm_rate: float | None
+
+
+def measure(
+    case: Case, budget: float, tick: Callable[[str], None] = lambda label: None, deadline: float | None = None
+) -> Result:
+    """Runs a case; timing takes about `budget` seconds, and at least one round.  `tick` is told of every step.
+
+    What is unfinished at `deadline`, on the clock of time.monotonic, is stopped and noted.
+    """
+    rows = [Row(name) for name in case.implementations]
+    for row in rows:
+        tick(f"{case.name} {row.implementation}: memory")
+        implementation = IMPLEMENTATIONS[case.op, row.implementation]
+        row.passes = implementation.passes(case)
+        needed, available = implementation.peak_bytes(case), available_bytes()
+        if needed > 0.9 * available:
+            row.note = f"needs about {gigabytes(needed)}, {gigabytes(available)} are free: not run"
+            continue
+        try:
+            row.extra_bytes = processes.call(memory_child, case, row.implementation, deadline=deadline)
+        except processes.Failed as error:
+            row.note = f"failed: {error}"
+    tick(f"{case.name}: time")
+    able = tuple(row.implementation for row in rows if row.extra_bytes is not None)
+    if not able:
+        return Result(case, rows, None)
+    try:
+        timed, gemm = processes.call(time_child, case, able, budget, deadline=deadline)
+    except processes.Failed as error:
+        for row in rows:
+            row.note = row.note or f"failed: {error}"
+        return Result(case, rows, None)
+    rate = gemm and gemm_flops(case) / min(gemm)
+    for row in rows:
+        for key, value in timed.get(row.implementation, {}).items():
+            setattr(row, key, value)
+        if row.time and row.passes and rate:
+            row.floor_percent = 100 * floor_seconds(row.passes, case.n, case.n, case.width, rate) / row.time
+        row.wrong = not agrees(case, row)
+    return Result(case, rows, rate)
+
+
+def agrees(case: Case, row: Row) -> bool:
+    """False when a row's loss or gradients differ from the fused op's by more than rounding, or are NaN."""
+    loss, grad = TOLERANCE[case.dtype]
+    return all(d is None or d <= limit for d, limit in ((row.loss_diff, loss), (row.grad_diff, grad)))
+
+
+def floor_seconds(passes: int, n: int, m: int, d: int, rate: float) -> float:
+    """What `passes` matmuls of n x m x d take at `rate` flop/s."""
+    return passes * 2 * n * m * d / rate
+
+
+def run(loss: Loss, inputs: Inputs, backward: bool) -> tuple[Tensor, Gradients]:
+    """One forward, or one training step's forward and backward."""
+    if not backward:
+        with torch.no_grad():
+            return loss(inputs), ()
+    value = loss(inputs)
+    return value.detach(), torch.autograd.grad(value, inputs.leaves)
+
+
+# ------------------------------------------------------------------------------------------------ in the child
+def memory_child(case: Case, name: str) -> int:
+    """-> bytes at the peak beyond those resident before, gradients included."""
+    map_large_allocations()
+    loss, inputs = _prepare(case, name), make_inputs(case)
+    return peak_extra_bytes(lambda: run(loss, inputs, case.backward))
+
+
+def time_child(case: Case, names: tuple[str, ...], budget: float) -> tuple[dict[str, dict[str, Any]], list[float]]:
+    """-> per implementation {"seconds", "loss", and differences from the first}; seconds of each vendor GEMM.
+
+    In turn, from 1 to MAX_ROUNDS times each; who has used up its share of `budget` seconds sits the next rounds out.
+    """
+    losses, inputs = {name: _prepare(case, name) for name in names}, make_inputs(case)
+    answers: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in names}
+    gemm, gemms = _vendor_gemm(case), []
+    first: tuple[Tensor, Gradients] | None = None
+    for done in range(MAX_ROUNDS):
+        for name in names:
+            if done and sum(answers[name]["seconds"]) > budget / len(names):
+                continue
+            began = time.perf_counter()
+            value, grads = run(losses[name], inputs, case.backward)
+            answers[name]["seconds"].append(time.perf_counter() - began)
+            if "loss" not in answers[name]:
+                answers[name]["loss"] = value.item()
+                if first is None:
+                    first = value, grads
+                else:
+                    answers[name] |= _difference(first, value, grads)
+            del value, grads
+            if gemm:
+                began = time.perf_counter()
+                gemm()
+                gemms.append(time.perf_counter() - began)
+    return answers, gemms
+
+
+def _prepare(case: Case, name: str) -> Loss:
+    """The implementation, warmed up: libraries are loaded and threads started; a compiler has seen the real shapes."""
+    loss = IMPLEMENTATIONS[case.op, name].build()
+    warm = case if name == "compiled" else case.shrunk()
+    run(loss, make_inputs(warm), case.backward)
+    return loss
+
+
+def _difference(first: tuple[Tensor, Gradients], value: Tensor, grads: Gradients) -> dict[str, float | None]:
+    """From the first implementation: the loss (relative, absolute below 1 nat) and the worst gradient by norm."""
+
+    def relative(a: Tensor, b: Tensor, scale: float) -> float:
+        return (a.double() - b.double()).norm().item() / max(scale, 1e-30)
+
+    reference, reference_grads = first
+    norms = [g.double().norm().item() for g in reference_grads]
+    least = 1e-2 * max(norms, default=0.0)  # a critic's last bias has gradient 0: it is held against the others
+    differences = [relative(a, b, max(s, least)) for a, b, s in zip(reference_grads, grads, norms, strict=True)]
+    return {
+        "loss_diff": relative(reference, value, max(1.0, abs(reference.item()))),
+        "grad_diff": max(differences) if differences else None,
+    }
+
+
+def _panel(case: Case) -> tuple[int, int, int]:
+    return min(case.n, 2048), case.width, min(case.n, 8192)
+
+
+def gemm_flops(case: Case) -> float:
+    """Flops of the vendor GEMM that stands beside a case: a panel of the logits."""
+    n, d, m = _panel(case)
+    return 2.0 * n * d * m
+
+
+def _vendor_gemm(case: Case) -> Callable[[], Tensor] | None:
+    """The panel as torch.mm in the case's dtype, into memory that is already there; warmed up."""
+    if IMPLEMENTATIONS[case.op, "fused"].passes(case) is None:
+        return None
+    n, d, m = _panel(case)
+    dtype = getattr(torch, case.dtype)
+    a, b, out = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype), torch.zeros(n, m, dtype=dtype)
+    torch.mm(a, b.T, out=out)
+    return lambda: torch.mm(a, b.T, out=out)
+
+
+# ------------------------------------------------------------------------------------------------ memory
+def peak_extra_bytes(function: Callable[[], Any]) -> int:
+    """Peak resident bytes while function() runs and its result lives, beyond those before.
+
+    Linux: VmHWM after writing 5 to /proc/self/clear_refs.  Elsewhere: growth of ru_maxrss, right in a fresh process.
+    """
+    gc.collect()
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def linux(key: str) -> int:
+        line = next(line for line in status.read_text().splitlines() if line.startswith(key))
+        return int(line.split()[1]) * 1024
+
+    try:
+        clear.write_text("5")
+        before = linux("VmRSS")
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        function()
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+    result = function()
+    peak = linux("VmHWM")
+    del result
+    return max(0, peak - before)
+
+
+def map_large_allocations() -> None:
+    """Has glibc map and unmap every allocation from 64 KiB up, so that freed memory is not kept and counted twice."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+        mallopt(-1, 1 << 16)  # M_TRIM_THRESHOLD
+
+
+def available_bytes() -> int:
+    """Memory that can be taken without swapping; a large number where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 1 << 62
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -1,0 +1,155 @@
+"""What the fused ops are compared with, and the fused ops themselves, under one signature: inputs -> loss.
+
+An entry says how to run it, how many N x N x D matmul passes it makes (None: they are not its cost) and about how many
+bytes it needs at its peak, so that a size that does not fit is reported and not run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import cibr_kernels as ck
+from bench.registry import TERMS, Case, Inputs
+from cibr_kernels.ops.additive_moments.reference import moments
+from cibr_kernels.ops.cibr_loss.op import noisy, scale_gradient
+
+Loss = Callable[[Inputs], Tensor]
+NOISE_STD, LAM = 0.25, 0.5
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """`build` makes the function to time and imports what it needs; `passes` and `peak_bytes` are of one call."""
+
+    build: Callable[[], Loss]
+    passes: Callable[[Case], int | None]
+    peak_bytes: Callable[[Case], float]
+
+
+def itemsize(case: Case) -> int:
+    return int(getattr(torch, case.dtype).itemsize)
+
+
+# ------------------------------------------------------------------------------------------------ clip_loss
+def fused_clip(inputs: Inputs) -> Tensor:
+    t = inputs.tensors
+    return ck.clip_loss(t["x"], t["z"], t["scale"])
+
+
+def fused_clip_passes(case: Case) -> int:
+    """1 forward; 2 more in backward from the stash, 3 where the logits are computed again (DESIGN.md)."""
+    if not case.backward:
+        return 1
+    stashed = ck.native_available() and case.n**2 * itemsize(case) <= ck.stash_budget()
+    return 3 if stashed else 4
+
+
+def build_open_clip() -> Loss:
+    from open_clip.loss import ClipLoss
+
+    loss = ClipLoss()
+    return lambda inputs: loss(inputs.tensors["x"], inputs.tensors["z"], inputs.tensors["scale"])
+
+
+def one_logits(inputs: Inputs) -> Tensor:
+    """open_clip's loss with its second matmul replaced by a transpose: the strongest plain PyTorch."""
+    t = inputs.tensors
+    logits = t["scale"] * t["x"] @ t["z"].T
+    labels = torch.arange(logits.shape[0])
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def _compiled() -> Loss:
+    return torch.compile(one_logits, fullgraph=False, dynamic=False)
+
+
+# ------------------------------------------------------------------------------------------------ critics
+def fused_critic(inputs: Inputs) -> Tensor:
+    t = inputs.tensors
+    j, el = ck.critic_moments(t["x"], t["z"], inputs.critics["critic"])
+    return j - el
+
+
+def eager_critic(inputs: Inputs) -> Tensor:
+    t = inputs.tensors
+    j, el = moments(inputs.critics["critic"].pairwise(t["x"], t["z"]), 0, False)  # type: ignore[operator]
+    return j - el
+
+
+def fused_cibr(inputs: Inputs) -> Tensor:
+    t = inputs.tensors
+    return ck.cibr_loss(
+        t["x"], t["z"], t["scale"], image_inputs=t["image_inputs"], text_inputs=t["text_inputs"],
+        critics=dict(inputs.critics.items()), lam=LAM, noise_std=NOISE_STD, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+
+
+def eager_cibr(inputs: Inputs) -> Tensor:
+    """`cibr_loss` as one would write it without kernels: one-logits and four critics on (n, n, hidden) tensors."""
+    t, generator = inputs.tensors, torch.Generator().manual_seed(0)
+    zv, zt = noisy(t["x"], NOISE_STD, generator), noisy(t["z"], NOISE_STD, generator)
+    xv, xt = t["image_inputs"], t["text_inputs"]
+    pairs = ((xv, scale_gradient(zv, -LAM)), (xt, scale_gradient(zv, LAM)),
+             (xt, scale_gradient(zt, -LAM)), (xv, scale_gradient(zt, LAM)))  # fmt: skip
+    nats = []
+    for name, (x, z) in zip(TERMS, pairs, strict=True):
+        j, el = moments(inputs.critics[name].pairwise(x, z), 0, False)  # type: ignore[operator]
+        nats.append(j - el)
+    surrogate = -torch.stack(nats).sum()
+    penalty = LAM * (nats[0] - nats[1] + nats[2] - nats[3]).detach()
+    return one_logits(inputs) + penalty + (surrogate - surrogate.detach())
+
+
+def _activations(case: Case, forward: int, train: int, hidden: int = 0) -> float:
+    """Bytes of so many (n, n, hidden) float32 tensors."""
+    return (train if case.backward else forward) * 4 * case.n**2 * (hidden or case.width)
+
+
+def _logits(case: Case, forward: int, train: int) -> float:
+    """Bytes of so many (n, n) tensors in the features' dtype."""
+    return (train if case.backward else forward) * itemsize(case) * case.n**2
+
+
+def _small(case: Case) -> float:
+    """The fused ops: features, gradients, one stash and one panel of logits; or the reference's (n, n) tensors."""
+    linear = 16 * 4 * case.n * max(case.width, 512) + 2 * ck.stash_budget()
+    if ck.native_available():
+        return linear
+    return linear + {"clip_loss": 4.0, "critic_moments": 5.0 * case.width, "cibr_loss": 5 * 256.0}[case.op] * (
+        4 * case.n**2
+    )
+
+
+def _no_passes(case: Case) -> None:
+    return None
+
+
+IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
+    ("clip_loss", "fused"): Implementation(lambda: fused_clip, fused_clip_passes, _small),
+    ("clip_loss", "open_clip"): Implementation(
+        build_open_clip, lambda c: 6 if c.backward else 2, lambda c: _logits(c, 4, 6)
+    ),
+    ("clip_loss", "one-logits"): Implementation(
+        lambda: one_logits, lambda c: 3 if c.backward else 1, lambda c: _logits(c, 4, 6)
+    ),
+    ("clip_loss", "compiled"): Implementation(_compiled, lambda c: 3 if c.backward else 1, lambda c: _logits(c, 4, 6)),
+    ("critic_moments", "fused"): Implementation(lambda: fused_critic, _no_passes, _small),
+    ("critic_moments", "eager"): Implementation(lambda: eager_critic, _no_passes, lambda c: _activations(c, 2, 3)),
+    ("cibr_loss", "fused"): Implementation(lambda: fused_cibr, _no_passes, _small),
+    # each critic keeps one activation until backward, which then needs two more
+    ("cibr_loss", "eager"): Implementation(lambda: eager_cibr, _no_passes, lambda c: _activations(c, 2, 6, 256)),
+}
+
+
+def gigabytes(size: float) -> str:
+    """A size in the unit that suits it, decimal."""
+    if size <= 0:
+        return "0"
+    power = min(int(math.log10(size) // 3), 4)
+    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -1,0 +1,179 @@
+"""The benchmark measures what it says: its arithmetic, its memory, its agreement check and its command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # bench/ is not installed
+
+from bench import cli, measure, peers, processes, registry, report  # noqa: E402
+from bench.measure import Row  # noqa: E402
+from bench.registry import CASES, Case, Target  # noqa: E402
+
+MIB = 2**20
+KINDS = {(case.op, case.dtype, case.backward): case for case in CASES}.values()
+
+
+@pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
+def test_every_implementation_computes_the_same(case):
+    tiny = replace(case.shrunk(48), width=32, baselines=tuple(b for b in case.baselines if b != "compiled"))
+    answers, gemms = measure.time_child(tiny, tiny.implementations, budget=0.01)
+    for name in tiny.implementations:
+        assert 1 <= len(answers[name]["seconds"]) <= measure.MAX_ROUNDS and min(answers[name]["seconds"]) > 0
+        assert measure.agrees(tiny, Row(name, **{k: v for k, v in answers[name].items() if k != "seconds"})), answers
+    for name in tiny.baselines:
+        assert ("grad_diff" in answers[name]) and (answers[name]["grad_diff"] is not None) == tiny.backward
+    runs = sum(len(answer["seconds"]) for answer in answers.values())
+    assert len(gemms) == (runs if tiny.op == "clip_loss" else 0)
+
+
+def test_cases_are_named_once_and_all_their_implementations_exist():
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names)
+    for case in CASES:
+        for implementation in case.implementations:
+            entry = peers.IMPLEMENTATIONS[case.op, implementation]
+            assert entry.peak_bytes(case) > 0 and (entry.passes(case) is None) == (case.op != "clip_loss")
+        assert case.target is None or case.target.baseline in case.baselines
+
+
+def test_the_targets_of_the_project_are_in_the_table():
+    targets = {case.name: case.target for case in CASES if case.target}
+    clip = Target("open_clip", 2.0, 1 / 10)
+    assert targets == {
+        "clip_loss-train-8192-float32": clip,
+        "clip_loss-train-8192-bfloat16": clip,
+        "critic_moments-train-2048-float32": Target("eager", 60.0, 1 / 100),
+    }
+
+
+def test_a_wrong_gradient_is_called_wrong():
+    case = Case("clip_loss", 64, 32)
+    assert measure.agrees(case, Row("peer", loss_diff=1e-7, grad_diff=1e-6))
+    assert not measure.agrees(case, Row("peer", loss_diff=1e-7, grad_diff=0.1))
+    assert not measure.agrees(case, Row("peer", loss_diff=float("nan"), grad_diff=1e-6))
+    x, zero = torch.randn(8, 4), torch.zeros(1)
+    difference = measure._difference((x.sum(), (x, x, zero)), x.sum(), (x, 1.5 * x, zero + 1e-9))
+    assert difference["loss_diff"] == 0 and difference["grad_diff"] == pytest.approx(0.5)
+
+
+def test_floor_is_passes_times_the_flops_over_the_rate():
+    assert measure.floor_seconds(4, 8192, 8192, 512, 200e9) == pytest.approx(4 * 2 * 8192**2 * 512 / 200e9)
+    assert measure.gemm_flops(Case("clip_loss", 16384, 512)) == 2 * 2048 * 512 * 8192
+
+
+def test_passes_follow_the_stash_budget(monkeypatch):
+    monkeypatch.setattr(peers.ck, "native_available", lambda: True)
+    passes = peers.IMPLEMENTATIONS["clip_loss", "fused"].passes
+    fits, too_large = int((peers.ck.stash_budget() / 4) ** 0.5), int((peers.ck.stash_budget() / 4) ** 0.5) + 1
+    assert passes(Case("clip_loss", fits, 512)) == 3 and passes(Case("clip_loss", too_large, 512)) == 4
+    assert passes(Case("clip_loss", too_large, 512, "bfloat16")) == 3
+    assert passes(Case("clip_loss", fits, 512, backward=False)) == 1
+
+
+def _peak_of_96_mib() -> int:
+    measure.map_large_allocations()
+
+    def work() -> torch.Tensor:
+        torch.ones(48 * MIB // 4)  # freed at once: it must not be added to what follows
+        kept = torch.ones(64 * MIB // 4)
+        torch.ones(32 * MIB // 4)
+        return kept
+
+    return measure.peak_extra_bytes(work)
+
+
+def test_memory_of_a_known_allocation():
+    assert 95 * MIB < processes.call(_peak_of_96_mib) < 104 * MIB
+
+
+def _fail(message: str) -> None:
+    raise ValueError(message)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_child_that_raises_or_dies_is_reported():
+    with pytest.raises(processes.Failed, match="ValueError: out of luck"):
+        processes.call(_fail, "out of luck")
+    with pytest.raises(processes.Failed, match="-9"):
+        processes.call(_die)
+
+
+def test_a_child_is_stopped_at_its_deadline():
+    with pytest.raises(processes.Failed, match="out of time"):
+        processes.call(time.sleep, 60, deadline=time.monotonic() + 0.5)
+
+
+def test_what_does_not_fit_is_reported_and_not_run(monkeypatch):
+    case = Case("critic_moments", 128, 32, baselines=("eager",), target=Target("eager", 60.0, 1 / 100))
+    needed = peers.IMPLEMENTATIONS["critic_moments", "eager"].peak_bytes(case)
+    unlimited = peers.Implementation(lambda: peers.fused_critic, lambda c: None, lambda c: 1.0)
+    monkeypatch.setitem(peers.IMPLEMENTATIONS, ("critic_moments", "fused"), unlimited)
+    monkeypatch.setattr(measure, "available_bytes", lambda: int(needed))
+    result = measure.measure(case, budget=0.0)
+    fused, eager = result.rows
+    assert len(fused.seconds) == 1 and fused.extra_bytes is not None
+    assert eager.seconds == [] and f"needs about {peers.gigabytes(needed)}" in eager.note
+    assert report.targets(result) == ["  target against eager: not measured"]
+
+
+def test_marks_of_a_target():
+    case = Case("clip_loss", 8192, 512, baselines=("open_clip",), target=Target("open_clip", 2.0, 1 / 10))
+    rows = [Row("fused", [1.0, 2.0, 3.0], 10), Row("open_clip", [3.8], 1000)]
+    (line,) = report.targets(measure.Result(case, rows, 1e11))
+    assert "FAIL 1.90x" in line and "PASS 1/100.0" in line
+
+
+def test_sizes_are_printed_in_their_unit():
+    assert [peers.gigabytes(x) for x in (0, 512, 12.9e9, 3.3e16)] == ["0", "512 B", "12.9 GB", "3.3e+04 TB"]
+
+
+def test_command_line_writes_json_and_a_picture(tmp_path, monkeypatch, capsys):
+    cases = [Case("clip_loss", 96, 32, baselines=("open_clip", "one-logits"), quick=True), Case("clip_loss", 64, 32)]
+    monkeypatch.setattr(registry, "CASES", cases)
+    arguments = ["--quick", "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(cli, "QUICK_SECONDS", 500)  # a loaded machine is no reason to fail
+    monkeypatch.setattr(cli, "QUICK_STOP", 500)
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "vendor GEMM" in out and "cpu:" in out
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert written["machine"]["torch"] == torch.__version__
+    assert [r["name"] for r in written["results"]] == ["clip_loss-train-96-float32"]
+    rows = {row["implementation"]: row for row in written["results"][0]["rows"]}
+    assert set(rows) == {"fused", "open_clip", "one-logits"} and all(r["seconds"] for r in rows.values())
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_no_case_starts_after_the_deadline(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(registry, "CASES", [Case("clip_loss", 64, 32, quick=True)])
+    monkeypatch.setattr(cli, "QUICK_SECONDS", -1)
+    assert cli.main(["--quick", "--json", str(tmp_path / "b.json")]) == 0
+    assert "left out for time: clip_loss-train-64-float32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("start", [["bench/"], ["-m", "bench"]], ids=" ".join)
+def test_an_unknown_name_lists_the_known_ones(start):
+    done = subprocess.run([sys.executable, *start, "clip_los5"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "clip_los5" in done.stderr and "clip_loss-train-8192-float32" in done.stderr and "toy" in done.stderr
+
+
+def test_plot_without_matplotlib_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
+        report.require_matplotlib()
