@@ -186,7 +186,7 @@ class CIBRLoss(nn.Module):
         hidden, activation: of the critics.
         lam: weight of the penalty (0.5, the paper's best).
         noise_std: noise on unit-norm Z, 0.25.
-        warmup_steps: training steps in which only the critics learn (lambda 0); then `ramp_steps` steps of linear growth.
+        warmup_steps: training steps in which only the critics learn (lambda 0); ramp_steps: then linear growth.
         estimator, negatives, diagonal: as in `mutual_information`.
         ema_decay: decay of MINE's moving average; None (default for all pairs) leaves the gradient of DV.
 

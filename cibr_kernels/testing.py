@@ -40,7 +40,8 @@ def assert_close(
     """Holds `actual` to the rule.
 
     truth is float64; eager is PyTorch's, in `actual`'s dtype; terms: length of the sums; exponent: largest |logit|;
-    features: dtype of the features; magnitude: sum of the absolute terms of an output that cancels.  Raises AssertionError naming the output and the three numbers.
+    features: dtype of the features; magnitude: sum of the absolute terms of an output that cancels.
+    Raises AssertionError naming the output and the three numbers.
     """
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     assert actual.dtype == eager.dtype, f"{name}: dtype {actual.dtype}, expected {eager.dtype}"

@@ -19,7 +19,7 @@ def _problem(x: Tensor, y: Tensor, scale: Tensor, offset: int) -> dict:
 def forward(
     x: Tensor, y: Tensor, scale: Tensor, offset: int, one_way: bool, stash: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> loss (), LSE of rows (n,) and columns (m,) without the positives, positives (n,), stash offset (); stash filled."""
+    """-> loss (), LSE of rows (n,), of columns (m,) without positives, positives (n,), stash offset (); fills stash."""
     n, m = x.shape[0], y.shape[0]
     loss, stash_offset, row_lse, col_lse, positives = (
         torch.empty(size, dtype=torch.float32) for size in ((), (), (n,), (m,), (n,))

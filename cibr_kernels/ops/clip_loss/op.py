@@ -21,7 +21,7 @@ from cibr_kernels import backends
 from cibr_kernels.ops import checks
 
 _STASH_BYTES = 64 * 2**20
-_BLOCK = 32  # columns of a block of the stash: csrc/common/gemm.h, kBlock
+_BLOCK = 32  # columns of a block of the stash: csrc/common/engine.h, kBlock
 
 
 def stash_budget() -> int:
@@ -76,10 +76,9 @@ def clip_loss(
     checks.same_rows(image_features=x, text_features=y)
     checks.same_width(image_features=x, text_features=y)
     scale = checks.scalar("logit_scale", logit_scale, x)
+    bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, x)
     loss = rectangular_clip_loss(x, y, scale, one_way=one_way, backend=backend)
-    if logit_bias is not None:
-        loss = loss + 0.0 * checks.scalar("logit_bias", logit_bias, x)
-    return loss
+    return loss if bias is None else loss + 0.0 * bias
 
 
 def rectangular_clip_loss(
@@ -130,7 +129,7 @@ def _(grad, x, y, scale, row_lse, col_lse, positives, stash_offset, stash, offse
 
 def _empty_stash(x: Tensor, y: Tensor, stash: bool) -> Tensor:
     if not stash:
-        return x.new_empty((0, 0, _BLOCK))
+        return x.new_empty(0)
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
     return x.new_empty(((y.shape[0] + _BLOCK - 1) // _BLOCK, x.shape[0], _BLOCK), dtype=dtype)
 

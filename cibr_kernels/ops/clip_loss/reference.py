@@ -4,8 +4,8 @@
     loss = 1/n sum_i [LSE_j l_ij - l_i,pos]                                  one_way
     loss = half of that plus half of the same over the n columns that have a positive
 
-LSE_j l_ij - l_i,pos is written softplus(LSE_{j != pos} l_ij - l_i,pos): the same number, and one whose gradient does not
-cancel when the loss is tiny (at scale 100 even float64 loses every digit of softmax - 1).
+LSE_j l_ij - l_i,pos is written softplus(LSE_{j != pos} l_ij - l_i,pos): the same number, whose gradient does not cancel
+when the loss is tiny (at scale 100 even float64 loses every digit of softmax - 1).
 """
 
 from __future__ import annotations

@@ -30,8 +30,9 @@ class Shifts:
 def shifts(k: int) -> Shifts:
     """k cyclic shifts of the batch as the product of marginals: pairs (i, (i + s) mod n) for s = 1 ... k.
 
-    Derangements, all pairs distinct; the batch must be in random order.  k = 1 is MINE's single shuffle: cheap, and with
-    it the CIBR penalty does not work (`python bench/ toy`).  Raises ValueError for k < 1, at use for k >= n.
+    Derangements, all pairs distinct; the batch must be in random order.  k = 1 is MINE's single shuffle: cheap, but its
+    estimate is so noisy that the CIBR penalty is slow or fails (`python bench/ toy`).  Raises ValueError for k < 1, and
+    at use for k >= n.
     """
     if k < 1:
         raise ValueError(f"shifts needs k >= 1, got {k}")
@@ -58,7 +59,8 @@ def critic_moments(
 
     Gradients reach x, z and the critic's parameters for any gradient of (J, L).  Autocast is off inside.
     Raises ValueError for shapes, one row (there is no negative), k >= n; TypeError for dtypes or an unknown critic.
-    Source: MINE (1801.04062), equation 5; all pairs: SCIENCE in DESIGN.md.
+    Source: MINE (1801.04062), equation 5; all n^2 - n pairs make its second term a degenerate U-statistic, whose
+    error is e^I / n where k shuffles have e^I / sqrt(n k).
     """
     checks.matrix("x", x)
     checks.matrix("z", z)

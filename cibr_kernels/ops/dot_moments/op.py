@@ -22,7 +22,7 @@ def dot_moments(
     include_diagonal: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(J, L) of S = f g^T: 0-d tensors, differentiable in f and g.  Row i's positive is column offset + i.  No checks."""
+    """(J, L) of S = f g^T: 0-d tensors, differentiable in f and g.  No checks."""
     return dot_moments_forward(f.contiguous(), g.contiguous(), offset, include_diagonal, backend)
 
 

@@ -38,8 +38,9 @@ def log_mean_exp(
                 f"mask is {tuple(mask.shape)} on {mask.device} but scores is {tuple(scores.shape)} on {scores.device}"
             )
         mask = mask.contiguous()
+    log_ema = None if ema is None else checks.scalar("ema", ema, scores)
     el = log_mean_exp_forward(scores.contiguous(), mask, backend)
-    return el if ema is None else ema_corrected(el, checks.scalar("ema", ema, scores))
+    return el if log_ema is None else ema_corrected(el, log_ema)
 
 
 def ema_corrected(el: Tensor, log_ema: Tensor) -> Tensor:
