@@ -19,7 +19,11 @@ struct Buffer {
     data = static_cast<T*>(::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
     if (!data) ::abort();
   }
-  ~Buffer() { ::free(data); }
+  ~Buffer() { release(); }
+  void release() {
+    ::free(data);
+    data = nullptr;
+  }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 };

@@ -374,6 +374,11 @@ static void backward_sweep(const DotBackward& p, const Weights& w) {
     }
     Engine<T>::leave();
     if (p.dy) {
+#pragma omp single
+      {  // dy is about to be touched for the first time: the peak stays where it is
+        yt.release();
+        yb.release();
+      }
 #pragma omp for schedule(static)
       for (int64_t j = 0; j < p.m; j++) {
         const int64_t i = j - p.offset;
