@@ -276,11 +276,11 @@ static bool forward_sweep(const DotForward& p, bool fixed, float off) {
   }
   if (p.col_lse)
     for (int64_t j = 0; j < p.m; j++) p.col_lse[j] = ::logf(col_sum.data[j]) + (fixed ? off : col_max.data[j]);
-  if (fixed && p.n > 1) {  // with one row a column may hold nothing but its positive
-    for (int64_t i = 0; i < p.n; i++) underflow |= p.row_lse[i] < off - kUnderflow;
-    if (p.col_lse)
-      for (int64_t j = 0; j < p.m; j++) underflow |= p.col_lse[j] < off - kUnderflow;
-  }
+  // A row of one masked column, or a column of one masked row, is empty and rightly -infinity.
+  for (int64_t i = 0; fixed && (p.m > 1 || !p.mask_positives) && i < p.n; i++)
+    underflow |= p.row_lse[i] < off - kUnderflow;
+  for (int64_t j = 0; fixed && p.col_lse && (p.n > 1 || !p.mask_positives) && j < p.m; j++)
+    underflow |= p.col_lse[j] < off - kUnderflow;
   return !underflow;
 }
 

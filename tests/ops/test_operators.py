@@ -1,0 +1,80 @@
+"""The registered operators: PyTorch's own checks, and compiled graphs equal to eager."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import leaves, towers
+from torch import Tensor
+from torch.library import opcheck
+
+import cibr_kernels as ck
+
+OPS = torch.ops.cibr_kernels
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+
+each_backend = pytest.mark.parametrize(
+    "backend",
+    [
+        "reference",
+        pytest.param("native", marks=pytest.mark.skipif(not ck.native_available(), reason="kernels not built")),
+    ],
+)
+
+
+def features(n: int = 5, m: int = 7, d: int = 3) -> list[Tensor]:
+    return leaves(*towers(n, m, d))
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("one_way", "stash"), [(False, False), (True, False), (False, True)])
+def test_clip_loss(one_way, stash, dtype, backend):
+    x, y = leaves(*features(), dtype=dtype)
+    scale = torch.tensor(3.0, requires_grad=True)
+    # without kept exponentials their offset is NaN, which the last check takes for a difference
+    checks = CHECKS if stash and backend == "native" else CHECKS[:3]
+    opcheck(OPS.clip_loss_forward, (x, y, scale, 1, one_way, stash, backend), test_utils=checks)
+    _, *saved = OPS.clip_loss_forward(x, y, scale, 1, one_way, stash, backend)
+    for need_dx, need_dy in ((True, True), (True, False), (False, True)):
+        arguments = torch.ones(()), x, y, scale, *saved, 1, one_way, need_dx, need_dy, backend
+        opcheck(OPS.clip_loss_backward, tuple(detached(arguments)), test_utils=CHECKS)
+
+
+@each_backend
+@pytest.mark.parametrize("include", [False, True])
+def test_dot_moments(include, backend):
+    f, g = features()
+    opcheck(OPS.dot_moments_forward, (f, g, 1, include, backend), test_utils=CHECKS)
+    _, el = OPS.dot_moments_forward(f, g, 1, include, backend)
+    for needs in ((True, True), (True, False), (False, True)):
+        arguments = torch.ones(()), torch.ones(()), f, g, el, 1, include, *needs, backend
+        opcheck(OPS.dot_moments_backward, tuple(detached(arguments)), test_utils=CHECKS)
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "needs", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+)
+def test_additive_moments(needs, backend):
+    (w,) = leaves(torch.randn(3))
+    a, b = features()
+    inputs = [t.requires_grad_(need) for t, need in zip((a, b, w), needs, strict=True)]
+    opcheck(OPS.additive_moments_forward, (*inputs, "gelu", 0.0, 1, False, *needs, backend), test_utils=CHECKS)
+    *_, ga, gb, gw = OPS.additive_moments_forward(*inputs, "gelu", 0.0, 1, False, *needs, backend)
+    arguments = torch.ones(()), torch.ones(()), *inputs, ga, gb, gw, "gelu", 0.0, 1, *needs
+    opcheck(OPS.additive_moments_backward, tuple(detached(arguments)), test_utils=CHECKS)
+
+
+@each_backend
+@pytest.mark.parametrize("masked", [False, True])
+def test_log_mean_exp(masked, backend):
+    (scores,) = leaves(torch.randn(4, 6))
+    mask = torch.rand(4, 6) < 0.5 if masked else None
+    opcheck(OPS.log_mean_exp_forward, (scores, mask, backend), test_utils=CHECKS)
+    el = OPS.log_mean_exp_forward(scores, mask, backend)
+    opcheck(OPS.log_mean_exp_backward, tuple(detached((torch.ones(()), scores, mask, el, backend))), test_utils=CHECKS)
+
+
+def detached(arguments: tuple) -> list:
+    return [a.detach() if isinstance(a, Tensor) else a for a in arguments]
