@@ -44,6 +44,9 @@ class ConcatCritic(nn.Module):
 
     def additive_parts(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, str, float]:
         """x (n, x_dim), z (m, z_dim) -> a (n, hidden), b (m, hidden), w (hidden,), c2 (), activation, slope."""
+        for name, t, layer in (("x", x, self.x_proj), ("z", z, self.z_proj)):
+            if t.shape[-1] != layer.in_features:
+                raise ValueError(f"{name} has width {t.shape[-1]} but the critic was made for {layer.in_features}")
         w, bias = self.out.weight.squeeze(0), self.out.bias.squeeze(0)
         return self.x_proj(x), self.z_proj(z), w, bias, self.activation, self.slope
 
@@ -205,6 +208,8 @@ class CIBRLoss(nn.Module):
         super().__init__()
         if min(lam, noise_std, warmup_steps, ramp_steps) < 0:
             raise ValueError(f"must not be negative: {lam=}, {noise_std=}, {warmup_steps=}, {ramp_steps=}")
+        if ema_decay is not None and estimator != "mine":
+            raise ValueError(f"ema_decay belongs to estimator 'mine', got estimator {estimator!r}")
         if noise_std == 0:
             warnings.warn("noise_std is 0: the information of a deterministic Z about X is infinite", stacklevel=2)
         widths = {

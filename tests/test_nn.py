@@ -87,6 +87,11 @@ def test_separable_critic_is_a_dot_product_of_embeddings():
         (lambda: ck.nn.LogEMA(1.0), r"decay must lie in \[0, 1\), got 1.0"),
         (lambda: objective(lam=-1.0), "must not be negative: lam=-1.0"),
         (lambda: objective(warmup_steps=-1), "warmup_steps=-1"),
+        (lambda: objective(estimator="nwj", ema_decay=0.9), "ema_decay belongs to estimator 'mine', got .* 'nwj'"),
+        (
+            lambda: ck.critic_moments(torch.ones(3, 5), torch.ones(3, 2), ck.nn.ConcatCritic(4, 2, 8)),
+            "x has width 5 but the critic was made for 4",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(make, message):

@@ -71,6 +71,7 @@ REFUSED = {
     "moments backend": (moments(backend="triton"), ValueError, r"backend is 'triton'"),
     "shifts 0": (lambda: ck.shifts(0), ValueError, r"k >= 1, got 0"),
     "mi estimator": (lambda: ck.mutual_information(X, X, CRITIC, estimator="js"), ValueError, r"estimator is 'js'"),
+    "bound ema": (lambda: ck.bound(X[0, 0], X[0, 0], "nwj", ema=X[0, 0]), ValueError, r"ema corrects .* got .* 'nwj'"),
     "bound estimator": (lambda: ck.bound(X[0, 0], X[0, 0], "ceb"), ValueError, r"estimator is 'ceb'; known are 'mine'"),
     "bound a": (lambda: ck.bound(X[0, 0], X[0, 0], "tuba", a=0.0), ValueError, r"TUBA's a must be positive, got 0.0"),
     "cmi estimator": (cmi(estimator="club"), ValueError, r"estimator is 'club'"),

@@ -38,12 +38,14 @@ def bound(
 
     `ema` (log of the moving average of e^L, 0-d, or an `nn.LogEMA`, which takes this L in first) belongs to "mine",
     without it "mine" is "dv"; `a` > 0 to "tuba" (e gives NWJ); `rho`, `c` to "remine" (2012.07494).
-    Raises ValueError for an unknown estimator or a <= 0.
+    Raises ValueError for an unknown estimator, an ema with another estimator than "mine", or a <= 0.
     Sources: Donsker-Varadhan and MINE 1801.04062, NWJ 0809.0853, TUBA 1905.06922.
     """
     checks.choice("estimator", estimator, BOUNDS)
+    if ema is not None and estimator != "mine":
+        raise ValueError(f"ema corrects the gradient of estimator 'mine' only, got estimator {estimator!r}")
     if estimator in ("mine", "dv"):
-        if estimator == "dv" or ema is None:
+        if ema is None:
             return j - el
         return j - ema_corrected(el, ema if isinstance(ema, Tensor) else ema(el))
     if estimator == "nwj":
@@ -119,7 +121,7 @@ def conditional_mutual_information(
             )
         if estimator == "align":
             checks.same_width(z=z, other=other)
-            return (z.float() - other.float()).square().sum(1).mean() / (2 * noise_std**2)
+            return (_promote(z) - _promote(other)).square().sum(1).mean() / (2 * noise_std**2)
         return _ceb(z, other, critics, noise_std)
     checks.choice("decomposition", decomposition, DECOMPOSITIONS)
     pairs = {
@@ -138,10 +140,14 @@ def conditional_mutual_information(
     return terms[0] - terms[1] if len(terms) == 2 else terms[0]
 
 
+def _promote(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
 def _ceb(z: Tensor, other: Tensor, q: Callable[[Tensor], Any], noise_std: float) -> Tensor:
     out = q(other)
     mean, log_std = out if isinstance(out, tuple) else (out, torch.full_like(out, math.log(noise_std)))
     if mean.shape != z.shape:
         raise ValueError(f"q(other) has shape {tuple(mean.shape)} but z is {tuple(z.shape)}")
-    variance = noise_std**2 + (z.float() - mean.float()).square()
+    variance = noise_std**2 + (_promote(z) - _promote(mean)).square()
     return (log_std - math.log(noise_std) + variance / (2 * torch.exp(2 * log_std)) - 0.5).sum(1).mean()
