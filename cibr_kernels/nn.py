@@ -21,14 +21,17 @@ class ConcatCritic(nn.Module):
     """T(x, z) = w . phi(Wx x + Wz z + c) + c2: an MLP on [x, z] with one hidden layer, split so that pairs add.
 
     Args: x_dim, z_dim and hidden widths; activation, one of relu, leaky_relu, gelu, gelu_tanh, silu, elu, softplus,
-    tanh; slope, leaky_relu's negative slope or elu's alpha (defaults: torch's).  Raises ValueError for other names and
-    non-positive widths.
+    tanh; slope, leaky_relu's negative slope or elu's alpha (defaults: torch's); layers, the number of hidden layers, of
+    which this version has one.  Raises ValueError for other names, layers and non-positive widths.
     """
 
     def __init__(
-        self, x_dim: int, z_dim: int, hidden: int = 512, *, activation: str = "relu", slope: float | None = None
-    ) -> None:
+        self, x_dim: int, z_dim: int, hidden: int = 512, layers: int = 1, *, activation: str = "relu",
+        slope: float | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
+        if layers != 1:
+            raise ValueError(f"ConcatCritic has one hidden layer in this version, got layers={layers}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; known are {', '.join(map(repr, ACTIVATIONS))}")
         if min(x_dim, z_dim, hidden) < 1:

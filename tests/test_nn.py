@@ -83,6 +83,7 @@ def test_separable_critic_is_a_dot_product_of_embeddings():
     [
         (lambda: ck.nn.ConcatCritic(2, 2, activation="swish"), "activation is 'swish'; known are 'relu'"),
         (lambda: ck.nn.ConcatCritic(0, 2), "widths must be positive, got x_dim=0"),
+        (lambda: ck.nn.ConcatCritic(2, 2, layers=2), "one hidden layer in this version, got layers=2"),
         (lambda: ck.nn.SeparableCritic(2, 2, 0), "widths must be positive, got 2, 2, 0, 128"),
         (lambda: ck.nn.LogEMA(1.0), r"decay must lie in \[0, 1\), got 1.0"),
         (lambda: objective(lam=-1.0), "must not be negative: lam=-1.0"),
