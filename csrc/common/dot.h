@@ -29,7 +29,7 @@ namespace CK_ISA {
 
 constexpr float kFixedBound = 110.0f, kHeadroom = 60.0f;
 constexpr float kUnderflow = 55.0f;     // e^-55 of the offset still leaves 30 nats above the smallest float
-constexpr int64_t kChunkBlocks = 128;   // blocks of 32 columns in a chunk: a panel of P is 4 MiB
+constexpr int64_t kChunkBlocks = 128;   // blocks of 32 columns in a chunk: a panel of P is 4 to 6 MiB
 
 // The largest norm of a row; NaN or infinity where a row has one.
 template <typename S>
@@ -347,7 +347,7 @@ static void backward_sweep(const DotBackward& p, const Weights& w) {
             Engine<T>::multiply(xt.data, dp * kBlock, dp, as_b, rows, dyt.data + b * dp * kBlock, i0 > 0);
         }
         if (!p.dx) continue;
-        constexpr int64_t kTileRows = 128;
+        constexpr int64_t kTileRows = 192;
         const int64_t row_tiles = (rows + kTileRows - 1) / kTileRows;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < row_tiles * dblocks; task++) {

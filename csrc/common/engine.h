@@ -71,8 +71,8 @@ static inline void float_tail(int64_t rows, const float* a, int64_t a_block, con
 
 template <>
 struct Engine<float> {
-  static constexpr int64_t kPanelRows = 256;   // rows of x worked on at a time
-  static constexpr int64_t kDepth = 256;       // k of one sweep: 256 x 32 floats of B are 32 KiB, the L1 cache
+  static constexpr int64_t kPanelRows = 384;  // rows of x worked on at a time: whole tiles of 12, 768 KiB at d = 512
+  static constexpr int64_t kDepth = 256;      // k of one sweep: 256 x 32 floats of B are 32 KiB, the L1 cache
 
   static void enter() {}
   static void leave() {}

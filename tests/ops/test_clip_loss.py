@@ -16,11 +16,11 @@ from cibr_kernels.ops.clip_loss.op import rectangular_clip_loss
 from cibr_kernels.ops.clip_loss.reference import clip_loss as reference
 
 # (n, m, offset, d): one pair, smaller than a tile (32), whole tiles, ragged in every dimension, a rectangle, more than
-# one panel of rows (256 or 512)
+# one panel of rows (384 or 512)
 SHAPES = [
     (1, 1, 0, 8), (2, 2, 0, 3), (5, 5, 0, 31), (64, 64, 0, 32), (33, 33, 0, 100), (40, 100, 17, 65), (300, 301, 1, 33),
 ]  # fmt: skip
-DEEP = (48, 48, 0, 700)  # past one sweep of depth (256 or 512)
+DEEP = (48, 48, 0, 700)  # past one sweep of depth (384 or 512)
 PANELS = (600, 4500, 1000, 40)  # two panels of rows, two chunks of columns (128 blocks of 32)
 NAMES = ("loss", "dx", "dy", "dscale")
 
