@@ -29,6 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The four commands; every field of TrainConfig is an option of `cibr train`."""
     parser = argparse.ArgumentParser(
         prog="cibr", description="Trains and evaluates CLIP-like models with CIBR's penalty."
     )
@@ -96,6 +97,7 @@ def build_emoji(options: argparse.Namespace) -> int:
 
 
 def run_training(options: argparse.Namespace) -> int:
+    """Trains or resumes -> 0, or 128 + n where signal n stopped it. Raises UsageError for a changed option."""
     from cibr import checkpoint
     from cibr.train import train
 
