@@ -11,8 +11,9 @@ import torch  # noqa: F401  (before the compiled module: torch's wheel carries t
 from cibr_kernels import backends, nn
 from cibr_kernels.backends import native_available
 from cibr_kernels.ops.cibr_loss.op import cibr_loss
-from cibr_kernels.ops.clip_loss.op import clip_loss, set_stash_budget, stash_budget
+from cibr_kernels.ops.clip_loss.op import clip_loss
 from cibr_kernels.ops.critic_moments.op import critic_moments, shifts
+from cibr_kernels.ops.dot_lse.op import set_stash_budget, stash_budget
 from cibr_kernels.ops.log_mean_exp.op import log_mean_exp
 from cibr_kernels.ops.mutual_information.op import bound, conditional_mutual_information, mutual_information
 

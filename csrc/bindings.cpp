@@ -5,9 +5,8 @@
 #include <pybind11/pybind11.h>
 
 #include "additive_moments/additive_moments.h"
-#include "clip_loss/clip_loss.h"
 #include "common/isa.h"
-#include "dot_moments/dot_moments.h"
+#include "dot_lse/dot_lse.h"
 #include "log_mean_exp/log_mean_exp.h"
 
 namespace py = pybind11;
@@ -91,32 +90,15 @@ PYBIND11_MODULE(_C, m) {
   {
     using P = DotForward;
     py::class_<P, DotProblem> c(m, "DotForward");
+    c.def(py::init<>());
     FIELD(row_lse), FIELD(col_lse), FIELD(positives), FIELD(stash), FIELD(stash_dtype), FIELD(stash_offset);
   }
   {
-    using P = ClipLossForward;
-    py::class_<P, DotForward> c(m, "ClipLossForward");
+    using P = DotBackward;
+    py::class_<P, DotProblem> c(m, "DotBackward");
     c.def(py::init<>());
-    FIELD(one_way), FIELD(loss);
-  }
-  {
-    using P = ClipLossBackward;
-    py::class_<P, DotProblem> c(m, "ClipLossBackward");
-    c.def(py::init<>());
-    FIELD(one_way), FIELD(grad), FIELD(row_lse), FIELD(col_lse), FIELD(positives), FIELD(stash), FIELD(stash_dtype),
-        FIELD(stash_offset), FIELD(dx), FIELD(dy), FIELD(dscale);
-  }
-  {
-    using P = DotMomentsForward;
-    py::class_<P, DotProblem> c(m, "DotMomentsForward");
-    c.def(py::init<>());
-    FIELD(moments);
-  }
-  {
-    using P = DotMomentsBackward;
-    py::class_<P, DotProblem> c(m, "DotMomentsBackward");
-    c.def(py::init<>());
-    FIELD(grad_j), FIELD(grad_l), FIELD(el), FIELD(dx), FIELD(dy);
+    FIELD(row_lse), FIELD(row_weight), FIELD(col_lse), FIELD(col_weight), FIELD(positive_grad), FIELD(stash),
+        FIELD(stash_dtype), FIELD(stash_offset), FIELD(dx), FIELD(dy), FIELD(dscale);
   }
   {
     using P = AdditiveMoments;
@@ -133,10 +115,8 @@ PYBIND11_MODULE(_C, m) {
     FIELD(scores), FIELD(mask), FIELD(dtype), FIELD(count), FIELD(threads), FIELD(el), FIELD(grad), FIELD(dscores);
   }
 
-  KERNEL(clip_loss_forward, ClipLossForward);
-  KERNEL(clip_loss_backward, ClipLossBackward);
-  KERNEL(dot_moments_forward, DotMomentsForward);
-  KERNEL(dot_moments_backward, DotMomentsBackward);
+  KERNEL(dot_lse_forward, DotForward);
+  KERNEL(dot_lse_backward, DotBackward);
   KERNEL(additive_moments, AdditiveMoments);
   KERNEL(log_mean_exp_forward, LogMeanExp);
   KERNEL(log_mean_exp_backward, LogMeanExp);

@@ -64,7 +64,7 @@ for call in (
 def test_everything_works_without_the_compiled_module():
     refusals = python(WITHOUT_KERNELS).strip().splitlines()
     assert len(refusals) == 3
-    for line, op in zip(refusals, ("clip_loss", "log_mean_exp", "additive_moments"), strict=True):
+    for line, op in zip(refusals, ("dot_lse", "log_mean_exp", "additive_moments"), strict=True):
         assert line.startswith(f"no backend can run {op}: native: the compiled module") and "pip install -e ." in line
 
 
@@ -87,7 +87,8 @@ def reaches(path: Path, *modules: str) -> list[str]:
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_arrows_point_down(path):
     inside = path.relative_to(PACKAGE)
-    assert not reaches(path, "cibr", "open_clip", "bench", "triton", "numpy")
+    kernels = inside.name.startswith("triton")  # imported only when a Triton kernel is about to run
+    assert not reaches(path, "cibr", "open_clip", "bench", "numpy", *(() if kernels else ("triton",)))
     if inside.parts[0] == "ops":
         assert not reaches(path, "cibr_kernels.nn", "cibr_kernels.testing")
         assert not reaches(path, "cibr_kernels.clip_loss", "cibr_kernels.cibr_loss")  # the package's own front
@@ -102,7 +103,7 @@ def test_arrows_point_down(path):
 
 def test_every_op_has_its_files():
     expected = {"__init__.py", "op.py", "reference.py", "native.py"}
-    for name in ("clip_loss", "dot_moments", "additive_moments", "log_mean_exp"):
+    for name in ("dot_lse", "additive_moments", "log_mean_exp"):
         assert {p.name for p in (PACKAGE / "ops" / name).glob("*.py")} >= expected
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import leaves, towers
+from cases import LARGE, leaves, towers
 from torch import Tensor
 from torch.library import opcheck
 
@@ -28,28 +28,20 @@ def features(n: int = 5, m: int = 7, d: int = 3) -> list[Tensor]:
 
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("one_way", "stash"), [(False, False), (True, False), (False, True)])
-def test_clip_loss(one_way, stash, dtype, backend):
+@pytest.mark.parametrize(
+    ("mask", "need_cols", "budget"), [(True, True, 0), (True, False, 0), (True, True, LARGE), (False, True, 0)]
+)
+def test_dot_lse(mask, need_cols, budget, dtype, backend):
     x, y = leaves(*features(), dtype=dtype)
     scale = torch.tensor(3.0, requires_grad=True)
     # without kept exponentials their offset is NaN, which the last check takes for a difference
-    checks = CHECKS if stash and backend == "native" else CHECKS[:3]
-    opcheck(OPS.clip_loss_forward, (x, y, scale, 1, one_way, stash, backend), test_utils=checks)
-    _, *saved = OPS.clip_loss_forward(x, y, scale, 1, one_way, stash, backend)
+    checks = CHECKS if budget and backend == "native" else CHECKS[:3]
+    opcheck(OPS.dot_lse_forward, (x, y, scale, 1, mask, need_cols, budget, backend), test_utils=checks)
+    saved = OPS.dot_lse_forward(x, y, scale, 1, mask, need_cols, budget, backend)
+    grads = [torch.ones_like(t) for t in saved[:3]]
     for need_dx, need_dy in ((True, True), (True, False), (False, True)):
-        arguments = torch.ones(()), x, y, scale, *saved, 1, one_way, need_dx, need_dy, backend
-        opcheck(OPS.clip_loss_backward, tuple(detached(arguments)), test_utils=CHECKS)
-
-
-@each_backend
-@pytest.mark.parametrize("include", [False, True])
-def test_dot_moments(include, backend):
-    f, g = features()
-    opcheck(OPS.dot_moments_forward, (f, g, 1, include, backend), test_utils=CHECKS)
-    _, el = OPS.dot_moments_forward(f, g, 1, include, backend)
-    for needs in ((True, True), (True, False), (False, True)):
-        arguments = torch.ones(()), torch.ones(()), f, g, el, 1, include, *needs, backend
-        opcheck(OPS.dot_moments_backward, tuple(detached(arguments)), test_utils=CHECKS)
+        arguments = *grads, x, y, scale, *saved, 1, mask, need_dx, need_dy, backend
+        opcheck(OPS.dot_lse_backward, tuple(detached(arguments)), test_utils=CHECKS)
 
 
 @each_backend

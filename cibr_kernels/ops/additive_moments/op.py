@@ -45,9 +45,10 @@ def additive_moments_forward(
     need_a: bool, need_b: bool, need_w: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> J (), L () and the gradients of L: (n, h), (m, h), (h,), each empty unless needed."""
-    return backends.choose("additive_moments", backend, a, b, w).forward(
-        a, b, w, activation, slope, offset, include_diagonal, need_a, need_b, need_w
-    )
+    return backends.run(
+        "additive_moments", "forward", backend, (a, b, w), a, b, w, activation, slope, offset, include_diagonal,
+        need_a, need_b, need_w,
+    )  # fmt: skip
 
 
 @additive_moments_forward.register_fake

@@ -1,15 +1,11 @@
 """Symmetric InfoNCE (the CLIP loss) whose n x n logits are never stored in full.
 
     l_ij = scale * <x_i, y_j>                          positives p_i = l_i,offset+i
-    R_i  = log sum_{j != pos} exp l_ij                 C_j the same over rows
+    R_i  = log sum_{j != pos} exp l_ij                 C_j the same over rows: `dot_lse`
     loss = 1/2n sum_i [softplus(R_i - p_i) + softplus(C_i - p_i)]         (one_way: 1/n, rows only)
 
-    P_ij   = [exp(l_ij - LSE_i) + exp(l_ij - LSE_j)] / 2n  off the positives, where LSE includes them
-    dp_i   = -[sigmoid(R_i - p_i) + sigmoid(C_i - p_i)] / 2n, added exactly in float32
-    dx_i   = scale * (sum_j P_ij y_j + dp_i y_i)       dy_j the transpose       dscale = sum_i <x_i, dx_i> / scale
-
-The forward saves R, C and p.  Two tiers: where the exponentials fit `stash_budget()` they are kept (1 + 2 matmul
-passes), otherwise the backward computes the logits again (1 + 3) and memory is O((n + m) d).
+softplus(R - p) is LSE - p with the positive inside the LSE: the same number, whose value and gradient keep their digits
+when the loss is tiny.  Everything here is O(n); the passes over all pairs are `dot_lse`'s.
 """
 
 from __future__ import annotations
@@ -17,27 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cibr_kernels import backends
 from cibr_kernels.ops import checks
-
-_STASH_BYTES = 64 * 2**20
-_BLOCK = 32  # columns of a block of the stash: csrc/common/engine.h, kBlock
-
-
-def stash_budget() -> int:
-    """Bytes that `clip_loss` may spend on keeping exp(logits) for the backward.  Default: 64 MiB."""
-    return _STASH_BYTES
-
-
-def set_stash_budget(size: int) -> None:
-    """Sets the budget of the stash tier in bytes; 0 turns it off.
-
-    With n rows and m columns the stash takes n * m * 4 bytes for float32 and float16 features, n * m * 2 for bfloat16.
-    """
-    global _STASH_BYTES
-    if size < 0:
-        raise ValueError(f"the stash budget must not be negative, got {size}")
-    _STASH_BYTES = size
+from cibr_kernels.ops.dot_lse.op import dot_lse
 
 
 def clip_loss(
@@ -60,7 +37,7 @@ def clip_loss(
         logit_scale: exp(log_scale) = 1 / temperature, a positive number or a one-element tensor.
         logit_bias: accepted for open_clip's signature; softmax ignores a constant, so its gradient is zero.
         one_way: only image -> text, equation 3 of CIBR (2503.24182).
-        backend: "auto", "native" (C++, CPU) or "reference" (plain PyTorch, stores the n x n logits).
+        backend: "auto", "native" (C++, CPU), "triton" (GPU) or "reference" (plain PyTorch, stores the n x n logits).
 
     Raises:
         TypeError, ValueError: dtype, device or shape mismatch, empty input, non-positive scale (checked on the CPU).
@@ -85,71 +62,13 @@ def rectangular_clip_loss(
     x: Tensor, y: Tensor, scale: Tensor, *, offset: int = 0, one_way: bool = False, backend: str = "auto"
 ) -> Tensor:
     """The loss of n rows against m >= offset + n columns, row i's positive being column offset + i.  No checks."""
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad)
-    itemsize = 2 if x.dtype == torch.bfloat16 else 4
-    stash = needs_grad and x.shape[0] * y.shape[0] * itemsize <= _STASH_BYTES
-    return clip_loss_forward(x.contiguous(), y.contiguous(), scale, offset, one_way, stash, backend)[0]
+    rows, cols, positives = dot_lse(x, y, scale, offset=offset, need_cols=not one_way, backend=backend)
+    loss = softplus(rows - positives).mean()
+    if one_way:
+        return loss
+    return (loss + softplus(cols[offset : offset + x.shape[0]] - positives).mean()) / 2
 
 
-@torch.library.custom_op("cibr_kernels::clip_loss_forward", mutates_args=())
-def clip_loss_forward(
-    x: Tensor, y: Tensor, scale: Tensor, offset: int, one_way: bool, stash: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> loss (), LSE of rows (n,) and columns (m,) without the positives, positives (n,), stash and its offset ()."""
-    checks.positive("logit_scale", scale)
-    kept = _empty_stash(x, y, stash)
-    outputs = backends.choose("clip_loss", backend, x, y).forward(x, y, scale, offset, one_way, kept)
-    return *outputs, kept
-
-
-@clip_loss_forward.register_fake
-def _(x: Tensor, y: Tensor, scale: Tensor, offset: int, one_way: bool, stash: bool, backend: str):
-    n, m = x.shape[0], y.shape[0]
-    new = scale.new_empty
-    return new(()), new((n,)), new((m,)), new((n,)), new(()), _empty_stash(x, y, stash)
-
-
-@torch.library.custom_op("cibr_kernels::clip_loss_backward", mutates_args=())
-def clip_loss_backward(
-    grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, row_lse: Tensor, col_lse: Tensor, positives: Tensor,
-    stash_offset: Tensor, stash: Tensor, offset: int, one_way: bool, need_dx: bool, need_dy: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> dx (n, d), dy (m, d), each empty unless needed, and dscale ()."""
-    return backends.choose("clip_loss", backend, x, y).backward(
-        grad, x, y, scale, row_lse, col_lse, positives, stash_offset, stash, offset, one_way, need_dx, need_dy
-    )
-
-
-@clip_loss_backward.register_fake
-def _(grad, x, y, scale, row_lse, col_lse, positives, stash_offset, stash, offset, one_way, need_dx, need_dy, backend):
-    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
-    dy = torch.empty_like(y) if need_dy else y.new_empty(0)
-    return dx, dy, torch.empty_like(scale)
-
-
-def _empty_stash(x: Tensor, y: Tensor, stash: bool) -> Tensor:
-    if not stash:
-        return x.new_empty(0)
-    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    return x.new_empty(((y.shape[0] + _BLOCK - 1) // _BLOCK, x.shape[0], _BLOCK), dtype=dtype)
-
-
-def _setup(ctx, inputs, output) -> None:
-    x, y, scale, ctx.offset, ctx.one_way, _, ctx.backend = inputs
-    _, *saved = output
-    ctx.save_for_backward(x, y, scale, *saved)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad, *_):
-    if grad is None:
-        return (None,) * 7
-    need_x, need_y, need_scale = ctx.needs_input_grad[:3]
-    # dscale comes from <x, dx> or <y, dy>: one of the two is computed for it
-    dx, dy, dscale = clip_loss_backward(
-        grad, *ctx.saved_tensors, ctx.offset, ctx.one_way, need_x or not need_y, need_y, ctx.backend
-    )
-    return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, None, None, None, None
-
-
-clip_loss_forward.register_autograd(_backward, setup_context=_setup)
+def softplus(t: Tensor) -> Tensor:
+    """log(1 + exp t); F.softplus stops being exact at 20."""
+    return torch.logaddexp(t, torch.zeros_like(t))

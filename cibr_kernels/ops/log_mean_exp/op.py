@@ -54,7 +54,7 @@ def log_mean_exp_forward(scores: Tensor, mask: Tensor | None, backend: str) -> T
     """-> L (), float32 (float64 for float64)."""
     if mask is not None and scores.device.type == "cpu" and not mask.any():
         raise ValueError("mask has no True entry: the mean of nothing")
-    return backends.choose("log_mean_exp", backend, scores).forward(scores, mask)
+    return backends.run("log_mean_exp", "forward", backend, (scores,), scores, mask)
 
 
 @log_mean_exp_forward.register_fake
@@ -65,7 +65,7 @@ def _(scores, mask, backend):
 @torch.library.custom_op("cibr_kernels::log_mean_exp_backward", mutates_args=())
 def log_mean_exp_backward(grad: Tensor, scores: Tensor, mask: Tensor | None, el: Tensor, backend: str) -> Tensor:
     """-> dscores, the shape and dtype of scores."""
-    return backends.choose("log_mean_exp", backend, scores).backward(grad, scores, mask, el)
+    return backends.run("log_mean_exp", "backward", backend, (scores,), grad, scores, mask, el)
 
 
 @log_mean_exp_backward.register_fake
