@@ -3,11 +3,27 @@
 
 #include <stdlib.h>
 #include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <cstdint>
 
 namespace ck {
 namespace CK_ISA {
+
+constexpr int64_t kHugePage = int64_t{2} << 20;
+
+// Memory about to be touched for the first time: huge pages for the whole ones inside, 512 times fewer page faults.
+static inline void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t unit = kHugePage, first = (reinterpret_cast<uintptr_t>(data) + unit - 1) / unit * unit;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / unit * unit;
+  if (first < last) ::madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
+#else
+  (void)data, (void)bytes;
+#endif
+}
 
 template <typename T>
 struct Buffer {
@@ -16,8 +32,10 @@ struct Buffer {
   // Uninitialised.  A kernel that cannot get its O((n + m) d) scratch ends the process, as operator new would.
   explicit Buffer(int64_t count) {
     if (count <= 0) return;
-    data = static_cast<T*>(::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
+    const int64_t size = count * sizeof(T), unit = size >= kHugePage ? kHugePage : 64;
+    data = static_cast<T*>(::aligned_alloc(unit, (size + unit - 1) / unit * unit));
     if (!data) ::abort();
+    prefer_huge_pages(data, size);
   }
   ~Buffer() { release(); }
   void release() {

@@ -28,8 +28,8 @@ namespace ck {
 namespace CK_ISA {
 
 constexpr float kFixedBound = 110.0f, kHeadroom = 60.0f;
-constexpr float kUnderflow = 55.0f;     // e^-55 of the offset still leaves 30 nats above the smallest float
 constexpr int64_t kChunkBlocks = 128;   // blocks of 32 columns in a chunk: a panel of P is 4 to 6 MiB
+constexpr float kUnderflow = 55.0f;     // e^-55 of the offset still leaves 30 nats above the smallest float
 
 // The largest norm of a row; NaN or infinity where a row has one.
 template <typename S>
@@ -77,8 +77,10 @@ static void prepare(const DotProblem& p, const TileShape& t, float* s, float* po
   }
 }
 
-// e = exp(scale s - off) in place of s; adds to the 32 column sums, writes the row sums.
-static void exp_sums(float scale, float off, const TileShape& t, float* s, float* row_sum, float* col_sum) {
+// e = exp(scale s - off), kept at `keep` (which may be s) unless that is null; adds to the 32 column sums, writes the
+// row sums.
+static void exp_sums(float scale, float off, const TileShape& t, const float* s, float* keep, float* row_sum,
+                     float* col_sum) {
   constexpr int W = kBlock / VL;
   vf cols[W];
   for (int v = 0; v < W; v++) cols[v] = vf{};
@@ -86,7 +88,7 @@ static void exp_sums(float scale, float off, const TileShape& t, float* s, float
     vf row{};
     for (int v = 0; v < W; v++) {
       const vf e = vexp(load(s + r * kBlock + v * VL) * scale - off);
-      store(s + r * kBlock + v * VL, e);
+      if (keep) store(keep + r * kBlock + v * VL, e);
       cols[v] += e;
       row += e;
     }
@@ -195,8 +197,7 @@ static void emit(const float* p, int64_t rows, bf16* as_a, bf16* as_b) {
 }
 #endif
 
-template <typename E>
-static void to_stash(const float* e, int64_t rows, E* out) {
+static void to_stash(const float* e, int64_t rows, bf16* out) {
   for (int64_t k = 0; k < rows * kBlock; k++) from_float(e[k], out + k);
 }
 
@@ -210,16 +211,20 @@ template <typename T, typename S>
 static bool forward_sweep(const DotForward& p, bool fixed, float off) {
   const int64_t dp = pad32(p.d), mp = pad32(p.m), panel = Engine<T>::kPanelRows, blocks = mp / kBlock;
   const int64_t rows_cap = pad32(p.n) < panel ? pad32(p.n) : panel;
+  constexpr int64_t W = Engine<T>::kWidth;
+  const int64_t chunk = blocks < kChunkBlocks ? blocks : kChunkBlocks;
   Buffer<T> yt(mp * dp), xa(rows_cap * dp);
-  Buffer<float> col_sum(mp), col_max(fixed ? 0 : mp), part_sum(kChunkBlocks * rows_cap),
-      part_max(fixed ? 0 : kChunkBlocks * rows_cap);
+  Buffer<float> col_sum(mp), col_max(fixed ? 0 : mp), part_sum(chunk * rows_cap),
+      part_max(fixed ? 0 : chunk * rows_cap);
   Buffer<double> row_sum(rows_cap), row_max(rows_cap);
   const Rows<S> y{static_cast<const S*>(p.y), p.m, p.d, 0, mp};
   bool underflow = false;
 
+  if (p.stash) prefer_huge_pages(p.stash, p.n * mp * (p.stash_dtype == kBFloat16 ? sizeof(bf16) : sizeof(float)));
+
 #pragma omp parallel num_threads(p.threads)
   {
-    Buffer<float> tile(rows_cap * kBlock);
+    Buffer<float> tile(W * rows_cap * kBlock);
     Engine<T>::enter();
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < blocks; b++) {
@@ -234,23 +239,27 @@ static bool forward_sweep(const DotForward& p, bool fixed, float off) {
       const Rows<S> x{static_cast<const S*>(p.x), p.n, p.d, i0, rows};
 #pragma omp for schedule(static)
       for (int64_t b = 0; b < dp / kBlock; b++) pack_blocked<T>(x, b, b + 1, xa.data, rows);
-      for (int64_t b0 = 0; b0 < blocks; b0 += kChunkBlocks) {
-        const int64_t b1 = b0 + kChunkBlocks < blocks ? b0 + kChunkBlocks : blocks;
+      for (int64_t b0 = 0; b0 < blocks; b0 += chunk) {
+        const int64_t b1 = b0 + chunk < blocks ? b0 + chunk : blocks;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t b = b0; b < b1; b++) {
-          const TileShape t{valid, i0, b * kBlock, rows};
-          float *rs = part_sum.data + (b - b0) * rows, *cs = col_sum.data + b * kBlock;
-          Engine<T>::multiply(xa.data, rows * kBlock, rows, yt.data + b * dp * kBlock, dp, tile.data, false);
-          prepare(p, t, tile.data, p.positives);
-          if (fixed) {
-            exp_sums(p.scale, off, t, tile.data, rs, cs);
-            if (p.stash && p.stash_dtype == kBFloat16)
-              to_stash(tile.data, valid, static_cast<bf16*>(p.stash) + (b * p.n + i0) * kBlock);
-            else if (p.stash)
-              to_stash(tile.data, valid, static_cast<float*>(p.stash) + (b * p.n + i0) * kBlock);
-          } else {
-            online_sums(p.scale, t, tile.data, part_max.data + (b - b0) * rows, rs,
-                        p.col_lse ? col_max.data + b * kBlock : nullptr, cs);
+        for (int64_t b = b0; b < b1; b += W) {
+          const int64_t width = b1 - b < W ? b1 - b : W;
+          Engine<T>::multiply({xa.data, rows * kBlock}, rows, {yt.data + b * dp * kBlock, dp * kBlock}, width, dp,
+                              {tile.data, rows * kBlock}, false);
+          for (int64_t c = b; c < b + width; c++) {
+            const TileShape t{valid, i0, c * kBlock, rows};
+            float *s = tile.data + (c - b) * rows * kBlock, *rs = part_sum.data + (c - b0) * rows,
+                  *cs = col_sum.data + c * kBlock;
+            prepare(p, t, s, p.positives);
+            if (fixed) {
+              const int64_t at = (c * p.n + i0) * kBlock;
+              const bool narrow = p.stash_dtype == kBFloat16;
+              exp_sums(p.scale, off, t, s, !p.stash ? nullptr : narrow ? s : static_cast<float*>(p.stash) + at, rs, cs);
+              if (p.stash && narrow) to_stash(s, valid, static_cast<bf16*>(p.stash) + at);
+            } else {
+              online_sums(p.scale, t, s, part_max.data + (c - b0) * rows, rs,
+                          p.col_lse ? col_max.data + c * kBlock : nullptr, cs);
+            }
           }
         }
 #pragma omp for schedule(static)
@@ -285,10 +294,38 @@ static bool forward_sweep(const DotForward& p, bool fixed, float off) {
 }
 
 // ---------------------------------------------------------------- backward
+static inline void transpose_in_place(float* block) {
+  float copy[kBlock][kBlock + 1];
+  for (int r = 0; r < kBlock; r++) std::memcpy(copy[r], block + r * kBlock, kBlock * sizeof(float));
+  for (int c = 0; c < kBlock; c++)
+    for (int r = 0; r < kBlock; r++) block[c * kBlock + r] = copy[r][c];
+}
+
+// One row of a gradient: out = scale (sums + weight positive); `positive` may be null.  Returns <out / scale, along>.
+template <typename S>
+static inline double finish_row(const DotProblem& p, const float* sums, int64_t block, float weight, const S* positive,
+                                const S* along, S* out) {
+  constexpr int kLanes = 8;
+  double lanes[kLanes] = {};
+  for (int64_t c0 = 0; c0 < p.d; c0 += kBlock, sums += block) {
+    const int cols = p.d - c0 < kBlock ? p.d - c0 : kBlock;
+    float g[kBlock] = {};
+    for (int c = 0; c < cols; c++) g[c] = sums[c] + (positive ? weight * to_float(positive[c0 + c]) : 0);
+    for (int c = 0; c < cols; c++) from_float(p.scale * g[c], out + c0 + c);
+    if (cols == kBlock)
+      for (int c = 0; c < kBlock; c += kLanes)
+        for (int l = 0; l < kLanes; l++) lanes[l] += static_cast<double>(g[c + l]) * to_float(along[c0 + c + l]);
+    else
+      for (int c = 0; c < cols; c++) lanes[c % kLanes] += static_cast<double>(g[c]) * to_float(along[c0 + c]);
+  }
+  return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+}
+
 template <typename T, typename S>
 static void backward_sweep(const DotBackward& p, const Weights& w) {
   const int64_t dp = pad32(p.d), mp = pad32(p.m), panel = Engine<T>::kPanelRows, blocks = mp / kBlock;
   const int64_t rows_cap = pad32(p.n) < panel ? pad32(p.n) : panel, dblocks = dp / kBlock;
+  constexpr int64_t W = Engine<T>::kWidth;
   const int64_t chunk = blocks < kChunkBlocks ? blocks : kChunkBlocks;
   constexpr bool two_forms = sizeof(T) != sizeof(float);  // bf16: P is kept blocked and paired
   Buffer<T> yt(p.stash ? 0 : mp * dp), yb(p.dx ? mp * dp : 0), xa(p.stash ? 0 : rows_cap * dp),
@@ -301,7 +338,7 @@ static void backward_sweep(const DotBackward& p, const Weights& w) {
 
 #pragma omp parallel num_threads(p.threads)
   {
-    Buffer<float> tile(rows_cap * kBlock), stashed(p.stash && p.stash_dtype == kBFloat16 ? rows_cap * kBlock : 0);
+    Buffer<float> tile(W * rows_cap * kBlock), stashed(p.stash && p.stash_dtype == kBFloat16 ? rows_cap * kBlock : 0);
     Buffer<T> paired(two_forms ? rows_cap * kBlock : 0);
     Engine<T>::enter();
     if (!p.stash) {
@@ -323,53 +360,54 @@ static void backward_sweep(const DotBackward& p, const Weights& w) {
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < rows / kBlock; b++) pack_transposed<T>(x, b, b + 1, xt.data, dp);
       }
-      for (int64_t b0 = 0; b0 < blocks; b0 += kChunkBlocks) {
-        const int64_t b1 = b0 + kChunkBlocks < blocks ? b0 + kChunkBlocks : blocks;
+      for (int64_t b0 = 0; b0 < blocks; b0 += chunk) {
+        const int64_t b1 = b0 + chunk < blocks ? b0 + chunk : blocks;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t b = b0; b < b1; b++) {
-          const TileShape t{valid, i0, b * kBlock, rows};
-          T* as_a = pa.data + (b - b0) * rows * kBlock;
+        for (int64_t b = b0; b < b1; b += W) {
+          const int64_t width = b1 - b < W ? b1 - b : W;
+          T *as_a = pa.data + (b - b0) * rows * kBlock, *as_b = two_forms ? paired.data : as_a;
           float* s = two_forms ? tile.data : reinterpret_cast<float*>(as_a);
-          const float* e = nullptr;
-          if (p.stash && p.stash_dtype == kBFloat16) {
-            from_stash(static_cast<const bf16*>(p.stash) + (b * p.n + i0) * kBlock, valid, stashed.data);
-            e = stashed.data;
-          } else if (p.stash) {
-            e = static_cast<const float*>(p.stash) + (b * p.n + i0) * kBlock;
-          } else {
-            Engine<T>::multiply(xa.data, rows * kBlock, rows, yt.data + b * dp * kBlock, dp, s, false);
-            prepare(p, t, s, nullptr);
+          if (!p.stash)
+            Engine<T>::multiply({xa.data, rows * kBlock}, rows, {yt.data + b * dp * kBlock, dp * kBlock}, width, dp,
+                                {s, rows * kBlock}, false);
+          for (int64_t c = 0; c < width; c++) {
+            const TileShape t{valid, i0, (b + c) * kBlock, rows};
+            const int64_t at = c * rows * kBlock, stash_at = ((b + c) * p.n + i0) * kBlock;
+            const float* e = nullptr;
+            if (p.stash && p.stash_dtype == kBFloat16) {
+              from_stash(static_cast<const bf16*>(p.stash) + stash_at, valid, stashed.data);
+              e = stashed.data;
+            } else if (p.stash) {
+              e = static_cast<const float*>(p.stash) + stash_at;
+            } else {
+              prepare(p, t, s + at, nullptr);
+            }
+            gradient_tile(p, w, t, s + at, e);
+            emit(s + at, rows, as_a + at, as_b + at);
           }
-          gradient_tile(p, w, t, s, e);
-          T* as_b = two_forms ? paired.data : as_a;
-          emit(s, rows, as_a, as_b);
           if (p.dy)
-            Engine<T>::multiply(xt.data, dp * kBlock, dp, as_b, rows, dyt.data + b * dp * kBlock, i0 > 0);
+            Engine<T>::multiply({xt.data, dp * kBlock}, dp, {as_b, rows * kBlock}, width, rows,
+                                {dyt.data + b * dp * kBlock, dp * kBlock}, i0 > 0);
         }
         if (!p.dx) continue;
         constexpr int64_t kTileRows = 192;
-        const int64_t row_tiles = (rows + kTileRows - 1) / kTileRows;
+        const int64_t row_tiles = (rows + kTileRows - 1) / kTileRows, tasks = (dblocks + W - 1) / W;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < row_tiles * dblocks; task++) {
-          const int64_t r = task % row_tiles * kTileRows, db = task / row_tiles;
+        for (int64_t task = 0; task < row_tiles * tasks; task++) {
+          const int64_t r = task / tasks * kTileRows, db = task % tasks * W;
           const int64_t height = rows - r < kTileRows ? rows - r : kTileRows;
-          Engine<T>::multiply(pa.data + r * kBlock, rows * kBlock, height, yb.data + (db * mp + b0 * kBlock) * kBlock,
-                              (b1 - b0) * kBlock, dxp.data + (db * rows + r) * kBlock, b0 > 0);
+          Engine<T>::multiply({pa.data + r * kBlock, rows * kBlock}, height,
+                              {yb.data + (db * mp + b0 * kBlock) * kBlock, mp * kBlock},
+                              dblocks - db < W ? dblocks - db : W, (b1 - b0) * kBlock,
+                              {dxp.data + (db * rows + r) * kBlock, rows * kBlock}, b0 > 0);
         }
       }
       if (!p.dx) continue;
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < valid; r++) {
         const int64_t i = i0 + r;
-        const S *yp = ys + (p.offset + i) * p.d, *xi = xs + i * p.d;
-        S* out = static_cast<S*>(p.dx) + i * p.d;
-        double along = 0;
-        for (int64_t c = 0; c < p.d; c++) {
-          const float g = dxp.data[(c / kBlock * rows + r) * kBlock + c % kBlock] + p.positive_grad[i] * to_float(yp[c]);
-          along += static_cast<double>(g) * to_float(xi[c]);
-          from_float(p.scale * g, out + c);
-        }
-        dscale_lines.data[i] = along;
+        dscale_lines.data[i] = finish_row(p, dxp.data + r * kBlock, rows * kBlock, p.positive_grad[i],
+                                          ys + (p.offset + i) * p.d, xs + i * p.d, static_cast<S*>(p.dx) + i * p.d);
       }
     }
     Engine<T>::leave();
@@ -380,18 +418,17 @@ static void backward_sweep(const DotBackward& p, const Weights& w) {
         yb.release();
       }
 #pragma omp for schedule(static)
-      for (int64_t j = 0; j < p.m; j++) {
-        const int64_t i = j - p.offset;
-        const bool positive = i >= 0 && i < p.n;
-        S* out = static_cast<S*>(p.dy) + j * p.d;
-        double along = 0;
-        for (int64_t c = 0; c < p.d; c++) {
-          float g = dyt.data[(j / kBlock * dp + c) * kBlock + j % kBlock];
-          if (positive) g += p.positive_grad[i] * to_float(xs[i * p.d + c]);
-          along += static_cast<double>(g) * to_float(ys[j * p.d + c]);
-          from_float(p.scale * g, out + c);
+      for (int64_t b = 0; b < blocks; b++) {
+        float* block = dyt.data + b * dp * kBlock;
+        for (int64_t c = 0; c < dblocks; c++) transpose_in_place(block + c * kBlock * kBlock);
+        for (int64_t j = b * kBlock; j < p.m && j < (b + 1) * kBlock; j++) {
+          const int64_t i = j - p.offset;
+          const bool positive = i >= 0 && i < p.n;
+          const double along =
+              finish_row(p, block + j % kBlock * kBlock, kBlock * kBlock, positive ? p.positive_grad[i] : 0,
+                         positive ? xs + i * p.d : nullptr, ys + j * p.d, static_cast<S*>(p.dy) + j * p.d);
+          if (!p.dx) dscale_lines.data[j] = along;
         }
-        if (!p.dx) dscale_lines.data[j] = along;
       }
     }
   }

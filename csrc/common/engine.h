@@ -4,8 +4,8 @@
 //   paired  (rows, cols):   element (r, c) at  p[((c / 32) * rows / 2 + r / 2) * 64 + (c % 32) * 2 + r % 2]
 //
 // A is blocked.  B is blocked for the float engine and paired for the bf16 ones, whose instructions take two
-// consecutive k at a time.  C is float, blocked.  In each, the 32 columns that a register tile works on are contiguous,
-// so a tile walks memory with unit stride whatever the matrix sizes are; rows, columns and k are padded to 32 with zeros.
+// consecutive k at a time.  C is float, blocked.  In each, the 32 columns of a block are contiguous, so a register tile
+// walks memory with unit stride whatever the matrix sizes are; rows, columns and k are padded to 32 with zeros.
 //
 // One engine is `Engine<float>` or `Engine<bf16>`: the storage type of its operands.
 #pragma once
@@ -20,74 +20,109 @@ constexpr int64_t kBlock = 32;
 
 static inline int64_t pad32(int64_t v) { return (v + kBlock - 1) / kBlock * kBlock; }
 
-// One block of 32 columns of C: rows [0, rows) += A (rows, k) * B (k, 32).  k is a multiple of 32.
-//   a: first row of the first k block; a_block: elements from one k block to the next
+// A matrix in blocks: its first element, and the elements from one block of 32 columns to the next.
+template <typename T>
+struct Blocks {
+  T* data;
+  int64_t stride;
+
+  T* column(int64_t c) const { return data + c / kBlock * stride + c % kBlock; }  // of row 0, not for `paired`
+  Blocks row(int64_t r) const { return {data + r * kBlock, stride}; }
+};
+
+// multiply: C (rows, 32 blocks) += A (rows, k) * B (k, 32 blocks), or = where not `add`; blocks <= kWidth, k a multiple
+// of 32.  kPanelRows: rows of x worked on at a time.
 template <typename T>
 struct Engine;
 
 // ---------------------------------------------------------------- float
-// MR rows by NV vectors of accumulators: 12 x 2 of the 32 AVX-512 registers, 6 x 2 of 16 in AVX2.
+// MR rows by NV vectors of accumulators: 6 x 4 of the 32 AVX-512 registers (two blocks), 6 x 2 of 16 in AVX2.
 #if defined(__AVX512F__)
-constexpr int MR = 12, NV = 2;
+constexpr int MR = 6, NV = 4;
 #else
 constexpr int MR = 6, NV = 2;
 #endif
 
-template <int ROWS>
-static inline void float_tile(const float* a, int64_t a_block, const float* b, int64_t k, float* c, bool add) {
-  vf acc[ROWS][NV];
+// ROWS rows by V vectors.  C is fetched while the products are summed, and A one block of k ahead.
+template <int ROWS, int V>
+static inline void float_tile(Blocks<const float> a, Blocks<const float> b, int64_t k, Blocks<float> c, bool add) {
+  vf acc[ROWS][V] = {};
+  if (add)
 #pragma GCC unroll 16
-  for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) acc[r][v] = add ? load(c + r * kBlock + v * VL) : vf{};
-  for (int64_t kb = 0; kb < k; kb += kBlock, a += a_block, b += kBlock * kBlock) {
-#pragma GCC unroll 1
+      for (int v = 0; v < V; v++) __builtin_prefetch(c.column(v * VL) + r * kBlock);
+  for (int64_t k0 = 0; k0 < k; k0 += kBlock, a.data += a.stride, b.data += kBlock * kBlock) {
+#pragma GCC unroll 32
+    for (int line = 0; line < ROWS * kBlock; line += 16) __builtin_prefetch(a.data + a.stride + line);
+#pragma GCC unroll 4
     for (int kk = 0; kk < kBlock; kk++) {
-      vf bv[NV];
+      vf bv[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) bv[v] = load(b + kk * kBlock + v * VL);
+      for (int v = 0; v < V; v++) bv[v] = load(b.column(v * VL) + kk * kBlock);
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; r++) {
-        const vf ar = broadcast(a[r * kBlock + kk]);
+        const vf ar = broadcast(a.data[r * kBlock + kk]);
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; v++) acc[r][v] += ar * bv[v];
+        for (int v = 0; v < V; v++) acc[r][v] += ar * bv[v];
       }
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; v++) store(c + r * kBlock + v * VL, acc[r][v]);
+    for (int v = 0; v < V; v++) {
+      float* out = c.column(v * VL) + r * kBlock;
+      store(out, add ? load(out) + acc[r][v] : acc[r][v]);
+    }
 }
 
-template <int ROWS>
-static inline void float_tail(int64_t rows, const float* a, int64_t a_block, const float* b, int64_t k, float* c,
+template <int ROWS, int V>
+static inline void float_tail(int64_t rows, Blocks<const float> a, Blocks<const float> b, int64_t k, Blocks<float> c,
                               bool add) {
   if (rows == ROWS)
-    float_tile<ROWS>(a, a_block, b, k, c, add);
+    float_tile<ROWS, V>(a, b, k, c, add);
   else if constexpr (ROWS > 2)
-    float_tail<ROWS - 2>(rows, a, a_block, b, k, c, add);
+    float_tail<ROWS - 2, V>(rows, a, b, k, c, add);
 }
 
 template <>
 struct Engine<float> {
-  static constexpr int64_t kPanelRows = 384;  // rows of x worked on at a time: whole tiles of 12, 768 KiB at d = 512
-  static constexpr int64_t kDepth = 256;      // k of one sweep: 256 x 32 floats of B are 32 KiB, the L1 cache
+  static constexpr int64_t kPanelRows = 384;  // whole tiles of 6; 768 KiB at d = 512, of an L2 cache of 1 to 2 MiB
+  static constexpr int64_t kWidth = 2;        // blocks of one product
+  static constexpr int64_t kDepth = 128;      // k of one sweep: 128 x 64 floats of B are 32 KiB, the L1 cache
 
   static void enter() {}
   static void leave() {}
 
-  static void multiply(const float* a, int64_t a_block, int64_t rows, const float* b, int64_t k, float* c, bool add) {
-    for (int64_t k0 = 0; k0 < k; k0 += kDepth, a += kDepth / kBlock * a_block, b += kDepth * kBlock) {
+  static void multiply(Blocks<const float> a, int64_t rows, Blocks<const float> b, int64_t blocks, int64_t k,
+                       Blocks<float> c, bool add) {
+    const float* following = b.data + blocks * b.stride;  // B of the product that probably comes next
+    for (int64_t k0 = 0; k0 < k; k0 += kDepth, a.data += kDepth / kBlock * a.stride, b.data += kDepth * kBlock) {
       const int64_t kn = k - k0 < kDepth ? k - k0 : kDepth;
-      const bool accumulate = add || k0 > 0;
-      for (int64_t r = 0; r < rows; r += MR)
-        for (int64_t v = 0; v < kBlock; v += NV * VL) {
-          if (rows - r >= MR)
-            float_tile<MR>(a + r * kBlock, a_block, b + v, kn, c + r * kBlock + v, accumulate);
-          else
-            float_tail<MR - 2>(rows - r, a + r * kBlock, a_block, b + v, kn, c + r * kBlock + v, accumulate);
-        }
+      const Blocks<const float> next{k0 + kDepth < k ? b.data + kDepth * kBlock : following, b.stride};
+      if (NV * VL > kBlock && blocks == kWidth)
+        sweep<NV>(a, rows, b, kn, c, add || k0 > 0, next, blocks);
+      else
+        for (int64_t v = 0; v < blocks * kBlock; v += 2 * VL)
+          sweep<2>(a, rows, {b.column(v), b.stride}, kn, {c.column(v), c.stride}, add || k0 > 0, next,
+                   v == 0 ? blocks : 0);
+    }
+  }
+
+ private:
+  // All rows by V vectors, while `fetched` blocks of the next k rows of B come into the L2 cache.
+  template <int V>
+  static void sweep(Blocks<const float> a, int64_t rows, Blocks<const float> b, int64_t k, Blocks<float> c, bool add,
+                    Blocks<const float> next, int64_t fetched) {
+    const int64_t share = (k * MR / rows + 1) * kBlock;  // of one tile, floats of each block
+    for (int64_t r = 0; r < rows; r += MR, next.data += share) {
+      for (int64_t f = 0; f < fetched; f++)
+        for (int64_t i = 0; i < share; i += 16) __builtin_prefetch(next.data + f * next.stride + i, 0, 2);
+      if (rows - r >= MR)
+        float_tile<MR, V>(a.row(r), b, k, c.row(r), add);
+      else
+        float_tail<MR - 2, V>(rows - r, a.row(r), b, k, c.row(r), add);
     }
   }
 };
@@ -105,6 +140,7 @@ template <>
 struct Engine<bf16> {
   static constexpr int64_t kPanelRows = 512;
   static constexpr int64_t kDepth = 512;  // 512 x 32 of B are 32 KiB
+  static constexpr int64_t kWidth = 1;
 
   static void enter() {  // eight tiles of 16 rows of 64 bytes; the barrier keeps the compiler from dropping the stores
     TileConfig config;
@@ -116,9 +152,10 @@ struct Engine<bf16> {
   }
   static void leave() { _tile_release(); }
 
-  static void multiply(const bf16* a, int64_t a_block, int64_t rows, const bf16* b, int64_t k, float* c, bool add) {
-    for (int64_t k0 = 0; k0 < k; k0 += kDepth, a += kDepth / kBlock * a_block, b += kDepth * kBlock)
-      sweep(a, a_block, rows, b, k - k0 < kDepth ? k - k0 : kDepth, c, add || k0 > 0);
+  static void multiply(Blocks<const bf16> a, int64_t rows, Blocks<const bf16> b, int64_t, int64_t k, Blocks<float> c,
+                       bool add) {
+    for (int64_t k0 = 0; k0 < k; k0 += kDepth, a.data += kDepth / kBlock * a.stride, b.data += kDepth * kBlock)
+      sweep(a.data, a.stride, rows, b.data, k - k0 < kDepth ? k - k0 : kDepth, c.data, add || k0 > 0);
   }
 
  private:
@@ -184,15 +221,17 @@ static inline void bf16_tile(const bf16* a, int64_t a_block, const bf16* b, int6
 
 template <>
 struct Engine<bf16> {
-  static constexpr int64_t kPanelRows = 512;
+  static constexpr int64_t kPanelRows = 512, kWidth = 1;
   static void enter() {}
   static void leave() {}
 
-  static void multiply(const bf16* a, int64_t a_block, int64_t rows, const bf16* b, int64_t k, float* c, bool add) {
+  static void multiply(Blocks<const bf16> a, int64_t rows, Blocks<const bf16> b, int64_t, int64_t k, Blocks<float> c,
+                       bool add) {
+    const int64_t s = a.stride;
     int64_t r = 0;
-    for (; rows - r >= 12; r += 12) bf16_tile<12>(a + r * kBlock, a_block, b, k, c + r * kBlock, add);
-    if (rows - r == 8) bf16_tile<8>(a + r * kBlock, a_block, b, k, c + r * kBlock, add);
-    if (rows - r == 4) bf16_tile<4>(a + r * kBlock, a_block, b, k, c + r * kBlock, add);
+    for (; rows - r >= 12; r += 12) bf16_tile<12>(a.data + r * kBlock, s, b.data, k, c.data + r * kBlock, add);
+    if (rows - r == 8) bf16_tile<8>(a.data + r * kBlock, s, b.data, k, c.data + r * kBlock, add);
+    if (rows - r == 4) bf16_tile<4>(a.data + r * kBlock, s, b.data, k, c.data + r * kBlock, add);
   }
 };
 

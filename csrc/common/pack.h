@@ -52,19 +52,28 @@ static void pack_blocked(const Rows<S>& m, int64_t c0, int64_t c1, T* out, int64
     }
 }
 
+// The 32 x 32 block at (r0, c0), transposed: element (c, r) at out[c * 32 + r].  Rows are read whole, into a copy:
+// walking down a column of a matrix of 512 would put all its lines in the same few sets of the L1 cache.
+template <typename T, typename S>
+static inline void transpose_block(const Rows<S>& m, int64_t r0, int64_t c0, T* out) {
+  if (m.first + r0 + kBlock <= m.total && c0 + kBlock <= m.cols) {
+    S block[kBlock][kBlock + 1];
+    for (int r = 0; r < kBlock; r++)
+      std::memcpy(block[r], m.data + (m.first + r0 + r) * m.cols + c0, kBlock * sizeof(S));
+    for (int c = 0; c < kBlock; c++)
+      for (int r = 0; r < kBlock; r++) out[c * kBlock + r] = convert<T>(block[r][c]);
+  } else {
+    for (int c = 0; c < kBlock; c++)
+      for (int r = 0; r < kBlock; r++) out[c * kBlock + r] = m.template at<T>(r0 + r, c0 + c);
+  }
+}
+
 // blocked (cols, rows), the transpose: the row blocks [r0, r1) of the source
 template <typename T, typename S>
 static void pack_transposed(const Rows<S>& m, int64_t r0, int64_t r1, T* out, int64_t out_rows) {
   for (int64_t rb = r0; rb < r1; rb++)
-    for (int64_t c = 0; c < out_rows; c++) {
-      T* line = out + (rb * out_rows + c) * kBlock;
-      if (m.first + (rb + 1) * kBlock <= m.total && c < m.cols) {
-        const S* src = m.data + (m.first + rb * kBlock) * m.cols + c;
-        for (int r = 0; r < kBlock; r++) line[r] = convert<T>(src[r * m.cols]);
-      } else {
-        for (int r = 0; r < kBlock; r++) line[r] = m.template at<T>(rb * kBlock + r, c);
-      }
-    }
+    for (int64_t c = 0; c < out_rows; c += kBlock)
+      transpose_block(m, rb * kBlock, c, out + (rb * out_rows + c) * kBlock);
 }
 
 // As the B operand with k = rows and with k = cols: blocked for float, paired for bf16.
