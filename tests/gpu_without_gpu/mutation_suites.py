@@ -1,0 +1,271 @@
+"""The suites of mutations.py: each op's small problems that tell right kernels from wrong ones.
+
+Tiles are made small (16 to 64), so that small problems have several tiles each way, ragged ends and several panels.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import nvcc
+import torch
+from executor import emulated
+from mutations import ROOT, Fault, Suite
+from torch import Tensor
+
+from cibr_kernels import backends, testing
+
+Case = dict[str, tuple[Tensor, Tensor, dict[str, Any]]]  # output: eager, truth, options of assert_close
+
+
+class _Checked:
+    """A suite whose outputs are named "case output"."""
+
+    def check(self, outputs: dict[str, Tensor]) -> None:
+        for name, actual in outputs.items():
+            eager, truth, options = self.expected[name]
+            empty = truth == float("-inf")
+            assert torch.equal(actual == float("-inf"), empty), f"{name}: which sums are empty"
+            actual, eager, truth = (t.masked_fill(empty, 0.0) for t in (actual, eager, truth))
+            testing.assert_close(name, actual, eager, truth, **options)
+
+    expected: Case
+
+
+@contextmanager
+def faulty_modules(op: str, fault: Fault | None) -> Iterator[ModuleType]:
+    """The launcher of an op's Triton backend, freshly imported with the fault in its file; put back afterwards."""
+    package = f"cibr_kernels.ops.{op}"
+    parent = importlib.import_module(package)
+    ours = {n: m for n, m in sys.modules.items() if n.startswith(f"{package}.triton")}
+    attributes = {n: vars(parent)[n] for n in list(vars(parent)) if n.startswith("triton")}
+    for name in ours:
+        del sys.modules[name]
+    for name in attributes:
+        delattr(parent, name)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            if fault is not None and fault.path:
+                name = ".".join(Path(fault.path).with_suffix("").parts)
+                file = Path(folder) / Path(fault.path).name
+                file.write_text(fault.source())  # Triton reads the source of its kernels from the file
+                spec = importlib.util.spec_from_file_location(name, file)
+                module = importlib.util.module_from_spec(spec)
+                sys.modules[name] = module
+                spec.loader.exec_module(module)
+                setattr(importlib.import_module(name.rpartition(".")[0]), name.rpartition(".")[2], module)
+            yield importlib.import_module(f"{package}.triton")
+    finally:
+        for name in [n for n in sys.modules if n.startswith(f"{package}.triton")]:
+            del sys.modules[name]
+        for name in [n for n in vars(parent) if n.startswith("triton")]:
+            delattr(parent, name)
+        sys.modules.update(ours)
+        for name, module in attributes.items():
+            setattr(parent, name, module)
+
+
+# ---------------------------------------------------------------- dot_lse
+@dataclass(frozen=True)
+class DotCase:
+    """scale 3 keeps one exponential for all; 200 needs the online maxima."""
+
+    n: int
+    m: int
+    d: int
+    offset: int
+    scale: float
+    mask: bool = True
+    stash: bool = False
+    owned: bool = False  # a backward without P in memory
+    dtype: torch.dtype = torch.float32
+
+
+class Dot(_Checked):
+    def __init__(self, capability: int, tile: tuple[int, int, int, int, int], panel: int, cases: dict[str, DotCase]):
+        self.capability, self.tile, self.panel, self.cases = capability, tile, panel, cases
+
+    @staticmethod
+    def inputs(case: DotCase) -> dict[str, Tensor]:
+        torch.manual_seed(case.n)
+        x, y = (torch.randn(r, case.d) / math.sqrt(case.d) for r in (case.n, case.m))
+        grads = {"g_rows": torch.randn(case.n), "g_cols": torch.randn(case.m), "g_positives": torch.randn(case.n)}
+        return {"x": x.to(case.dtype), "y": y.to(case.dtype), "scale": torch.tensor(case.scale), **grads}
+
+    def run(self, fault: Fault | None) -> Iterator[dict[str, Tensor]]:
+        with faulty_modules("dot_lse", fault) as launcher:
+            configs = importlib.import_module("cibr_kernels.ops.dot_lse.triton_configs")
+            small = configs.Config(*self.tile)
+            table = {key: configs.Configs(small, small, small) for key in configs.CONFIGS}
+            for name, case in self.cases.items():
+                panels = launcher.Panels(self.panel, self.panel, 128 if case.owned else 0)
+                with (
+                    patch.object(configs, "CONFIGS", table),
+                    patch.object(launcher, "panels", panels),
+                    emulated(self.capability, edit_ptx=fault.edit_ptx if fault else None),
+                ):
+                    outputs = self._call(launcher, case)
+                yield {f"{name} {k}": t for k, t in outputs.items()}
+
+    def _call(self, launcher: ModuleType, case: DotCase) -> dict[str, Tensor]:
+        t = self.inputs(case)
+        shape, dtype = launcher.stash_shape(case.n, case.m, case.dtype)
+        stash = torch.full(shape if case.stash else (0,), float("nan"), dtype=dtype)
+        shared = (case.offset, case.mask)
+        rows, cols, positives, offset = launcher.forward(t["x"], t["y"], t["scale"], *shared, True, stash)
+        dx, dy, dscale = launcher.backward(
+            t["g_rows"], t["g_cols"], t["g_positives"], t["x"], t["y"], t["scale"], rows, cols, positives, offset,
+            stash, *shared, True, True,
+        )  # fmt: skip
+        return {"rows": rows, "cols": cols, "positives": positives, "dx": dx, "dy": dy, "dscale": dscale}
+
+    @cached_property
+    def expected(self) -> Case:
+        from cibr_kernels.ops.dot_lse.reference import dot_lse
+
+        found: Case = {}
+        for name, case in self.cases.items():
+            t = self.inputs(case)
+
+            def outputs(dtype: torch.dtype, t: dict[str, Tensor] = t, case: DotCase = case) -> list[Tensor]:
+                kept = [
+                    v.to(dtype if dtype == torch.float64 else v.dtype).detach().requires_grad_()
+                    for v in (t["x"], t["y"], t["scale"])
+                ]
+                sums = dot_lse(*kept, case.offset, case.mask)
+                weights = [t[g].to(s.dtype) for g, s in zip(("g_rows", "g_cols", "g_positives"), sums, strict=True)]
+                return [*(s.detach() for s in sums), *torch.autograd.grad(sums, kept, weights)]
+
+            eager, truth = outputs(torch.float32), outputs(torch.float64)
+            exponent = case.scale * (t["x"].double() @ t["y"].double().T).abs().max().item()
+            options = {"terms": case.n + case.m + case.d, "exponent": exponent, "features": case.dtype}
+            along = (truth[3] * t["x"]).abs().sum().item() / case.scale  # dscale cancels
+            for k, e, v in zip(("rows", "cols", "positives", "dx", "dy", "dscale"), eager, truth, strict=True):
+                found[f"{name} {k}"] = e, v, options | ({"magnitude": along} if k == "dscale" else {})
+        return found
+
+
+# ---------------------------------------------------------------- additive_moments
+@dataclass(frozen=True)
+class AdditiveCase:
+    activation: str
+    n: int = 37
+    m: int = 70
+    offset: int = 17
+    h: int = 21
+    size: float = 3.0
+    slope: float = 0.2
+    include: bool = False
+
+
+class _Additive(_Checked):
+    cases: dict[str, AdditiveCase]
+
+    @staticmethod
+    def inputs(case: AdditiveCase) -> list[Tensor]:
+        torch.manual_seed(case.n + case.h)
+        w = case.size * torch.randn(case.h) / math.sqrt(case.h)
+        return [torch.randn(case.n, case.h), torch.randn(case.m, case.h), w]
+
+    @cached_property
+    def expected(self) -> Case:
+        from cibr_kernels.ops.additive_moments import reference
+
+        found: Case = {}
+        for name, case in self.cases.items():
+            tensors, how = self.inputs(case), (case.activation, case.slope, case.offset, case.include, True, True, True)
+            eager, truth = (
+                reference.forward(*(t.to(d) for t in tensors), *how) for d in (torch.float32, torch.float64)
+            )
+            t = tensors[0][:, None].double() + tensors[1].double()
+            terms = (reference.ACTIVATIONS[case.activation][0](t, case.slope) * tensors[2]).abs().sum(-1)
+            options = {"terms": case.n + case.m + case.h, "exponent": terms.max().item(), "features": torch.float32}
+            sizes = terms.mean().item(), math.log(case.n * case.m), 0.0, 0.0, t.abs().max().item()
+            for k, e, v, size in zip(("J", "L", "ga", "gb", "gw"), eager, truth, sizes, strict=True):
+                found[f"{name} {k}"] = e, v, {**options, "magnitude": size}
+        return found
+
+
+class AdditiveTriton(_Additive):
+    def __init__(self, capability: int, cases: dict[str, AdditiveCase]):
+        self.capability, self.cases = capability, cases
+
+    def run(self, fault: Fault | None) -> Iterator[dict[str, Tensor]]:
+        with faulty_modules("additive_moments", fault) as launcher:
+            small = replace(launcher.CONFIGS["kinked"], num_warps=2, unroll=2, unroll_gradient=2, block=16, block_h=16)
+            changes = {"CONFIGS": {"kinked": small, "smooth": small}, "PAD": 16, "PANEL_BYTES": 16 * 80 * 2 * 4}
+            with patch.multiple(launcher, **changes):
+                for name, case in self.cases.items():
+                    how = (case.activation, case.slope, case.offset, case.include, True, True, True)
+                    with emulated(self.capability, edit_ptx=fault.edit_ptx if fault else None):
+                        outputs = launcher.forward(*self.inputs(case), *how)
+                    yield {f"{name} {k}": t for k, t in zip(("J", "L", "ga", "gb", "gw"), outputs, strict=True)}
+
+
+class AdditiveCuda(_Additive):
+    """The launcher is the compiled module's; the fault is in the kernels that it launches."""
+
+    def __init__(self, arch: str, cases: dict[str, AdditiveCase]):
+        self.arch, self.cases = arch, cases
+
+    def run(self, fault: Fault | None) -> Iterator[dict[str, Tensor]]:
+        import plans
+
+        from cibr_kernels.ops.additive_moments import native
+
+        with tempfile.TemporaryDirectory() as folder:
+            sources = Path(folder) / "csrc"
+            shutil.copytree(ROOT / "csrc", sources)
+            if fault is not None and fault.path:
+                (Path(folder) / fault.path).write_text(fault.source())
+            unit = sources / "additive_moments" / "cuda.cu"
+            unit.write_text(_only_relu(unit.read_text()))
+            with patch.object(plans, "CSRC", sources), patch.object(native, "SCORE_BUDGET", 1):
+                for name, case in self.cases.items():
+                    how = (case.activation, case.slope, case.offset, case.include, True, True, True)
+                    with plans.emulated(self.arch):
+                        outputs = native.forward(*self.inputs(case), *how)
+                    yield {f"{name} {k}": t for k, t in zip(("J", "L", "ga", "gb", "gw"), outputs, strict=True)}
+
+
+def _only_relu(text: str) -> str:
+    """The unit without the kernels of the other activations, which take nvcc most of its time."""
+    text = re.sub(r"^CK_\w+\((?!relu\b)\w+, .*\)\n", "", text, flags=re.M)
+    return re.sub(r"CK_ENTRY\(\w+, \w+\)(?=[,}])", "CK_ENTRY(relu, relu)", text)
+
+
+SUITES: dict[str, Suite] = {
+    "dot": Dot(80, (16, 16, 16, 1, 2), 32, {
+        "fixed": DotCase(38, 53, 24, 5, 3.0), "online": DotCase(38, 53, 24, 5, 200.0),
+        "stash": DotCase(38, 53, 24, 5, 40.0, stash=True),  # bound past 60: the offset is not 0
+    }),
+    "dot_sm90": Dot(90, (64, 32, 32, 4, 2), 64, {"bf16": DotCase(70, 100, 128, 5, 3.0, dtype=torch.bfloat16)}),
+    "dot_sm80_bf16": Dot(80, (32, 32, 16, 2, 3), 64, {"bf16": DotCase(70, 100, 64, 5, 3.0, dtype=torch.bfloat16)}),
+    "dot_owned": Dot(80, (16, 16, 16, 1, 2), 64, {
+        "fixed": DotCase(38, 53, 24, 5, 3.0, owned=True, dtype=torch.float16),
+        "online": DotCase(38, 53, 24, 5, 200.0, owned=True, dtype=torch.float16),
+    }),
+    "additive": AdditiveTriton(80, {"relu": AdditiveCase("relu"), "gelu": AdditiveCase("gelu", size=30.0)}),
+    "additive_cuda": AdditiveCuda("80", {"relu": AdditiveCase("relu", n=130, m=140, offset=7)}),
+}  # fmt: skip
+
+
+def missing(suite: str) -> str | None:
+    """Why a suite cannot run here; None when it can."""
+    if not isinstance(SUITES[suite], AdditiveCuda):
+        return None
+    return backends.cuda_missing() or (None if nvcc.find() else "nvcc was not found")

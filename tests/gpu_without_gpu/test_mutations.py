@@ -1,0 +1,83 @@
+"""mutations.py: its verdicts on a kernel of this file, and the score over the package's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mutations
+import pytest
+import torch
+from mutations import Fault, StaleAnchor, delete
+from torch import Tensor
+
+from cibr_kernels.ops import triton_call
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+from executor import emulated  # noqa: E402
+
+
+@triton.jit
+def total(x, out, n, LAST: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr):
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, n, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        sums += tl.load(x + at, mask=at < n + LAST, other=0.0)
+    tl.store(out, tl.sum(sums, 0) * SCALE)
+
+
+class Suite:
+    """`old` of a fault is what it sets: a constant of the kernel."""
+
+    def run(self, fault: Fault | None) -> Iterator[dict[str, Tensor]]:
+        x, out = torch.arange(300.0), torch.zeros(())
+        changed = {fault.old: eval(fault.new)} if fault is not None and fault.old else {}
+        with emulated(80, edit_ptx=fault.edit_ptx if fault else None):
+            constants = {"LAST": 0, "SCALE": 2.0, "BLOCK": 128} | changed
+            triton_call.launch(total, (1,), {"x": x, "out": out, "n": 300}, constants)
+        yield {"total": out}
+
+    def check(self, outputs: dict[str, Tensor]) -> None:
+        assert abs(outputs["total"].item() - 89700) < 1, "total is wrong"
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "by"),
+    [
+        (Fault("mask past the end", "own", old="LAST", new="1"), "caught", "OutOfBounds"),
+        (Fault("last one missed", "own", old="LAST", new="-1"), "caught", "total is wrong"),
+        (Fault("other blocks", "own", old="BLOCK", new="256"), "equivalent", "bit-identical over 1"),
+        (Fault("a little off", "own", old="SCALE", new="2.0 + 2e-6"), "missed", "another result"),
+        (Fault("barrier", "own", kernel="total", ptx=delete("bar.sync")), "caught", "Race"),
+    ],
+)
+def test_verdicts(fault: Fault, kind: str, by: str) -> None:
+    (verdict,) = mutations.run([fault], {"own": Suite()})
+    assert verdict.kind == kind and by in verdict.by
+
+
+def test_a_stale_anchor_is_an_error() -> None:
+    for old in ("no such text", "import"):
+        with pytest.raises(StaleAnchor):
+            next(mutations.run([Fault("stale", "own", "setup.py", old, "")], {"own": Suite()}))
+    with pytest.raises(StaleAnchor):
+        next(mutations.run([Fault("stale", "own", kernel="total", ptx=delete("bar.sync", 99))], {"own": Suite()}))
+
+
+def test_anchors_of_the_faults_are_there() -> None:
+    from mutation_faults import FAULTS
+
+    for fault in FAULTS:
+        assert fault.path == "" or fault.source()
+    assert len(FAULTS) >= 20 and all(f.path or f.ptx for f in FAULTS)
+
+
+@pytest.mark.slow
+def test_no_fault_is_missed() -> None:
+    from mutation_faults import FAULTS
+    from mutation_suites import SUITES, missing
+
+    chosen = [f for f in FAULTS if missing(f.suite) is None]
+    verdicts = list(mutations.run(chosen, SUITES))
+    assert [v.fault.name for v in verdicts if v.kind == "missed"] == []
+    assert sum(v.kind == "equivalent" for v in verdicts) <= len(verdicts) // 10
