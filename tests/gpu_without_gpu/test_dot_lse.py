@@ -1,0 +1,210 @@
+"""dot_lse in Triton, compiled for each GPU and executed without one, against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from cases import DTYPES, towers
+from executor import emulated
+from torch import Tensor
+
+from cibr_kernels.ops.dot_lse import reference
+from cibr_kernels.ops.dot_lse import triton as backend
+from cibr_kernels.ops.dot_lse.triton_configs import Tiles
+from cibr_kernels.testing import assert_close
+
+CAPABILITIES = (80, 90, 100, 120)
+
+
+class Case(NamedTuple):
+    n: int = 140
+    m: int = 190
+    d: int = 96
+    offset: int = 16
+    scale: float = 100.0
+    kind: str = "unit"  # cases.towers
+    mask: bool = True
+    cols: bool = True
+    stash: bool = False
+    owned: bool = False  # the backward without P in memory
+    need_dx: bool = True
+    need_dy: bool = True
+
+
+RAGGED = Case()
+CASES = [
+    RAGGED._replace(stash=True, scale=1.0),
+    RAGGED._replace(kind="raw", stash=True),  # online from the start, so that the stash stays unwritten
+    RAGGED._replace(kind="opposed"),  # underflows, then online
+    RAGGED._replace(mask=False, cols=False, d=70, need_dx=False),  # a width that is copied to 96
+    RAGGED._replace(d=200, need_dy=False, mask=False),
+    Case(n=128, m=256, d=128, offset=128),
+    Case(n=1, m=1, d=1, offset=0, scale=1.0),
+    Case(n=1, m=1, d=1, offset=0, mask=False, need_dx=False, need_dy=False),
+    Case(n=3, m=5, d=7, offset=2, stash=True),
+    Case(n=5, m=5, d=16, offset=0, kind="raw"),
+    RAGGED._replace(owned=True),
+    RAGGED._replace(owned=True, kind="opposed", d=128),
+    RAGGED._replace(owned=True, cols=False, mask=False, d=30, scale=1.0),
+]
+RUNS = [(capability, dtype, RAGGED) for capability in CAPABILITIES for dtype in DTYPES] + [
+    (CAPABILITIES[i % 4], DTYPES[i % 3], case) for i, case in enumerate(CASES)
+]
+ALL = [(c, dtype, case) for c in CAPABILITIES for dtype in DTYPES for case in CASES if (c, dtype, case) not in RUNS]
+
+
+@pytest.fixture(autouse=True)
+def small_panels(monkeypatch):
+    monkeypatch.setattr(backend, "panels", backend.Panels(forward_rows=128, backward_rows=128))
+
+
+def problem(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """x, y, scale and the gradients of rows, cols and positives."""
+    x, y = towers(case.n, case.m, case.d, case.offset, case.kind)
+    gradients = [
+        torch.rand(case.n) / case.n,
+        torch.rand(case.m if case.cols else 0) / case.m,
+        -torch.rand(case.n) / case.n,
+    ]
+    return x.to(dtype), y.to(dtype), torch.tensor(case.scale), gradients
+
+
+def run(module, case: Case, x: Tensor, y: Tensor, scale: Tensor, gradients: list[Tensor]) -> dict[str, Tensor]:
+    """Every output of a backend by name, `stash_offset` among them."""
+    owned_width = 128 if case.owned else 0
+    backend.panels = dataclasses.replace(backend.panels, owned_width=owned_width)
+    stash = x.new_empty(0)
+    if case.stash:
+        shape, dtype = module.stash_shape(case.n, case.m, x.dtype)
+        stash = torch.empty(shape, dtype=dtype)
+    out = module.forward(x, y, scale, case.offset, case.mask, case.cols, stash)
+    grads = module.backward(
+        *gradients, x, y, scale, *out, stash, case.offset, case.mask, case.need_dx, case.need_dy
+    )  # fmt: skip
+    return dict(zip(("rows", "cols", "positives", "stash_offset", "dx", "dy", "dscale"), (*out, *grads), strict=True))
+
+
+def check(case: Case, dtype: torch.dtype, actual: dict[str, Tensor], inputs: tuple) -> None:
+    x, y, scale, gradients = inputs
+    eager = run(reference, case, x, y, scale, gradients)
+    truth = run(reference, case, x.double(), y.double(), scale.double(), [g.double() for g in gradients])
+    logits = scale.double() * x.double() @ y.double().T
+    weight = (
+        sum(g.sum().item() for g in gradients[:2]) - gradients[2].sum().item()
+    )  # dscale is a difference of such sums
+    magnitudes = {"dscale": weight * logits.abs().max().item() / case.scale}
+    for name, t in truth.items():
+        if name == "stash_offset":
+            continue
+        finite = torch.isfinite(t)
+        assert torch.equal(actual[name][~finite].double(), t[~finite]), name
+        assert_close(
+            name, actual[name][finite], eager[name][finite], t[finite], terms=max(case.n, case.m),
+            exponent=logits.abs().max().item(), features=dtype, magnitude=magnitudes.get(name, 0.0),
+        )  # fmt: skip
+
+
+def compare(capability: int, dtype: torch.dtype, case: Case) -> list[str]:
+    """Holds every output to the rule -> the names of the kernels launched."""
+    x, y, scale, gradients = inputs = problem(case, dtype)
+    with emulated(capability) as gpu:
+        actual = run(backend, case, x, y, scale, gradients)
+    check(case, dtype, actual, inputs)
+    online = case.kind != "unit" or math.isnan(actual["stash_offset"].item())
+    assert online == (case.kind != "unit") and online == actual["stash_offset"].isnan().item()
+    return [name for name, _ in gpu.launches]
+
+
+@pytest.mark.parametrize(("capability", "dtype", "case"), RUNS, ids=str)
+def test_matches_float64(capability, dtype, case):
+    compare(capability, dtype, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dtype", "case"), ALL, ids=str)
+def test_matches_float64_everywhere(capability, dtype, case):
+    compare(capability, dtype, case)
+
+
+def test_launches():
+    """One pass forward and three backward, two with a stash; the online kernels return at once."""
+    panels = 2
+    before, after = ["statistics_kernel", "choose_kernel"], ["fold_kernel"]
+    forward = [
+        *before, *["scores_kernel", *after] * panels, "finish_kernel",
+        *["online_scores_kernel", *after] * panels, "finish_kernel",
+    ]  # fmt: skip
+    weights = ["exponent_kernel", "weights_kernel"]
+    for stash, kernel in ((False, "gradient_kernel"), (True, "unstash_kernel")):
+        panel = [kernel, "online_gradient_kernel", "features_gradient_kernel"]
+        backward = [*weights, *panel * panels, "features_gradient_kernel", "total_kernel"]
+        assert compare(90, torch.bfloat16, RAGGED._replace(stash=stash)) == forward + backward
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_refuses_what_is_not_finite(value):
+    x, y, scale, gradients = problem(RAGGED, torch.bfloat16)
+    y[150, 3] = value
+    with emulated(90):
+        actual = run(backend, RAGGED, x, y, scale, gradients)
+    for name, t in actual.items():
+        assert t.isnan().all(), name
+
+
+def test_strips_of_several_tiles(monkeypatch):
+    monkeypatch.setattr(Tiles, "strip_tiles", lambda self, rows, cols: 2)
+    monkeypatch.setattr(backend, "panels", backend.Panels(forward_rows=384, backward_rows=256))
+    for stash in (False, True):
+        compare(100, torch.bfloat16, Case(n=300, m=310, offset=0, stash=stash))
+
+
+def test_same_bits_whatever_the_panels(monkeypatch):
+    x, y, scale, gradients = problem(RAGGED, torch.bfloat16)
+    case = RAGGED._replace(cols=False)
+    out = []
+    for rows in (128, 256):
+        monkeypatch.setattr(backend, "panels", backend.Panels(rows, rows))
+        with emulated(80):
+            out.append(run(backend, case, x, y, scale, [gradients[0], gradients[1][:0], gradients[2]]))
+    for name in ("rows", "positives", "dx"):
+        assert torch.equal(out[0][name], out[1][name]), name
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e6])
+def test_float16_keeps_the_digits_of_small_and_large_gradients(size):
+    """P of float16 features is float16 too, and g / 2n is often below its smallest number."""
+    case = RAGGED._replace(scale=2.0)
+    x, y, scale, gradients = problem(case, torch.float16)
+    with emulated(90):
+        forward = backend.forward(x, y, scale, case.offset, True, True, x.new_empty(0))
+        args = (x, y, scale, *forward, x.new_empty(0), case.offset, True, True, True)
+        scaled = backend.backward(*(g * size for g in gradients), *args)
+    weights = [g.double() * size for g in gradients]
+    doubles = [t.double() for t in (x, y, scale, *forward[:3])]
+    truth = reference.backward(
+        *weights, *doubles, forward[3], x.new_empty(0), case.offset, True, True, True
+    )  # fmt: skip
+    error = (scaled[2] - truth[2]).abs() / truth[2].abs()
+    assert error < 2 * torch.finfo(torch.float16).eps, error
+
+
+def test_uses_the_tensor_cores():
+    """Compiled for what it should be: warp-group and fifth-generation instructions, fed by the TMA unit."""
+    expected = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+    for capability, instruction in expected.items():
+        code: dict[str, str] = {}
+
+        def keep(name: str, ptx: str, code: dict[str, str] = code) -> str:
+            code[name] = ptx
+            return ptx
+
+        case = Case(n=16, m=16, d=64, offset=0)
+        with emulated(capability, edit_ptx=keep):
+            run(backend, case, *problem(case, torch.bfloat16))
+        for name in ("scores_kernel", "gradient_kernel"):
+            assert instruction in code[name], (capability, name)
+            assert ("cp.async.bulk.tensor" in code[name]) == (capability >= 90), (capability, name)
