@@ -25,11 +25,14 @@ each_activation = pytest.mark.parametrize("activation", list(ACTIVATIONS))
 
 
 @functools.lru_cache(maxsize=2)
-def expected(shape: tuple, activation: str, size: float, shift: float, include: bool):
+def expected(
+    shape: tuple, activation: str, size: float, shift: float, include: bool, dtype: torch.dtype = torch.float32
+) -> tuple:
     """Inputs with scores of standard deviation near `size` and biases near `shift`, and what they give."""
     n, m, offset, h = shape
     torch.manual_seed(n * 131 + m * 7 + h)
     a, b, w = torch.randn(n, h) - shift, torch.randn(m, h) + shift, size * torch.randn(h) / math.sqrt(h)
+    a, b, w = a.to(dtype), b.to(dtype), w.to(dtype)
     slope = SLOPES.get(activation, 0.0)
 
     def moments(a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,7 +41,7 @@ def expected(shape: tuple, activation: str, size: float, shift: float, include: 
     eager = with_gradients(moments, a, b, w, weights=WEIGHTS)
     truth = with_gradients(moments, a, b, w, weights=WEIGHTS, dtype=torch.float64)
     phi = ACTIVATIONS[activation][0]
-    values = phi(a[:, None] + b[None], slope).double()  # (n, m, h)
+    values = phi(a.double()[:, None] + b.double()[None], slope)  # (n, m, h)
     terms = (values * w.double()).abs().sum(-1)  # (n, m): of S
     p = (values @ w.double()).masked_fill(~pair_mask(n, m, offset, include, a.device), -math.inf)
     p = p.flatten().softmax(0).view(n, m)

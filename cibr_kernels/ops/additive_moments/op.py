@@ -28,7 +28,7 @@ def additive_moments(
     include_diagonal: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(J, L) of S_ij = w . phi(a_i + b_j): 0-d tensors, differentiable in a, b and w.  No checks.
+    """(J, L) of S_ij = w . phi(a_i + b_j): float32 (float64 for float64) 0-d, differentiable in a, b, w.  No checks.
 
     `slope` is leaky_relu's negative slope and elu's alpha.  Row i's positive is column offset + i.
     """
@@ -37,6 +37,11 @@ def additive_moments(
     a, b, w = a.contiguous(), b.contiguous(), w.contiguous()
     j, el, *_ = additive_moments_forward(a, b, w, activation, slope, offset, include_diagonal, *needs, backend)
     return j, el
+
+
+def _sums(a: Tensor) -> torch.dtype:
+    """The dtype of scores, sums and moments."""
+    return torch.float64 if a.dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op("cibr_kernels::additive_moments_forward", mutates_args=())
@@ -54,7 +59,8 @@ def additive_moments_forward(
 @additive_moments_forward.register_fake
 def _(a, b, w, activation, slope, offset, include_diagonal, need_a, need_b, need_w, backend):
     empty = [torch.empty_like(t) if need else t.new_empty(0) for t, need in ((a, need_a), (b, need_b), (w, need_w))]
-    return a.new_empty(()), a.new_empty(()), *empty
+    moment = a.new_empty((), dtype=_sums(a))
+    return moment, torch.empty_like(moment), *empty
 
 
 @torch.library.custom_op("cibr_kernels::additive_moments_backward", mutates_args=())
@@ -65,14 +71,14 @@ def additive_moments_backward(
     """-> da (n, h), db (m, h), dw (h,), each empty unless needed: the saved gradients of L and the positives of J."""
     phi, phi_slope = ACTIVATIONS[activation]
     n = a.shape[0]
-    t = a + b[offset : offset + n]  # (n, h), the positives
+    t = a.to(_sums(a)) + b[offset : offset + n]  # (n, h), the positives
     per_row = grad_j / n
     positive = phi_slope(t, slope) * (w * per_row) if need_a or need_b else a
-    da = ga * grad_l + positive if need_a else a.new_empty(0)
+    da = (ga * grad_l + positive).to(a.dtype) if need_a else a.new_empty(0)
     db = gb * grad_l if need_b else b.new_empty(0)
     if need_b:
         db[offset : offset + n] += positive
-    dw = gw * grad_l + phi(t, slope).sum(0) * per_row if need_w else w.new_empty(0)
+    dw = (gw * grad_l + phi(t, slope).sum(0) * per_row).to(w.dtype) if need_w else w.new_empty(0)
     return da, db, dw
 
 

@@ -58,8 +58,9 @@ def additive_moments(
     a: Tensor, b: Tensor, w: Tensor, activation: str = "relu", slope: float = 0.01, offset: int = 0,
     include_diagonal: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """a (n, h), b (m, h), w (h,) -> J (), L (), differentiable in all three."""
+    """a (n, h), b (m, h), w (h,) -> J (), L (), differentiable in all three; float32 for half-precision inputs."""
     phi = ACTIVATIONS[activation][0]
+    a, b, w = (t if t.dtype == torch.float64 else t.float() for t in (a, b, w))
     return moments(phi(a[:, None] + b[None], slope) @ w, offset, include_diagonal)
 
 
@@ -73,6 +74,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> J (), L () and the gradients of L: (n, h), (m, h), (h,), each empty unless needed."""
     phi, phi_slope = ACTIVATIONS[activation]
+    dtypes = [t.dtype for t in (a, b, w)]
+    a, b, w = (t if t.dtype == torch.float64 else t.float() for t in (a, b, w))
     t = a[:, None] + b[None]  # (n, m, h)
     scores = phi(t, slope) @ w
     j, el = moments(scores, offset, include_diagonal)
@@ -82,4 +85,4 @@ def forward(
     ga = g.sum(1) * w if need_a else a.new_empty(0)
     gb = g.sum(0) * w if need_b else b.new_empty(0)
     gw = torch.einsum("ij,ijh->h", p, phi(t, slope)) if need_w else w.new_empty(0)
-    return j, el, ga, gb, gw
+    return j, el, ga.to(dtypes[0]), gb.to(dtypes[1]), gw.to(dtypes[2])

@@ -1,0 +1,129 @@
+"""The additive critic in Triton, compiled for each GPU and executed without one, against float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import with_gradients
+from executor import emulated
+from test_additive_moments import NAMES, SLOPES, WEIGHTS, expected
+from torch import Tensor
+
+from cibr_kernels import testing
+from cibr_kernels.ops.additive_moments import triton as backend
+from cibr_kernels.ops.additive_moments.op import additive_moments
+from cibr_kernels.ops.additive_moments.reference import ACTIVATIONS
+
+GPUS = (80, 90, 100, 120)
+RAGGED, WHOLE = (37, 70, 17, 21), (32, 48, 0, 32)  # n, m, offset, h: with blocks of 16, ends or none
+ONE_PANEL = ["pack", "scores", "merge", "weigh", "gradient", "gradient", "finish", "reduce"]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Blocks of 16, so that small inputs have several each way; panels of 32 rows of RAGGED."""
+    small = replace(backend.CONFIGS["kinked"], num_warps=1, unroll=2, unroll_gradient=1, block=16, block_h=16)
+    monkeypatch.setattr(backend, "CONFIGS", {"kinked": small, "smooth": replace(small, unroll=1)})
+    monkeypatch.setattr(backend, "PAD", 16)
+    monkeypatch.setattr(backend, "PANEL_BYTES", 32 * 80 * 2 * 4)
+    yield
+
+
+def check(
+    capability: int, activation: str, shape: tuple, *, dtype: torch.dtype = torch.float32, size: float = 1.0,
+    shift: float = 0.0, include: bool = False,
+) -> list[str]:  # fmt: skip
+    """Holds J, L and the gradients to the rule; the names of the kernels that were launched."""
+    inputs, eager, truth, exponent, magnitudes = expected(shape, activation, size, shift, include, dtype)
+    n, m, offset, h = shape
+
+    def moments(a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return additive_moments(
+            a, b, w, activation=activation, slope=SLOPES.get(activation, 0.0), offset=offset, include_diagonal=include,
+            backend="triton",
+        )  # fmt: skip
+
+    with emulated(capability) as gpu:
+        actual = with_gradients(moments, *inputs, weights=WEIGHTS)
+    for name, a, e, t, magnitude in zip(NAMES, actual, eager, truth, magnitudes, strict=True):
+        testing.assert_close(name, a, e, t, terms=n + m + h, exponent=exponent, features=dtype, magnitude=magnitude)
+    return [name for name, _ in gpu.launches]
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("capability", GPUS)
+def test_matches_float64(capability, activation, small_tiles):
+    check(capability, activation, RAGGED)
+    check(capability, activation, RAGGED, size=60.0)  # panels with another largest score
+    if capability in (90, 100):
+        check(capability, activation, WHOLE, include=True)
+
+
+@pytest.mark.parametrize("size", [1.0, 60.0])
+@pytest.mark.parametrize(
+    ("capability", "activation", "dtype"),
+    [
+        (80, "relu", torch.float16), (90, "relu", torch.bfloat16), (100, "relu", torch.bfloat16),
+        (120, "relu", torch.float16), (90, "gelu", torch.float16), (100, "gelu", torch.bfloat16),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_half_precision_is_computed_in_float32(capability, activation, dtype, size, small_tiles):
+    check(capability, activation, RAGGED, dtype=dtype, size=size)
+
+
+@pytest.mark.parametrize("activation", sorted(set(ACTIVATIONS) - {"relu", "gelu"}))
+def test_other_activations(activation, small_tiles):
+    capability = GPUS[list(ACTIVATIONS).index(activation) % 4]
+    for options in ({}, {"size": 60.0}, {"shift": 30.0}):
+        check(capability, activation, RAGGED, **options)
+
+
+@pytest.mark.parametrize("shift", [30.0, -30.0])
+def test_large_biases_that_cancel(shift, small_tiles):
+    check(90, "relu", RAGGED, shift=shift)
+
+
+@pytest.mark.parametrize(("capability", "activation"), [(80, "relu"), (90, "gelu")])
+def test_the_tiles_that_ship(capability, activation):
+    assert check(capability, activation, (70, 130, 5, 67)) == ONE_PANEL
+
+
+def test_sums_in_pieces_where_blocks_are_few(small_tiles):
+    check(90, "relu", (16, 300, 0, 9), size=10.0)
+
+
+def test_only_what_is_asked_for(small_tiles):
+    (a, b, w), *_ = expected(RAGGED, "relu", 1.0, 0.0, False)
+    with emulated(90) as gpu:
+        full = backend.forward(a, b, w, "relu", 0.0, 17, False, True, True, True)
+        for needs in ((True, False, False), (False, True, False), (False, False, True), (False, False, False)):
+            some = backend.forward(a, b, w, "relu", 0.0, 17, False, *needs)
+            for got, all_of_it, need in zip(some, full, (True, True, *needs), strict=True):
+                if need:
+                    torch.testing.assert_close(got, all_of_it, rtol=1e-6, atol=1e-6)
+                else:
+                    assert got.shape == (0,)
+    assert [name for name, _ in gpu.launches[-3:]] == ["pack", "scores", "merge"]
+
+
+def test_the_same_bits_twice(small_tiles):
+    (a, b, w), *_ = expected(RAGGED, "relu", 1.0, 0.0, False)
+    with emulated(90):
+        runs = [backend.forward(a, b, w, "relu", 0.0, 17, False, True, True, True) for _ in range(2)]
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["a", "b", "w"])
+def test_one_bad_number_reaches_everything(where, bad, small_tiles):
+    (a, b, w), *_ = expected(RAGGED, "relu", 1.0, 0.0, False)
+    inputs = {"a": a.clone(), "b": b.clone(), "w": w.clone()}
+    inputs[where].view(-1)[-1] = bad
+    with emulated(90):
+        outputs = backend.forward(*inputs.values(), "relu", 0.0, 0, False, True, True, True)
+    assert all(o.isnan().all() for o in outputs)

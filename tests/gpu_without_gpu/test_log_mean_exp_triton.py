@@ -1,0 +1,97 @@
+"""log_mean_exp in Triton, compiled for each GPU and executed without one, against float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import DTYPES, with_gradients
+from executor import emulated
+from torch import Tensor
+
+import cibr_kernels as ck
+from cibr_kernels import testing
+from cibr_kernels.ops.log_mean_exp import triton as backend
+from cibr_kernels.ops.log_mean_exp.reference import log_mean_exp as reference
+
+SHAPES = [(1,), (7, 13, 5), (64, 64), (4097,), (3, 5000)]  # a piece is 4096 scores
+CASES = [
+    (capability, dtype, shape, masked)
+    for i, (capability, dtype) in enumerate((c, d) for c in (80, 90, 100, 120) for d in DTYPES)
+    for j, shape in enumerate(SHAPES)
+    for masked in ((False, True) if capability == 90 else ((i + j) % 2 == 0,))
+]
+
+
+def check(capability: int, scores: Tensor, mask: Tensor | None) -> None:
+    def eager(s: Tensor) -> Tensor:
+        return reference(s, mask)
+
+    with emulated(capability) as gpu:
+        actual = with_gradients(lambda s: ck.log_mean_exp(s, mask=mask, backend="triton"), scores)
+    assert [name for name, _ in gpu.launches] == ["pieces", "merge", "backward"]
+    count = scores.numel() if mask is None else int(mask.sum())
+    truth = with_gradients(eager, scores, dtype=torch.float64)
+    magnitudes = abs(truth[0].item() + math.log(count)) + math.log(count), 0.0
+    for name, a, e, t, magnitude in zip(
+        ("L", "dscores"), actual, with_gradients(eager, scores), truth, magnitudes, strict=True
+    ):
+        exponent = scores.double().abs().max().item()
+        testing.assert_close(name, a, e, t, terms=count, exponent=exponent, features=scores.dtype, magnitude=magnitude)
+
+
+@pytest.mark.parametrize(("capability", "dtype", "shape", "masked"), CASES, ids=str)
+def test_matches_float64(capability, dtype, shape, masked):
+    for scale, shift in ((1.0, 0.0), (100.0, 0.0), (10.0, -300.0)):
+        scores = (scale * torch.randn(shape) + shift).to(dtype)
+        mask = torch.rand(shape) < 0.3 if masked else None
+        if mask is not None:
+            mask.view(-1)[-1] = True
+        check(capability, scores, mask)
+
+
+def test_more_pieces_than_one_block_of_the_merge(monkeypatch):
+    monkeypatch.setattr(backend, "PIECE", 128)
+    monkeypatch.setattr(backend, "BLOCK", 32)
+    check(90, 30 * torch.randn(41, 333), torch.rand(41, 333) < 0.3)
+
+
+def run(scores: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+    with emulated(90):
+        return with_gradients(lambda s: ck.log_mean_exp(s, mask=mask, backend="triton"), scores)
+
+
+def test_infinities_are_the_references():
+    for numbers in (
+        [-math.inf, 3.0, -math.inf, 3.0],
+        [math.inf, 0.0],
+        [-math.inf, -math.inf],
+        [-1e4] * 5000,
+        [1e4] * 5,
+    ):
+        scores = torch.tensor(numbers)
+        actual, expected = run(scores), with_gradients(reference, scores)
+        torch.testing.assert_close(actual[0], expected[0], equal_nan=True)
+    el, grad = run(torch.tensor([-math.inf, 3.0, -math.inf, 3.0]))
+    assert el.item() == pytest.approx(3 - math.log(2)) and grad.tolist() == pytest.approx([0, 0.5, 0, 0.5])
+
+
+@pytest.mark.parametrize("where", [0, 4099, 4999])
+def test_one_nan_reaches_everything(where):
+    scores = torch.randn(5000)
+    scores[where] = math.nan
+    el, grad = run(scores)
+    assert el.isnan() and grad.isnan().all()
+
+
+def test_masked_scores_are_not_looked_at():
+    scores = torch.tensor([1.0, math.nan, 2.0, math.inf])
+    el, grad = run(scores, torch.tensor([1, 0, 1, 0]).bool())
+    assert el.item() == pytest.approx(math.log((math.e + math.e**2) / 2))
+    assert grad.tolist() == pytest.approx([1 / (1 + math.e), 0, math.e / (1 + math.e), 0])
+
+
+def test_the_mean_of_nothing_is_nan():
+    with emulated(90):
+        assert backend.forward(torch.randn(3), torch.zeros(3, dtype=torch.bool)).isnan()

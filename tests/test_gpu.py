@@ -1,0 +1,221 @@
+"""Every op and backend on a real GPU: against float64 by the one rule, with no stall, in a CUDA graph, twice the same.
+
+The same functions run on the CPU's backends, so that they cannot rot where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode, on in every test, asks cuBLAS for it
+
+import pytest
+import torch
+from cases import LARGE, each_dtype, leaves, towers
+from test_additive_moments import expected as moments_expected
+from torch import Tensor
+
+import cibr_kernels as ck
+from cibr_kernels import testing
+from cibr_kernels.ops.additive_moments.op import additive_moments
+from cibr_kernels.ops.additive_moments.reference import additive_moments as moments_reference
+from cibr_kernels.ops.additive_shifts.op import additive_shifts
+from cibr_kernels.ops.additive_shifts.reference import additive_shifts as shifts_reference
+from cibr_kernels.ops.clip_loss.op import rectangular_clip_loss
+from cibr_kernels.ops.clip_loss.reference import clip_loss as clip_reference
+from cibr_kernels.ops.log_mean_exp.reference import log_mean_exp as mean_reference
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+on_gpu = pytest.mark.parametrize(
+    "place", [pytest.param(("cuda", backend), marks=GPU, id=backend) for backend in ("native", "triton")]
+)
+anywhere = pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param(("cpu", "auto"), id="cpu"),
+        *(pytest.param(("cuda", b), marks=GPU, id=b) for b in ("native", "triton")),
+    ],
+)
+
+
+class Op(NamedTuple):
+    """Inputs in float32 on the CPU; the op and its definition give a scalar."""
+
+    inputs: tuple[Tensor, ...]
+    ours: Callable[..., Tensor]  # (*inputs, backend)
+    definition: Callable[..., Tensor]
+    terms: int
+    exponent: float
+
+
+def clip(n: int, m: int, d: int, offset: int, scale: float, budget: int) -> Op:
+    def ours(x: Tensor, y: Tensor, s: Tensor, backend: str) -> Tensor:
+        ck.set_stash_budget(budget)
+        return rectangular_clip_loss(x, y, s, offset=offset, one_way=False, backend=backend)
+
+    def definition(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        return clip_reference(x, y, s, offset, False)
+
+    return Op((*towers(n, m, d, offset), torch.tensor(scale)), ours, definition, m + d, scale)
+
+
+def moments(activation: str, shape: tuple[int, int, int, int], size: float) -> Op:
+    n, m, offset, h = shape
+    inputs, *_, exponent, _ = moments_expected(shape, activation, size, 0.0, False)
+
+    def ours(a: Tensor, b: Tensor, w: Tensor, backend: str) -> Tensor:
+        j, el = additive_moments(a, b, w, activation=activation, slope=0.2, offset=offset, backend=backend)
+        return 0.7 * j - 1.3 * el
+
+    def definition(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
+        j, el = moments_reference(a, b, w, activation, 0.2, offset)
+        return 0.7 * j - 1.3 * el
+
+    return Op(inputs, ours, definition, n + m + h, exponent)
+
+
+def shifted(activation: str) -> Op:
+    inputs, *_, exponent, _ = moments_expected((300, 310, 0, 70), activation, 1.0, 0.0, False)
+    return Op(
+        inputs,
+        lambda a, b, w, backend: additive_shifts(a, b, w, 9, activation=activation, backend=backend).logsumexp((0, 1)),
+        lambda a, b, w: shifts_reference(a, b, w, 9, 1, activation).logsumexp((0, 1)),
+        380, exponent,
+    )  # fmt: skip
+
+
+def mean_of(scale: float, masked: bool) -> Op:
+    scores = scale * torch.randn(313, 129, generator=torch.Generator().manual_seed(1))
+    mask = torch.rand(scores.shape, generator=torch.Generator().manual_seed(2)) < 0.3 if masked else None
+    return Op(
+        (scores,),
+        lambda s, backend: ck.log_mean_exp(s, mask=None if mask is None else mask.to(s.device), backend=backend),
+        lambda s: mean_reference(s, mask),
+        scores.numel(), scores.abs().max().item(),
+    )  # fmt: skip
+
+
+OPS: dict[str, Callable[[], Op]] = {
+    "clip ragged": lambda: clip(257, 390, 100, 70, 14.3, 0),
+    "clip whole, kept": lambda: clip(512, 512, 128, 0, 100.0, LARGE),
+    "clip of 100, kept": lambda: clip(300, 300, 64, 0, 100.0, LARGE),
+    "moments relu": lambda: moments("relu", (200, 330, 17, 130), 1.0),
+    "moments relu large": lambda: moments("relu", (128, 256, 0, 64), 60.0),
+    "moments gelu": lambda: moments("gelu", (200, 330, 17, 130), 1.0),
+    "moments tanh large": lambda: moments("tanh", (130, 130, 0, 65), 60.0),
+    "shifts relu": lambda: shifted("relu"),
+    "shifts silu": lambda: shifted("silu"),
+    "mean": lambda: mean_of(100.0, False),
+    "mean masked": lambda: mean_of(1.0, True),
+}
+each_op = pytest.mark.parametrize("name", list(OPS))
+
+
+def value_and_gradients(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], device: str = "cpu") -> list[Tensor]:
+    own = leaves(*(t.to(device) for t in inputs))
+    value = f(*own)
+    return [value.detach(), *torch.autograd.grad(value, own)]
+
+
+@each_dtype
+@anywhere
+@each_op
+def test_matches_float64(name, place, dtype):
+    device, backend = place
+    op = OPS[name]()
+    features = tuple(t.to(dtype) if t.dim() else t for t in op.inputs)
+    actual = value_and_gradients(lambda *t: op.ours(*t, backend=backend), features, device)
+    eager = value_and_gradients(op.definition, features)
+    truth = value_and_gradients(op.definition, tuple(t.double() for t in features))
+    for what, a, e, t in zip(("value", "first", "second", "third"), actual, eager, truth, strict=False):
+        magnitude = max(1.0, t.abs().max().item()) if t.dim() < 2 else 0.0  # scalars and dw are sums that cancel
+        testing.assert_close(
+            what, a.cpu(), e, t, terms=op.terms, exponent=op.exponent, features=dtype, magnitude=magnitude
+        )
+
+
+@anywhere
+@each_op
+def test_the_same_bits_twice(name, place):
+    device, backend = place
+    op = OPS[name]()
+    runs = [value_and_gradients(lambda *t: op.ours(*t, backend=backend), op.inputs, device) for _ in range(2)]
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+
+
+@anywhere
+@pytest.mark.parametrize("name", [name for name in OPS if "masked" not in name])
+def test_a_nan_reaches_the_value(name, place):
+    device, backend = place
+    op = OPS[name]()
+    spoilt = op.inputs[0].clone()
+    spoilt[0, 0] = math.nan
+    value, *_ = value_and_gradients(lambda *t: op.ours(*t, backend=backend), (spoilt, *op.inputs[1:]), device)
+    assert value.isnan()
+
+
+@on_gpu
+@each_op
+def test_nothing_waits_for_the_device(name, place):
+    device, backend = place
+    op = OPS[name]()
+    own = leaves(*(t.to(device) for t in op.inputs))
+    torch.autograd.grad(op.ours(*own, backend=backend), own)  # compiles, loads and fills caches
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(op.ours(*own, backend=backend), own)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+@each_op
+def test_in_a_cuda_graph(name, place):
+    device, backend = place
+    op = OPS[name]()
+    own = leaves(*(t.to(device) for t in op.inputs))
+    other = [t.to(device) if t.dim() == 0 else t.flip(0).contiguous().to(device) for t in op.inputs]
+    expected = value_and_gradients(lambda *t: op.ours(*t, backend=backend), tuple(other), device)
+
+    def step() -> list[Tensor]:
+        value = op.ours(*own, backend=backend)
+        return [value.detach(), *torch.autograd.grad(value, own)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for t, value in zip(own, other, strict=True):
+            t.copy_(value)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(*pair) for pair in zip(captured, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("negatives", ["all", ck.shifts(4)], ids=str)
+def test_the_whole_objective_waits_for_nothing(negatives):
+    loss = ck.nn.CIBRLoss(64, 48, 40, hidden=128, negatives=negatives, warmup_steps=1).cuda()
+    image, text = (torch.nn.functional.normalize(torch.randn(256, 64, device="cuda"), dim=1) for _ in range(2))
+    image.requires_grad_()
+    data = torch.randn(256, 48, device="cuda"), torch.randn(256, 40, device="cuda")
+    scale = torch.tensor(10.0, device="cuda", requires_grad=True)
+    loss(image, text, scale, *data).backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss(image, text, scale, *data).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert image.grad is not None and image.grad.isfinite().all()
