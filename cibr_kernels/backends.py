@@ -46,13 +46,22 @@ def warn_if_missing() -> None:
         warnings.warn(f"cibr_kernels: {_missing}; until then the CPU uses the N x N reference", stacklevel=3)
 
 
+def cuda_missing() -> str | None:
+    """Why the CUDA C++ kernels are not there; None when they are."""
+    if _C is None:
+        return _missing
+    if not _C.has_cuda:
+        return "cibr_kernels._C was built without CUDA: nvcc was not found when it was built"
+    return None
+
+
 def native_unsupported(*tensors: Tensor) -> str | None:
     """Why the C++ CPU kernels cannot run on these tensors; None when they can."""
     if _missing:
         return _missing
     for t in tensors:
         if t.device.type != "cpu":
-            return f"the C++ kernels run on the CPU, got {t.device}"
+            return cuda_missing() or f"the C++ kernels of this op run on the CPU, got {t.device}"
         if t.dtype.is_floating_point and t.dtype.itemsize > 4:
             return f"the C++ kernels compute in float32, got {t.dtype}"
     return None

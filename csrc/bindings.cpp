@@ -5,7 +5,9 @@
 #include <pybind11/pybind11.h>
 
 #include "additive_moments/additive_moments.h"
+#include "common/fields.h"
 #include "common/isa.h"
+#include "cuda_bindings.h"
 #include "dot_lse/dot_lse.h"
 #include "log_mean_exp/log_mean_exp.h"
 
@@ -13,23 +15,6 @@ namespace py = pybind11;
 using namespace ck;
 
 namespace {
-
-// A field of a struct: pointers as integers, numbers as they are.
-template <typename Class, typename Owner, typename T>
-void field(Class& c, const char* name, T* Owner::*member) {
-  c.def_property(
-      name, [member](const typename Class::type& p) { return reinterpret_cast<uintptr_t>(p.*member); },
-      [member](typename Class::type& p, uintptr_t v) { p.*member = reinterpret_cast<T*>(v); });
-}
-
-template <typename Class, typename Owner, typename T>
-void field(Class& c, const char* name, T Owner::*member) {
-  c.def_property(
-      name, [member](const typename Class::type& p) { return p.*member; },
-      [member](typename Class::type& p, T v) { p.*member = v; });
-}
-
-#define FIELD(name) field(c, #name, &P::name)
 
 #ifdef CK_HAVE_avx2
 #define CK_CASE_AVX2(f) \
@@ -120,6 +105,8 @@ PYBIND11_MODULE(_C, m) {
   KERNEL(additive_moments, AdditiveMoments);
   KERNEL(log_mean_exp_forward, LogMeanExp);
   KERNEL(log_mean_exp_backward, LogMeanExp);
+
+  bind_cuda(m);
 
   m.def("isa", [] { return isa_name(isa()); }, "the instruction set in use");
   m.def("supported_isas", [] {

@@ -12,14 +12,19 @@ from cibr_kernels import backends
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
 
 
-def call(kernel: str, struct: str, **fields: Any) -> None:
-    """Fills `struct`'s fields and runs `kernel` on torch's number of threads.  None and empty tensors become null."""
-    module = backends.compiled()
-    params = getattr(module, struct)()
-    params.threads = torch.get_num_threads()
+def fill(params: Any, fields: dict[str, Any]) -> Any:
+    """Sets the fields of a parameter struct; None and empty tensors become null pointers."""
     for name, value in fields.items():
         if isinstance(value, Tensor):
             assert value.is_contiguous(), name
             value = value.data_ptr() if value.numel() else 0
         setattr(params, name, 0 if value is None else value)
+    return params
+
+
+def call(kernel: str, struct: str, **fields: Any) -> None:
+    """Fills `struct`'s fields and runs `kernel` on torch's number of threads."""
+    module = backends.compiled()
+    params = fill(getattr(module, struct)(), fields)
+    params.threads = torch.get_num_threads()
     getattr(module, kernel)(params)

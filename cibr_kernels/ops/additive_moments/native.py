@@ -1,17 +1,24 @@
-"""additive_moments in C++: csrc/additive_moments."""
+"""additive_moments in C++: csrc/additive_moments, on the CPU in float32 and on CUDA in every feature dtype."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cibr_kernels import backends
+from cibr_kernels.ops import cuda_call
 from cibr_kernels.ops.additive_moments.reference import ACTIVATIONS
-from cibr_kernels.ops.native_call import call
+from cibr_kernels.ops.native_call import DTYPES, call
+
+SCORE_BUDGET = 256 << 20  # bytes of scores that the CUDA kernels keep at a time; more rows than fit take several panels
 
 
 def unsupported(*tensors: Tensor) -> str | None:
-    """Float32 on the CPU only; critic_moments converts."""
+    """Float32 on the CPU (critic_moments converts); float32, bfloat16 and float16 on CUDA."""
+    if cuda_call.takes(*tensors):
+        return cuda_call.unsupported(*tensors)
     if any(t.dtype != torch.float32 for t in tensors):
         return f"the C++ kernel takes float32, got {', '.join(str(t.dtype) for t in tensors)}"
     return backends.native_unsupported(*tensors)
@@ -21,14 +28,22 @@ def forward(
     a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, offset: int, include_diagonal: bool,
     need_a: bool, need_b: bool, need_w: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> J (), L () and the gradients of L: (n, h), (m, h), (h,), each empty unless needed."""
-    moments = torch.empty(2, dtype=torch.float32)
+    """-> J (), L () float32 and the gradients of L: (n, h), (m, h), (h,) as their inputs, each empty unless needed."""
+    moments = torch.empty(2, dtype=torch.float32, device=a.device)
     ga, gb, gw = (
         torch.empty_like(t) if need else t.new_empty(0) for t, need in ((a, need_a), (b, need_b), (w, need_w))
     )
-    call(
-        "additive_moments", "AdditiveMoments", a=a, b=b, w=w, n=a.shape[0], m=b.shape[0], h=a.shape[1], offset=offset,
-        include_diagonal=include_diagonal, activation=list(ACTIVATIONS).index(activation), slope=slope, need_a=need_a,
-        need_b=need_b, need_w=need_w, moments=moments, ga=ga, gb=gb, gw=gw,
+    fields: dict[str, Any] = dict(  # noqa: C408
+        a=a, b=b, w=w, n=a.shape[0], m=b.shape[0], h=a.shape[1], offset=offset, include_diagonal=include_diagonal,
+        activation=list(ACTIVATIONS).index(activation), slope=slope, need_a=need_a, need_b=need_b, need_w=need_w,
+        moments=moments, ga=ga, gb=gb, gw=gw,
     )  # fmt: skip
+    if cuda_call.takes(a):
+        found = cuda_call.target(a.device)
+        cuda_call.call(
+            "additive_moments", "AdditiveMomentsCuda", **fields, dtype=DTYPES[a.dtype], w_dtype=DTYPES[w.dtype],
+            processors=found.processors, capability=found.capability, score_budget=SCORE_BUDGET,
+        )  # fmt: skip
+    else:
+        call("additive_moments", "AdditiveMoments", **fields)
     return moments[0].clone(), moments[1].clone(), ga, gb, gw

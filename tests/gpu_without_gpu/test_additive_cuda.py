@@ -1,0 +1,196 @@
+"""additive_moments and additive_shifts in CUDA C++: what their launchers launch, emulated, against float64."""
+
+from __future__ import annotations
+
+import math
+
+import nvcc
+import pytest
+import torch
+from cases import with_gradients
+from plans import emulated
+from test_additive_moments import NAMES, SLOPES, WEIGHTS, expected
+from torch import Tensor
+
+from cibr_kernels import backends, testing
+from cibr_kernels.ops.additive_moments import native
+from cibr_kernels.ops.additive_moments.op import additive_moments
+from cibr_kernels.ops.additive_moments.reference import ACTIVATIONS
+from cibr_kernels.ops.additive_moments.reference import additive_moments as moments_reference
+from cibr_kernels.ops.additive_shifts.op import additive_shifts
+from cibr_kernels.ops.additive_shifts.reference import additive_shifts as shifts_reference
+
+pytestmark = pytest.mark.skipif(
+    bool(backends.cuda_missing()) or nvcc.find() is None, reason=backends.cuda_missing() or "nvcc was not found"
+)
+TARGETS = ["80", "90a", "100a", "120"]
+
+
+def inputs(n: int, m: int, h: int, dtype: torch.dtype) -> list[Tensor]:
+    torch.manual_seed(n * 131 + m * 7 + h)
+    return [torch.randn(n, h).to(dtype), torch.randn(m, h).to(dtype), torch.randn(h) / math.sqrt(h)]
+
+
+def check_moments(
+    arch: str, activation: str, shape: tuple[int, int, int, int], *, include: bool = False, shift: float = 0.0,
+    size: float = 1.0, dtype: torch.dtype = torch.float32,
+) -> list[tuple[str, tuple[int, ...]]]:  # fmt: skip
+    """Holds J, L and the gradients to the rule; -> (kernel, grid) of what was launched."""
+    tensors, eager, truth, exponent, magnitudes = expected(shape, activation, size, shift, include, dtype)
+    n, m, offset, h = shape
+
+    def kernel(a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return additive_moments(
+            a, b, w, activation=activation, slope=SLOPES.get(activation, 0.0), offset=offset, include_diagonal=include,
+            backend="native",
+        )  # fmt: skip
+
+    with emulated(arch) as e:
+        actual = with_gradients(kernel, *tensors, weights=WEIGHTS)
+    for name, x, y, z, magnitude in zip(NAMES, actual, eager, truth, magnitudes, strict=True):
+        testing.assert_close(name, x, y, z, terms=n + m + h, exponent=exponent, features=dtype, magnitude=magnitude)
+    return e.launches
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("arch", TARGETS)
+def test_moments_on_every_target(arch, activation):
+    check_moments(arch, activation, (20, 70, 17, 33))
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_moments_of_every_activation(activation):
+    check_moments("90a", activation, (33, 33, 0, 16), include=True)
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_moments_in_several_panels_and_parts(include, monkeypatch):
+    monkeypatch.setattr(native, "SCORE_BUDGET", 1)  # 128 rows at a time
+    launches = check_moments("90a", "relu", (130, 257, 100, 65), include=include)
+    assert [grid for name, grid in launches if name == "additive_scores_relu"] == [(3, 1, 1)] * 2
+    assert any(name == "additive_rows_relu" and grid[2] > 1 for name, grid in launches)  # the sum cut into parts
+
+
+def test_smooth_moments_in_several_panels(monkeypatch):
+    monkeypatch.setattr(native, "SCORE_BUDGET", 1)
+    check_moments("90a", "silu", (129, 131, 2, 5), size=60.0)  # panels with another largest score
+
+
+@pytest.mark.parametrize(("activation", "shift"), [("relu", 30.0), ("leaky_relu", -30.0)])
+def test_large_biases_that_cancel(activation, shift):
+    check_moments("90a", activation, (20, 70, 17, 65), shift=shift)
+
+
+@pytest.mark.parametrize(
+    ("arch", "activation", "dtype"),
+    [
+        ("80", "relu", torch.bfloat16), ("90a", "relu", torch.float16), ("90a", "leaky_relu", torch.bfloat16),
+        ("90a", "tanh", torch.bfloat16),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_moments_of_half_precision_features(arch, activation, dtype):
+    check_moments(arch, activation, (20, 70, 17, 33), dtype=dtype, size=60.0)
+
+
+@pytest.mark.parametrize(
+    ("activation", "needs"),
+    [
+        ("relu", (0, 0, 0)), ("relu", (1, 0, 0)), ("relu", (0, 1, 0)), ("relu", (0, 0, 1)), ("silu", (0, 1, 0)),
+        ("silu", (0, 0, 1)), ("silu", (1, 1, 0)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_only_what_is_needed_is_computed(activation, needs):
+    a, b, w = inputs(9, 12, 6, torch.float32)
+    expected = with_gradients(
+        lambda *t: moments_reference(*t, activation, 0.0, 2), a, b, w, weights=(0, 1), dtype=torch.float64
+    )
+    with emulated("90a") as e:
+        j, el, *gradients = native.forward(a, b, w, activation, 0.0, 2, False, *map(bool, needs))
+    for got, truth in zip([j, el], expected[:2], strict=True):
+        torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-6)
+    for need, got, truth in zip(needs, gradients, expected[2:], strict=True):
+        assert got.numel() == need * truth.numel()
+        if need:
+            torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-6)
+    names = [name for name, _ in e.launches]
+    assert any("rows" in n for n in names) == bool(needs[0] or needs[2])
+    assert any("columns" in n for n in names) == bool(needs[1] or (needs[2] and activation == "relu"))
+
+
+@pytest.mark.parametrize(
+    ("activation", "place", "bad"),
+    [
+        ("relu", 0, math.nan), ("relu", 0, -math.inf), ("relu", 1, math.inf), ("relu", 2, math.inf),
+        ("elu", 0, math.nan), ("elu", 1, -math.inf), ("elu", 2, math.nan),
+    ],
+)  # fmt: skip
+def test_nan_and_infinity_reach_every_output(activation, place, bad):
+    tensors = inputs(5, 6, 3, torch.float32)
+    tensors[place].view(-1)[1] = bad
+    with emulated("90a"):
+        outputs = native.forward(*tensors, activation, 0.5, 1, False, True, True, True)
+    assert all(x.isnan().all() for x in outputs)
+
+
+def test_relu_is_flat_at_zero():
+    a, b, w = torch.zeros(4, 32), torch.zeros(4, 32), torch.ones(32)  # phi'(0) = 0, as in PyTorch
+    with emulated("90a"):
+        _, _, *gradients = native.forward(a, b, w, "relu", 0.0, 0, False, True, True, True)
+    assert not any(g.any() for g in gradients)
+
+
+def check_shifts(
+    arch: str, activation: str, shape: tuple[int, int, int], first: int, k: int, dtype: torch.dtype = torch.float32
+) -> None:
+    n, m, h = shape
+    tensors, slope = inputs(n, m, h, dtype), SLOPES.get(activation, 0.0)
+    grad = torch.randn(k, n)
+
+    def reference(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
+        return shifts_reference(a, b, w, k, first, activation, slope)
+
+    def kernel(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
+        return additive_shifts(a, b, w, k, first=first, activation=activation, slope=slope, backend="native")
+
+    def outputs(f, dtype: torch.dtype | None = None) -> list[Tensor]:
+        leaves = [t.detach().clone().to(dtype or t.dtype).requires_grad_() for t in tensors]
+        scores = f(*leaves)
+        return [scores.detach(), *torch.autograd.grad(scores, leaves, grad.to(scores.dtype))]
+
+    truth, eager = outputs(reference, torch.float64), outputs(reference)
+    with emulated(arch):
+        actual = outputs(kernel)
+    magnitude = (grad.abs().sum() * 3).item()  # dw is a sum of k n terms of both signs
+    for name, x, y, z in zip(("scores", "da", "db", "dw"), actual, eager, truth, strict=True):
+        testing.assert_close(
+            name, x, y, z, terms=k * n + h, exponent=0.0, features=dtype, magnitude=magnitude if name == "dw" else 0.0
+        )
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("arch", TARGETS)
+def test_shifts_on_every_target(arch, activation):
+    check_shifts(arch, activation, (20, 23, 132), 1, 5)
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_shifts_of_every_activation(activation):
+    check_shifts("90a", activation, (9, 9, 7), 1, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("shape", "first", "k"), [((140, 200, 20), 3, 6), ((3, 5, 4), 0, 12), ((1, 1, 1), 0, 1)])
+def test_shifts_wrap(shape, first, k, dtype):
+    check_shifts("90a", "relu", shape, first, k, dtype)
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_and_infinity_reach_the_scores_of_their_shifts(activation, bad):
+    a, b, w = inputs(6, 6, 5, torch.float32)
+    a[2, 3] = bad
+    with emulated("90a"):
+        scores = additive_shifts(a, b, w, 2, activation=activation, slope=0.3, backend="native")
+    assert scores[:, 2].isnan().all() and scores.isnan().sum() == 2
