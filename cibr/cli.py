@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import types
 import typing
@@ -115,6 +116,8 @@ def run_training(options: argparse.Namespace) -> int:
             raise UsageError(f"a resumed run keeps its options, and this one was started with {was}")
         given = {**given, **started}
     outcome = train(TrainConfig.from_dict(given), resume=resume)
+    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first one speaks
+        return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
     print(f"{outcome.step} steps in {outcome.seconds:.0f} s of training", end="")
     for count, what in (
         (outcome.skipped_steps, "steps without a finite loss"),

@@ -78,7 +78,8 @@ def load(
             image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
         return np.asarray(image), about
 
-    shards = webdataset.WebDataset(tars, handler=skip, shardshuffle=False, empty_check=False)
+    # every rank reads everything (nodesplitter): batches are drawn from the whole
+    shards = webdataset.WebDataset(tars, handler=skip, shardshuffle=False, empty_check=False, nodesplitter=None)
     read = [(i, a) for i, a in shards.map(decode, handler=skip) if a["group"] not in drop_groups]
     if problems:
         warnings.warn(f"{len(problems)} samples of {data} skipped, the first: {problems[0]}", stacklevel=2)
@@ -154,9 +155,14 @@ class ConceptSampler:
         return self.rows[self.first[chosen] + (rng.random(self.batch_size) * self.count[chosen]).astype(np.int64)]
 
 
-def augment(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Zooms, shifts, turns and mirrors (n, 3, size, size) floats in [0, 1] on white at random, and recolours half."""
-    n = len(images)
+def augment(
+    images: torch.Tensor, rng: np.random.Generator, *, part: slice = slice(None), total: int | None = None
+) -> torch.Tensor:
+    """Zooms, shifts, turns and mirrors (n, 3, size, size) floats in [0, 1] on white at random, and recolours half.
+
+    `images` may be a `part` of a batch of `total`: the random numbers are then those of the whole batch.
+    """
+    n = len(images) if total is None else total
     zoom = rng.uniform(0.85, 1.5, n)  # > 1 shrinks the drawing: vendors leave different margins
     turn = rng.uniform(-0.15, 0.15, n)
     mirror = rng.choice([-1.0, 1.0], n)
@@ -164,11 +170,10 @@ def augment(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     theta[:, 0, 0], theta[:, 0, 1] = mirror * zoom * np.cos(turn), -zoom * np.sin(turn)
     theta[:, 1, 0], theta[:, 1, 1] = mirror * zoom * np.sin(turn), zoom * np.cos(turn)
     theta[:, :, 2] = rng.uniform(-0.15, 0.15, (n, 2))
-    grid = torch.nn.functional.affine_grid(torch.from_numpy(theta), list(images.shape), align_corners=False)
+    grid = torch.nn.functional.affine_grid(torch.from_numpy(theta[part]), list(images.shape), align_corners=False)
     ink = torch.nn.functional.grid_sample(1 - images, grid, align_corners=False)  # zero padding is white paper
-    strength = torch.from_numpy((rng.uniform(0, 1, n) * rng.integers(0, 2, n)).astype(np.float32)).view(n, 1, 1, 1)
-    mix = torch.from_numpy(
-        rng.dirichlet(np.ones(3), (n, 3)).astype(np.float32)
-    )  # rows sum to 1: white stays, grey stays
+    strength = torch.from_numpy((rng.uniform(0, 1, n) * rng.integers(0, 2, n)).astype(np.float32))[part]
+    # rows sum to 1: white stays, grey stays
+    mix = torch.from_numpy(rng.dirichlet(np.ones(3), (n, 3)).astype(np.float32))[part]
     recoloured = torch.einsum("nij,njhw->nihw", mix, ink)
-    return 1 - torch.lerp(ink, recoloured, strength)
+    return 1 - torch.lerp(ink, recoloured, strength.view(-1, 1, 1, 1))

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
+
+from cibr_kernels.distributed import gather_rows
 
 MAX_LOG_SCALE = math.log(100.0)  # CLIP's bound on the logit scale
 
@@ -16,6 +19,32 @@ MAX_LOG_SCALE = math.log(100.0)  # CLIP's bound on the logit scale
 class Features:
     inputs: torch.Tensor  # X: (n, width) fp32, pooled, before the projection
     embedding: torch.Tensor  # Z = normalize(X W): (n, embed_dim) fp32, unit norm
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """`nn.BatchNorm2d`, over the rows of all ranks of `process_group` where there is one, on the CPU too."""
+
+    process_group: ProcessGroup | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, channels, height, width), any n; the statistics in float32."""
+        group = self.process_group
+        if group is None or not self.training:
+            return super().forward(x)
+        var, mean = torch.var_mean(x.float(), (0, 2, 3), unbiased=False)
+        count = torch.full_like(mean, x.numel() / x.shape[1])
+        counts, means, variances = gather_rows(torch.stack([count, mean, var])[None], group).unbind(1)
+        total = counts.sum(0)
+        mean = (counts * means).sum(0) / total
+        var = (counts * (variances + (means - mean).square())).sum(0) / total
+        with torch.no_grad():
+            assert self.momentum is not None and self.running_mean is not None and self.running_var is not None
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * total / (total - 1), self.momentum)
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        scale = self.weight * (var + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        return (x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(x.dtype)
 
 
 class ConvTower(nn.Module):
@@ -28,7 +57,7 @@ class ConvTower(nn.Module):
         layers: list[nn.Module] = []
         for before, after, stride in zip([3, *channels], channels, strides, strict=False):
             convolution = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
-            layers += [convolution, nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+            layers += [convolution, BatchNorm(after), nn.ReLU(inplace=True)]
         self.layers = nn.Sequential(*layers)
         self.output_dim = channels[-1]
 

@@ -2,6 +2,7 @@
 
 An objective is a module called as `objective(image, text, logit_scale)` with the two towers' `Features`. It returns the
 parts of the loss by name; `loss` carries the gradient, the others are for the log. Its parameters, if any, are critics.
+Modules with a `process_group` take the rows of all its ranks; the loss is then this rank's part, to be averaged.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 import cibr_kernels as ck
 from cibr.config import TrainConfig
@@ -16,8 +18,10 @@ from cibr.models import Features, TwoTower
 
 
 class Clip(nn.Module):
+    process_group: ProcessGroup | None = None
+
     def forward(self, image: Features, text: Features, logit_scale: Tensor) -> dict[str, Tensor]:
-        loss = ck.clip_loss(image.embedding, text.embedding, logit_scale)
+        loss = ck.clip_loss(image.embedding, text.embedding, logit_scale, process_group=self.process_group)
         return {"loss": loss, "contrastive_loss": loss.detach()}
 
 

@@ -8,7 +8,7 @@ Importing this pulls in torch and nothing heavier.
 
 import torch  # noqa: F401  (before the compiled module: torch's wheel carries the OpenMP runtime they share)
 
-from cibr_kernels import backends, nn
+from cibr_kernels import backends, distributed, nn
 from cibr_kernels.backends import native_available
 from cibr_kernels.ops.cibr_loss.op import cibr_loss
 from cibr_kernels.ops.clip_loss.op import clip_loss
@@ -24,6 +24,7 @@ __all__ = [
     "clip_loss",
     "conditional_mutual_information",
     "critic_moments",
+    "distributed",
     "log_mean_exp",
     "mutual_information",
     "native_available",

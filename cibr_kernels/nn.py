@@ -7,10 +7,13 @@ import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from cibr_kernels.distributed import Shards, merge
 from cibr_kernels.ops.additive_moments.reference import ACTIVATIONS
-from cibr_kernels.ops.cibr_loss.op import TERMS, cibr_loss
+from cibr_kernels.ops.cibr_loss.op import TERMS, agree, cibr_loss
 from cibr_kernels.ops.clip_loss.op import clip_loss
 from cibr_kernels.ops.critic_moments.op import Shifts
 
@@ -94,28 +97,50 @@ class SeparableCritic(nn.Module):
 
 
 class ClipLoss(nn.Module):
-    """Drop-in for `open_clip.loss.ClipLoss` on one process: same constructor, same call, same dictionary.
+    """Drop-in for `open_clip.loss.ClipLoss`: same constructor, same call, same dictionary, on any number of ranks.
 
-    `local_loss`, `gather_with_grad`, `cache_labels` and `use_horovod` are accepted; there is nothing to cache here.
-    Raises NotImplementedError for world_size > 1: gathered features are a later version's.
+    rank, world_size: of torch.distributed's default group, whose ranks' rows make one batch where world_size > 1; or
+    `process_group` and `strategy` as in `cibr_kernels.clip_loss`.
+    local_loss: return this rank's part, whose mean over ranks is the loss, instead of the loss of all rows (one more
+    all-reduce of a number, without gradient).  The gradients are the same, exact under DDP's averaging, either way and
+    with or without `gather_with_grad`, which is accepted like `cache_labels` and `use_horovod` and changes nothing.
+    Raises ValueError at the call where rank and world_size are not those of the default group.
     """
 
     def __init__(
         self, local_loss: bool = False, gather_with_grad: bool = False, cache_labels: bool = False, rank: int = 0,
-        world_size: int = 1, use_horovod: bool = False,
+        world_size: int = 1, use_horovod: bool = False, *, process_group: ProcessGroup | None = None,
+        strategy: str = "gather",
     ) -> None:  # fmt: skip
         super().__init__()
-        if world_size != 1:
-            raise NotImplementedError(f"ClipLoss works on one process in this version, got world_size={world_size}")
         self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
         self.rank, self.world_size, self.use_horovod = rank, world_size, use_horovod
+        self.process_group, self.strategy = process_group, strategy
+
+    def _group(self) -> ProcessGroup | None:
+        if self.process_group is not None or self.world_size == 1:
+            return self.process_group
+        if not dist.is_initialized():
+            raise ValueError(f"ClipLoss has world_size={self.world_size}, but torch.distributed is not initialised")
+        found = dist.get_rank(), dist.get_world_size()
+        if found != (self.rank, self.world_size):
+            raise ValueError(
+                f"ClipLoss has rank={self.rank}, world_size={self.world_size}, but this process is rank {found[0]} of "
+                f"{found[1]}"
+            )
+        return dist.group.WORLD
 
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None, output_dict: bool = False,
     ) -> Any:  # fmt: skip
         """-> the loss, or {"contrastive_loss": loss}.  Arguments as in `cibr_kernels.clip_loss`."""
-        loss = clip_loss(image_features, text_features, logit_scale, logit_bias)
+        group = self._group()
+        loss = clip_loss(
+            image_features, text_features, logit_scale, logit_bias, process_group=group, strategy=self.strategy
+        )
+        if group is not None and not self.local_loss:
+            loss = loss + (merge.mean_of_ranks(loss.detach(), group) - loss.detach())
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -169,12 +194,17 @@ class Standardize(nn.Module):
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, dim) of any float dtype -> (n, dim) float32, no gradient.  Statistics move in training mode only."""
-        x = x.detach().float()
+    def forward(self, x: Tensor, shards: Shards | None = None) -> Tensor:
+        """(n, dim) of any float dtype -> (n, dim) float32 (float64 of a float64 module), no gradient.
+
+        Statistics move in training mode only; with `shards` they are those of the rows of all ranks.
+        """
+        x = x.detach().to(torch.promote_types(self.mean.dtype, torch.float32))
         if self.training:
             weight = torch.where(self.started, self.momentum, 1.0)
             var, mean = torch.var_mean(x, 0, unbiased=False)
+            if shards is not None:
+                mean, var = merge.statistics(mean, var, shards)
             self.mean.lerp_(mean, weight)
             self.var.lerp_(var, weight)
             self.started.fill_(True)
@@ -195,6 +225,8 @@ class CIBRLoss(nn.Module):
         warmup_steps: training steps in which only the critics learn (lambda 0); ramp_steps: then linear growth.
         estimator, negatives, diagonal: as in `mutual_information`.
         ema_decay: decay of MINE's moving average; None (default for all pairs) leaves the gradient of DV.
+        process_group, strategy: as in `cibr_loss`.  Statistics, averages and the step then move alike on every rank;
+            state that was loaded on one rank has to be loaded on all.
 
     Warns once per critic when an estimate passes log(n) - 1: there it measures the batch, not the information.
     Raises ValueError for negative lam, noise or steps.
@@ -206,7 +238,7 @@ class CIBRLoss(nn.Module):
         self, embed_dim: int, image_input_dim: int, text_input_dim: int, *, hidden: int = 512, activation: str = "relu",
         lam: float = 0.5, noise_std: float = 0.25, warmup_steps: int = 0, ramp_steps: int = 0, estimator: str = "mine",
         negatives: str | Shifts = "all", diagonal: str = "exclude", ema_decay: float | None = None,
-        one_way: bool = False,
+        one_way: bool = False, process_group: ProcessGroup | None = None, strategy: str = "gather",
     ) -> None:  # fmt: skip
         super().__init__()
         if min(lam, noise_std, warmup_steps, ramp_steps) < 0:
@@ -226,6 +258,7 @@ class CIBRLoss(nn.Module):
         self.ema = None if ema_decay is None else nn.ModuleDict({name: LogEMA(ema_decay) for name in TERMS})
         self.lam, self.noise_std, self.warmup_steps, self.ramp_steps = lam, noise_std, warmup_steps, ramp_steps
         self.estimator, self.negatives, self.diagonal, self.one_way = estimator, negatives, diagonal, one_way
+        self.process_group, self.strategy = process_group, strategy
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._warned: set[str] = set()
 
@@ -242,19 +275,27 @@ class CIBRLoss(nn.Module):
 
         image_features, text_features: (n, embed_dim) of unit norm; image_inputs (n, image_input_dim), text_inputs
         (n, text_input_dim).  The dictionary has "loss", "contrastive_loss", "image_cmi", "text_cmi", the four estimates
-        and "lam"; only "loss" carries gradient.  In eval mode statistics, averages and the step stand still.
+        and "lam"; only "loss" carries gradient.  With a process_group "loss" and "contrastive_loss" are this rank's
+        part, whose mean over ranks is the whole batch's; the others are the whole batch's.  In eval mode statistics,
+        averages and the step stand still.
         """
         lam = self.current_lam()
+        shards = agree(
+            "CIBRLoss", self.process_group, image_features, text_features, image_inputs, text_inputs,
+            training=self.training,
+        )  # fmt: skip
         loss, parts = cibr_loss(
             image_features, text_features, logit_scale, logit_bias,
-            image_inputs=self.standardize_image(image_inputs), text_inputs=self.standardize_text(text_inputs),
+            image_inputs=self.standardize_image(image_inputs, shards),
+            text_inputs=self.standardize_text(text_inputs, shards),
             critics=dict(self.critics.items()), lam=lam, noise_std=self.noise_std, estimator=self.estimator,
             negatives=self.negatives, diagonal=self.diagonal, one_way=self.one_way,
-            ema=None if self.ema is None else dict(self.ema.items()), return_parts=True,
+            ema=None if self.ema is None else dict(self.ema.items()), return_parts=True, process_group=shards,
+            strategy=self.strategy,
         )  # fmt: skip
         if self.training:
             self.step += 1
-        self._warn_if_saturated(parts, image_features.shape[0])
+        self._warn_if_saturated(parts, image_features.shape[0] if shards is None else shards.total)
         return {"loss": loss, "lam": lam, **parts} if output_dict else loss
 
     def _warn_if_saturated(self, parts: dict[str, Tensor], n: int) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,8 @@ from cibr.errors import UsageError
 from cibr.evaluate import evaluate, recalls, style_probe, table
 from cibr.models import MAX_LOG_SCALE, TwoTower
 from cibr.objectives import OBJECTIVES, Clip
-from cibr.train import make_optimizer, take_step, train
+from cibr.ranks import Ranks
+from cibr.train import Players, make_optimizer, take_step, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:the estimate", "ignore:cibr_kernels")
 
@@ -203,10 +205,10 @@ def test_a_skipped_step_changes_nothing() -> None:
     images = torch.rand(8, 3, 16, 16)
     images[3] = math.nan  # poisons the running statistics of batch norm
     tokens = torch.randint(1, 20, (8, 6))
-    _, _, taken = take_step(model, Clip(), optimizer, images, tokens, torch.float32)
+    _, _, taken = take_step(Players(model, Clip()), optimizer, images, tokens, torch.float32)
     assert not taken
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    _, norm, taken = take_step(model, Clip(), optimizer, torch.rand(8, 3, 16, 16), tokens, torch.float32)
+    _, norm, taken = take_step(Players(model, Clip()), optimizer, torch.rand(8, 3, 16, 16), tokens, torch.float32)
     assert taken and norm > 0
 
 
@@ -215,7 +217,7 @@ def test_the_scale_stays_below_100() -> None:
     with torch.no_grad():
         model.log_scale.fill_(7.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    take_step(model, Clip(), optimizer, torch.rand(8, 3, 16, 16), torch.randint(1, 20, (8, 6)), torch.float32)
+    take_step(Players(model, Clip()), optimizer, torch.rand(8, 3, 16, 16), torch.randint(1, 20, (8, 6)), torch.float32)
     assert model.log_scale.item() == pytest.approx(MAX_LOG_SCALE)
 
 
@@ -372,3 +374,53 @@ def test_the_command_line_starts_without_the_heavy_packages() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert printed.stdout.strip() == "[]"
+
+
+# Several processes
+
+
+def torchrun(ranks: int, *options: object) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc_per_node RANKS -m cibr train OPTIONS`."""
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    command += ["--standalone", "-m", "cibr", "train", *map(str, options)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.mark.slow
+def test_two_ranks_take_the_steps_of_one_and_three_go_on_with_their_run(directory: Path, tmp_path: Path) -> None:
+    """Steps 1 to 8 on two processes, 9 to 14 on three, uneven: the losses are those of one process."""
+    given = {**SMALL, "objective": "cibr", "log_every": 1, "batch_size": 17, "save_every": 8, "steps": 14}
+    train(config(directory, tmp_path / "one", **given))
+
+    options = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)]
+    several = tmp_path / "several"
+    stopped = torchrun(2, *options, "--data", directory, "--out", several)
+    assert stopped.returncode == 0, stopped.stderr
+    assert "14 steps in" in stopped.stdout and stopped.stdout.count("steps in") == 1
+    shutil.rmtree(checkpoint.find(several) or several)  # as if killed after the checkpoint of step 8
+    assert checkpoint.load_training(checkpoint.find(several) or several)["step"] == 8
+    resumed = torchrun(3, "--resume", "--out", several)
+    assert resumed.returncode == 0, resumed.stderr
+
+    logs = [read_log(tmp_path / "one"), read_log(several)]
+    assert [entry["step"] for entry in logs[1]] == list(range(1, 15))
+    for expected, entry in zip(*logs, strict=True):
+        for name in ("loss", "contrastive_loss", "image_own", "text_other", "scale", "gradient_norm"):
+            assert entry[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5), (entry["step"], name)
+    states = [checkpoint.load_training(checkpoint.find(run) or run) for run in (tmp_path / "one", several)]
+    assert torch.equal(states[0]["rng"], states[1]["rng"])
+
+
+def test_more_ranks_than_pairs_are_refused(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "32")
+    with pytest.raises(UsageError, match="--batch-size is 16, but there are 32 ranks"):
+        train(config(directory, tmp_path / "run", steps=1))
+
+
+def test_every_row_belongs_to_one_rank() -> None:
+    for total, world in ((17, 3), (16, 4), (5, 5), (7, 4)):
+        parts = [Ranks(rank, world).part(total) for rank in range(world)]
+        assert [row for part in parts for row in range(total)[part]] == list(range(total))
+        sizes = [part.stop - part.start for part in parts]
+        assert max(sizes) - min(sizes) <= 1 and min(sizes) > 0

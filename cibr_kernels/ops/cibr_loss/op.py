@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from cibr_kernels.distributed.shards import Agreement, Shards
 from cibr_kernels.ops import checks
 from cibr_kernels.ops.clip_loss.op import clip_loss
 from cibr_kernels.ops.critic_moments.op import Shifts
@@ -33,11 +35,36 @@ def scale_gradient(z: Tensor, factor: Tensor | float) -> Tensor:
     return z.detach() + factor * (z - z.detach())
 
 
-def noisy(z: Tensor, noise_std: float, generator: torch.Generator | None = None) -> Tensor:
-    """(z + noise_std * standard normal) * sqrt(d), float32: what the critics see of a unit-norm z (n, d)."""
+def noisy(
+    z: Tensor, noise_std: float, generator: torch.Generator | None = None, shards: Shards | None = None
+) -> Tensor:
+    """(z + noise_std * standard normal) * sqrt(d), float32: what the critics see of a unit-norm z (n, d).
+
+    With `shards` each rank draws the noise of the whole batch and takes its rows: ranks seeded alike get what a single
+    process would draw, ranks seeded differently independent noise.
+    """
     z = z.double() if z.dtype == torch.float64 else z.float()
-    noise = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
-    return (z + noise_std * noise) * math.sqrt(z.shape[1])
+    n, d = z.shape
+    total, first = (n, 0) if shards is None else (shards.total, shards.offset)
+    noise = torch.randn((total, d), dtype=z.dtype, device=z.device, generator=generator)[first : first + n]
+    return (z + noise_std * noise) * math.sqrt(d)
+
+
+def agree(
+    op: str, process_group: ProcessGroup | Shards | None, image_features: Tensor, text_features: Tensor,
+    image_inputs: Tensor, text_inputs: Tensor, **options: object,
+) -> Shards | None:  # fmt: skip
+    """Checks what only the inputs can tell; with a group, that all ranks have inputs and options that go together."""
+    inputs = {
+        "image_features": image_features, "text_features": text_features, "image_inputs": image_inputs,
+        "text_inputs": text_inputs,
+    }  # fmt: skip
+    with Agreement(op, process_group, **options) as agreement:
+        for name, t in inputs.items():
+            checks.matrix(name, t)
+        checks.same_rows(**inputs)
+        agreement.describe(**inputs)
+    return agreement.shards
 
 
 def cibr_loss(
@@ -58,6 +85,8 @@ def cibr_loss(
     one_way: bool = False,
     generator: torch.Generator | None = None,
     return_parts: bool = False,
+    process_group: ProcessGroup | Shards | None = None,
+    strategy: str = "gather",
     backend: str = "auto",
 ) -> Any:
     """CLIP loss plus lam times the two conditional information terms, a float32 scalar in nats.
@@ -76,8 +105,10 @@ def cibr_loss(
         estimator, negatives, diagonal, backend: as in `mutual_information`; ema: as there, by critic name.
         generator: draws the noise; torch's default generator otherwise.
         return_parts: also return {"contrastive_loss", "image_cmi", "text_cmi", and the four estimates}, detached.
+        process_group, strategy: as in `clip_loss`; "ring" is the contrastive part's.  The information terms are those
+            of all ranks' rows, the same on every rank; the mean of the losses over ranks is the whole batch's.
 
-    Raises ValueError for shapes, missing critics, negative lam or noise; TypeError for dtypes.
+    Raises ValueError for shapes, missing critics, negative lam or noise, ranks that disagree; TypeError for dtypes.
     """
     checks.choice("estimator", estimator, BOUNDS)
     missing = [name for name in TERMS if name not in critics]
@@ -87,14 +118,17 @@ def cibr_loss(
         raise ValueError(f"lam must not be negative, got {lam}")
     if noise_std < 0:
         raise ValueError(f"noise_std must not be negative, got {noise_std}")
-    checks.matrix("image_inputs", image_inputs)
-    checks.matrix("text_inputs", text_inputs)
-    checks.matrix("image_features", image_features)
-    checks.same_rows(image_features=image_features, image_inputs=image_inputs, text_inputs=text_inputs)
-    contrastive = clip_loss(image_features, text_features, logit_scale, logit_bias, one_way=one_way, backend=backend)
+    shards = agree(
+        "cibr_loss", process_group, image_features, text_features, image_inputs, text_inputs, estimator=estimator,
+        negatives=negatives, diagonal=diagonal, one_way=one_way, strategy=strategy, noise_std=noise_std,
+    )  # fmt: skip
+    contrastive = clip_loss(
+        image_features, text_features, logit_scale, logit_bias, one_way=one_way, process_group=shards,
+        strategy=strategy, backend=backend,
+    )  # fmt: skip
     xv, xt = image_inputs.detach(), text_inputs.detach()
     with torch.autocast(image_features.device.type, enabled=False):
-        zv, zt = noisy(image_features, noise_std, generator), noisy(text_features, noise_std, generator)
+        zv, zt = (noisy(z, noise_std, generator, shards) for z in (image_features, text_features))
         pairs = {
             "image_own": (xv, scale_gradient(zv, -lam)),
             "image_other": (xt, scale_gradient(zv, lam)),
@@ -104,7 +138,7 @@ def cibr_loss(
         nats = {
             name: mutual_information(
                 x.to(z.dtype), z, critics[name], estimator=estimator, negatives=negatives, diagonal=diagonal,
-                ema=None if ema is None else ema[name], backend=backend,
+                ema=None if ema is None else ema[name], process_group=shards, backend=backend,
             )
             for name, (x, z) in pairs.items()
         }  # fmt: skip

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from cibr_kernels.distributed.lse import STRATEGIES, sharded_dot_lse
+from cibr_kernels.distributed.shards import Agreement, Shards
 from cibr_kernels.ops import checks
 from cibr_kernels.ops.dot_lse.op import dot_lse
 
@@ -24,6 +27,8 @@ def clip_loss(
     logit_bias: Tensor | float | None = None,
     *,
     one_way: bool = False,
+    process_group: ProcessGroup | Shards | None = None,
+    strategy: str = "gather",
     backend: str = "auto",
 ) -> Tensor:
     """The CLIP loss, a float32 scalar in nats, differentiable in features, scale and bias.
@@ -37,24 +42,37 @@ def clip_loss(
         logit_scale: exp(log_scale) = 1 / temperature, a positive number or a one-element tensor.
         logit_bias: accepted for open_clip's signature; softmax ignores a constant, so its gradient is zero.
         one_way: only image -> text, equation 3 of CIBR (2503.24182).
+        process_group: ranks whose rows make one batch, such as `dist.group.WORLD` (None before torch.distributed is
+            initialised: one process).  Features are this rank's rows, shards may be uneven.  The mean of the returned
+            losses over ranks is the loss of the whole batch, and gradients that DDP or FSDP average are its gradients,
+            logit_scale's included: `cibr_kernels.distributed`.
+        strategy: "gather" brings the texts of all ranks to every rank, O(total d) memory; "ring" passes them on, in
+            O(n d), and computes the logits twice.
         backend: "auto", "native" (C++, CPU), "triton" (GPU) or "reference" (plain PyTorch, stores the n x n logits).
 
     Raises:
-        TypeError, ValueError: dtype, device or shape mismatch, empty input, non-positive scale (checked on the CPU).
-        RuntimeError: the named backend cannot run here (every reason is given), or a double backward.
+        TypeError, ValueError: dtype, device or shape mismatch, empty input, non-positive scale (checked on the CPU);
+            ranks that disagree on width, dtype, device or options: on every rank, before any work.
+        RuntimeError: the named backend cannot run here (every reason is given), a double backward, a rank that died.
 
     NaN or infinity in the features gives a NaN loss.  Under autocast the features are cast as a matmul would cast them.
     Source: Radford et al. 2021 (2103.00020), Figure 3.
     """
-    checks.matrix("image_features", image_features)
-    checks.matrix("text_features", text_features)
-    x, y = checks.autocast(image_features, text_features)
-    checks.same_place(image_features=x, text_features=y)
-    checks.same_rows(image_features=x, text_features=y)
-    checks.same_width(image_features=x, text_features=y)
-    scale = checks.scalar("logit_scale", logit_scale, x)
-    bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, x)
-    loss = rectangular_clip_loss(x, y, scale, one_way=one_way, backend=backend)
+    checks.choice("strategy", strategy, STRATEGIES)
+    with Agreement("clip_loss", process_group, one_way=one_way, strategy=strategy) as agreement:
+        checks.matrix("image_features", image_features)
+        checks.matrix("text_features", text_features)
+        x, y = checks.autocast(image_features, text_features)
+        checks.same_place(image_features=x, text_features=y)
+        checks.same_rows(image_features=x, text_features=y)
+        checks.same_width(image_features=x, text_features=y)
+        scale = checks.scalar("logit_scale", logit_scale, x)
+        bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, x)
+        agreement.describe(image_features=x, text_features=y)
+    if agreement.shards is None:
+        loss = rectangular_clip_loss(x, y, scale, one_way=one_way, backend=backend)
+    else:
+        loss = _sharded_clip_loss(x, y, scale, agreement.shards, one_way=one_way, strategy=strategy, backend=backend)
     return loss if bias is None else loss + 0.0 * bias
 
 
@@ -63,10 +81,23 @@ def rectangular_clip_loss(
 ) -> Tensor:
     """The loss of n rows against m >= offset + n columns, row i's positive being column offset + i.  No checks."""
     rows, cols, positives = dot_lse(x, y, scale, offset=offset, need_cols=not one_way, backend=backend)
+    return _mean_loss(rows, None if one_way else cols[offset : offset + x.shape[0]], positives)
+
+
+def _sharded_clip_loss(
+    x: Tensor, y: Tensor, scale: Tensor, shards: Shards, *, one_way: bool, strategy: str, backend: str
+) -> Tensor:
+    """This rank's part of the loss of all ranks' rows, times the number of ranks."""
+    rows, cols, positives = sharded_dot_lse(
+        x, y, scale, shards, strategy=strategy, need_cols=not one_way, backend=backend
+    )
+    return _mean_loss(rows, None if one_way else cols, positives) * shards.share
+
+
+def _mean_loss(rows: Tensor, cols: Tensor | None, positives: Tensor) -> Tensor:
+    """Log-sum-exps without the positives and the positives, (n,) each -> (); only the rows without `cols`."""
     loss = softplus(rows - positives).mean()
-    if one_way:
-        return loss
-    return (loss + softplus(cols[offset : offset + x.shape[0]] - positives).mean()) / 2
+    return loss if cols is None else (loss + softplus(cols - positives).mean()) / 2
 
 
 def softplus(t: Tensor) -> Tensor:

@@ -20,7 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from cibr_kernels.distributed import merge
+from cibr_kernels.distributed.shards import Agreement, Shards
 from cibr_kernels.ops import checks
 from cibr_kernels.ops.critic_moments.op import Shifts, critic_moments
 from cibr_kernels.ops.log_mean_exp.op import ema_corrected
@@ -66,6 +69,8 @@ def mutual_information(
     negatives: str | Shifts = "all",
     diagonal: str = "exclude",
     ema: Ema | None = None,
+    process_group: ProcessGroup | Shards | None = None,
+    strategy: str = "gather",
     backend: str = "auto",
     **options: float,
 ) -> Tensor:
@@ -73,9 +78,14 @@ def mutual_information(
 
     Args are those of `critic_moments` and `bound` (`options` are its a, rho and c).  With all pairs the estimate can be
     trusted up to about log(0.3 n) nats; above log(n) - 1 its value says more about n than about I.
+    With a `process_group`, n is the rows of all ranks and every rank gets the same estimate (an `nn.LogEMA` so moves
+    alike on all of them).
     """
     checks.choice("estimator", estimator, BOUNDS)
-    j, el = critic_moments(x, z, critic, negatives=negatives, diagonal=diagonal, backend=backend)
+    j, el = critic_moments(
+        x, z, critic, negatives=negatives, diagonal=diagonal, process_group=process_group, strategy=strategy,
+        backend=backend,
+    )  # fmt: skip
     return bound(j, el, estimator, ema=ema, **options)
 
 
@@ -91,6 +101,7 @@ def conditional_mutual_information(
     negatives: str | Shifts = "all",
     diagonal: str = "exclude",
     ema: Sequence[Ema | None] = (None, None),
+    process_group: ProcessGroup | Shards | None = None,
     backend: str = "auto",
     **options: float,
 ) -> Tensor:
@@ -108,21 +119,26 @@ def conditional_mutual_information(
     estimator "align": the same bound with q centred at the other encoder's z, passed as `other` (n, dz):
         |z - other|^2 / 2 s^2, equal to (1 - cos) / s^2 for unit vectors (2506.04870); critics is None.
 
+    process_group: as in `mutual_information`; every rank gets the same estimate.
+
     Raises ValueError for unknown names, shapes, a missing noise_std or a wrong number of critics.
     """
-    checks.choice("estimator", estimator, (*BOUNDS, "ceb", "align"))
-    for name, t in (("z", z), ("own", own), ("other", other)):
-        checks.matrix(name, t)
-    checks.same_rows(z=z, own=own, other=other)
-    if estimator in ("ceb", "align"):
-        if noise_std is None or noise_std <= 0:
+    facts = {"estimator": estimator, "decomposition": decomposition, "negatives": negatives, "diagonal": diagonal}
+    with Agreement("conditional_mutual_information", process_group, noise_std=noise_std, **facts) as agreement:
+        checks.choice("estimator", estimator, (*BOUNDS, "ceb", "align"))
+        for name, t in (("z", z), ("own", own), ("other", other)):
+            checks.matrix(name, t)
+        checks.same_rows(z=z, own=own, other=other)
+        if estimator in ("ceb", "align") and (noise_std is None or noise_std <= 0):
             raise ValueError(
                 f"estimator {estimator!r} needs noise_std > 0 (without noise it is infinite), got {noise_std}"
             )
         if estimator == "align":
             checks.same_width(z=z, other=other)
-            return (_promote(z) - _promote(other)).square().sum(1).mean() / (2 * noise_std**2)
-        return _ceb(z, other, critics, noise_std)
+        agreement.describe(z=z, own=own, other=other)
+    if estimator in ("ceb", "align") and noise_std is not None:
+        upper = _align(z, other, noise_std) if estimator == "align" else _ceb(z, other, critics, noise_std)
+        return upper.mean() if agreement.shards is None else merge.mean(upper, agreement.shards)
     checks.choice("decomposition", decomposition, DECOMPOSITIONS)
     pairs = {
         "markov": ((own, z), (other, z)),
@@ -131,10 +147,14 @@ def conditional_mutual_information(
     }[decomposition]
     if len(critics) != 2 and not (decomposition == "joint" and len(critics) == 1):
         raise ValueError(f"decomposition {decomposition!r} needs 2 critics, got {len(critics)}")
+    common: dict[str, Any] = {
+        "negatives": negatives,
+        "diagonal": diagonal,
+        "process_group": agreement.shards,
+        **options,
+    }
     terms = [
-        mutual_information(
-            x, y, critic, estimator=estimator, negatives=negatives, diagonal=diagonal, ema=e, backend=backend, **options
-        )
+        mutual_information(x, y, critic, estimator=estimator, ema=e, backend=backend, **common)
         for (x, y), critic, e in zip(pairs, critics, ema, strict=False)
     ]
     return terms[0] - terms[1] if len(terms) == 2 else terms[0]
@@ -144,10 +164,16 @@ def _promote(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
+def _align(z: Tensor, other: Tensor, noise_std: float) -> Tensor:
+    """-> (n,) nats."""
+    return (_promote(z) - _promote(other)).square().sum(1) / (2 * noise_std**2)
+
+
 def _ceb(z: Tensor, other: Tensor, q: Callable[[Tensor], Any], noise_std: float) -> Tensor:
+    """-> (n,) nats."""
     out = q(other)
     mean, log_std = out if isinstance(out, tuple) else (out, torch.full_like(out, math.log(noise_std)))
     if mean.shape != z.shape:
         raise ValueError(f"q(other) has shape {tuple(mean.shape)} but z is {tuple(z.shape)}")
     variance = noise_std**2 + (_promote(z) - _promote(mean)).square()
-    return (log_std - math.log(noise_std) + variance / (2 * torch.exp(2 * log_std)) - 0.5).sum(1).mean()
+    return (log_std - math.log(noise_std) + variance / (2 * torch.exp(2 * log_std)) - 0.5).sum(1)

@@ -1,0 +1,282 @@
+"""Losses over several ranks, on gloo: against one process with all rows, in float64.
+
+Four processes serve the whole file (tests/ranks.py); what they do is in tests/sharded.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sharded
+import torch
+import torch.multiprocessing as mp
+from ranks import Ranks
+from test_readme import BLOCKS
+
+import cibr_kernels as ck
+from bench import scale
+
+F32, F64 = torch.float32, torch.float64
+LIMIT = {F32: 1e-6, F64: 1e-12}  # relative, in the Euclidean norm
+
+# rows of each rank
+EVEN = [(6,), (5, 5), (4, 4, 4), (6, 6, 6, 6)]
+UNEVEN = [(7, 1), (3, 8, 1), (9, 2, 5, 40), (1, 1, 1, 1), (1, 33, 2, 3)]
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    workers = Ranks()
+    yield workers
+    workers.close()
+
+
+def check(answers: list[sharded.Errors], dtype: torch.dtype) -> None:
+    """Errors of every rank are below the limit, or three times those of one process where that misses it by itself."""
+    assert answers and all(answers)
+    above = {
+        (rank, name): f"{ours:.1e}, one process {one:.1e}"
+        for rank, answer in enumerate(answers)
+        for name, (ours, one) in answer.items()
+        if not ours <= max(LIMIT[dtype], 3 * one)
+    }
+    assert not above
+
+
+# ------------------------------------------------------------------------------------- equal to one process
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+@pytest.mark.parametrize("rows", EVEN + UNEVEN, ids=str)
+def test_clip_loss(ranks, rows, strategy, dtype):
+    check(ranks.run(sharded.clip, len(rows), rows, dtype, strategy=strategy), dtype)
+
+
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+@pytest.mark.parametrize("rows", [(5, 5), (3, 8, 1)], ids=str)
+def test_clip_loss_one_way(ranks, rows, strategy):
+    check(ranks.run(sharded.clip, len(rows), rows, F32, strategy=strategy, one_way=True), F32)
+
+
+@pytest.mark.parametrize("diagonal", ["exclude", "include"])
+@pytest.mark.parametrize(
+    ("kind", "strategy"), [("relu", "gather"), ("gelu", "gather"), ("separable", "gather"), ("separable", "ring")]
+)
+@pytest.mark.parametrize("rows", [(6,), (5, 5), (3, 8, 1), (9, 2, 5, 40)], ids=str)
+def test_critic_moments(ranks, rows, kind, strategy, diagonal):
+    for dtype in (F32, F64):
+        answers = ranks.run(sharded.moments, len(rows), rows, dtype, kind, strategy=strategy, diagonal=diagonal)
+        check(answers, dtype)
+
+
+@pytest.mark.parametrize("rows", [(6,), (5, 5), (3, 8, 1), (1, 1, 1, 3)], ids=str)
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_shifts_go_on_across_ranks(ranks, rows, k):
+    check(ranks.run(sharded.moments, len(rows), rows, F64, "relu", negatives=ck.shifts(k)), F64)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"estimator": "nwj"}, {"estimator": "tuba", "a": 2.0}, {"estimator": "remine", "c": 0.3}, {"ema": True}],
+    ids=str,
+)
+def test_mutual_information(ranks, options):
+    for dtype in (F32, F64):
+        check(ranks.run(sharded.information, 3, (3, 8, 1), dtype, **options), dtype)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"estimator": "dv", "decomposition": "markov"},
+        {"estimator": "dv", "decomposition": "joint"},
+        {"estimator": "ceb"},
+        {"estimator": "align"},
+    ],
+    ids=str,
+)
+def test_conditional_mutual_information(ranks, options):
+    check(ranks.run(sharded.conditional, 3, (3, 8, 1), F32, **options), F32)
+
+
+@pytest.mark.parametrize("rows", [(6,), (5, 5), (3, 8, 1), (9, 2, 5, 40)], ids=str)
+def test_cibr_loss(ranks, rows):
+    for dtype in (F32, F64):
+        check(ranks.run(sharded.cibr, len(rows), rows, dtype), dtype)
+    check(ranks.run(sharded.cibr, len(rows), rows, F32, strategy="ring", negatives=ck.shifts(2)), F32)
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp", "loop"])
+@pytest.mark.parametrize(
+    "steps",
+    [[(6, 6)], [(4, 4, 4)], [(6, 6, 6, 6)], [(9, 2, 5, 40)], [(8, 8), (8, 8)], [(3, 8, 4), (5, 5, 5), (1, 9, 4)]],
+    ids=str,
+)
+def test_training_under_averaged_gradients(ranks, steps, wrapper):
+    """Linear towers, a temperature, four critics; statistics, moving averages and the step, over micro-batches."""
+    check(ranks.run(sharded.training, len(steps[0]), steps, wrapper), F32)
+
+
+# ------------------------------------------------------------------------------------- properties
+def test_every_rank_has_the_same_bits_in_every_run(ranks):
+    assert len({bits for answer in ranks.run(sharded.bits, 2) for bits in answer}) == 1
+
+
+@pytest.mark.parametrize("rows", [(5, 5), (3, 8, 1)], ids=str)
+def test_noise_is_that_of_one_process(ranks, rows):
+    assert all(ranks.run(sharded.noise, len(rows), rows))
+
+
+def test_sums_of_uneven_shards_merge_exactly(ranks):
+    for errors in ranks.run(sharded.merged, 3):
+        assert max(errors) < 1e-10
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+def test_half_precision_stays_within_its_rounding(ranks, strategy, autocast):
+    for errors in ranks.run(sharded.half, 3, strategy, autocast):
+        assert all(0 < e < torch.finfo(torch.bfloat16).eps for e in errors.values()), errors
+
+
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+def test_nan_on_one_rank_is_nan_on_all(ranks, strategy):
+    assert ranks.run(sharded.nan, 2, strategy) == [[False, True], [False, True]]
+
+
+def test_clip_loss_module_gives_the_whole_loss_or_this_ranks_part(ranks):
+    answers = ranks.run(sharded.module_losses, 2)
+    values = [{name: value for name, (value, _) in answer.items()} for answer in answers]
+    for answer, value in zip(answers, values, strict=True):
+        assert value["local_loss=False"] == pytest.approx(value["one process"], rel=1e-6)
+        gradients = [gradient for _, gradient in answer.values()]
+        assert gradients[0] == gradients[1] == pytest.approx(gradients[2], rel=1e-4, abs=1e-7)
+    parts = [value["local_loss=True"] for value in values]
+    assert sum(parts) / 2 == pytest.approx(values[0]["one process"], rel=1e-6) and parts[0] != parts[1]
+
+
+def test_clip_loss_module_takes_open_clips_arguments(ranks):
+    for rank, text in enumerate(ranks.run(sharded.as_open_clip, 4)):
+        assert text == f"ValueError: ClipLoss has rank=1, world_size=7, but this process is rank {rank} of 4"
+    with pytest.raises(ValueError, match=r"world_size=2, but torch\.distributed is not initialised"):
+        ck.nn.ClipLoss(rank=0, world_size=2)(torch.ones(2, 3), torch.ones(2, 3), 5.0)
+
+
+def test_torch_compile_breaks_the_graph_or_refuses(ranks):
+    for (text,) in ranks.run(sharded.compiled, 2):
+        assert "with a process_group cannot be traced" in text
+
+
+def test_the_readmes_script_for_many_gpus_has_the_gradients_of_one_process(ranks):
+    code = [block for block in BLOCKS if "DistributedDataParallel" in block]
+    if not code:
+        pytest.skip("the README has no script for several ranks")
+    for answer in ranks.run(sharded.readme, 4, code[0]):
+        assert len(answer) == 5 and all(ours < 5e-6 for ours, _ in answer.values()), answer
+
+
+# ------------------------------------------------------------------------------------- bytes and memory
+@pytest.mark.parametrize(("dtype", "size", "summed"), [(torch.float32, 4, 4), (torch.bfloat16, 2, 4)], ids=str)
+@pytest.mark.parametrize("world", [2, 4])
+def test_traffic_is_what_the_documentation_says(ranks, world, dtype, size, summed):
+    n, d, others = 8, 16, world - 1
+    for forward, backward in ranks.run(sharded.meters, world, n, d, dtype, "gather", "clip"):
+        header = {"header": (1, others * 256)}
+        assert forward == header | {"all-gather": (1, others * n * d * size), "all-to-all": (1, others * n * 4)}
+        assert backward == {"all-to-all": (1, others * n * 4), "reduce-scatter": (1, others * n * d * summed)}
+    for forward, backward in ranks.run(sharded.meters, world, n, d, dtype, "ring", "clip"):
+        assert forward == header | {
+            "ring ahead": (others, others * n * d * size),
+            "ring behind": (world, world * n * 8),
+        }
+        ahead = others * n * (d * size + 2 * 4)
+        assert backward == {"ring ahead": (3 * others, ahead), "ring behind": (world, world * n * d * summed)}
+    if dtype == torch.float32:
+        for forward, backward in ranks.run(sharded.meters, world, n, d, dtype, "gather", "critic"):
+            projection = others * n * sharded.HIDDEN * 4
+            assert forward == header | {"all-gather": (2, projection + others * 16)}
+            assert backward == {"reduce-scatter": (2, projection + others * 16)}
+
+
+def test_ring_makes_nothing_that_grows_with_the_number_of_ranks(ranks):
+    n, d = 40, 16
+    local = {world: max(ranks.run(sharded.largest, world, n, d, "ring")) for world in (2, 3, 4)}
+    assert set(local.values()) == {n * d}
+    assert max(ranks.run(sharded.largest, 4, n, d, "gather")) == 4 * n * d
+
+
+def test_headers_are_exchanged_at_every_call_or_at_the_first(ranks):
+    assert ranks.run(sharded.headers, 2) == [(2, 1, 1)] * 2
+    with pytest.raises(ValueError, match="known are 'every call', 'first call'"):
+        ck.distributed.set_header_check("never")
+
+
+# ------------------------------------------------------------------------------------- errors
+@pytest.mark.parametrize(
+    ("fault", "of_others", "of_the_last"),
+    [
+        ("width", "clip_loss: ranks disagree on the width of image_features: 6 on rank 0, 7 on rank 2", None),
+        ("dtype", "disagree on the dtype of image_features: torch.float32 on rank 0, torch.float64 on rank 2", None),
+        ("gradient", "disagree on the gradient of text_features: not needed on rank 0, needed on rank 2", None),
+        ("option", "clip_loss: rank 2 has another one_way than rank 0", None),
+        ("strategy", "clip_loss: rank 2 has another strategy than rank 0", None),
+        ("loss", "rank 2 calls another loss than rank 0, or with other inputs", None),
+        ("critic", "critic_moments: rank 2 has another negatives than rank 0", None),
+        ("cibr width", "CIBRLoss: ranks disagree on the width of image_inputs: 7 on rank 0, 8 on rank 2", None),
+        ("3-d", "clip_loss: rank 2 refused its arguments", "image_features must be 2-d (rows, features), got shape"),
+        ("rows", "clip_loss: rank 2 refused its arguments", "image_features has 3 rows but text_features has 2"),
+    ],
+)
+def test_one_wrong_rank_is_named_on_all(ranks, fault, of_others, of_the_last):
+    """And the group still works afterwards."""
+    answers = ranks.run(sharded.refusal, 3, fault)
+    for rank, text in enumerate(answers):
+        assert text.startswith("ValueError: "), answers
+        assert (of_the_last if of_the_last and rank == 2 else of_others) in text, answers
+
+
+def test_a_silent_rank_is_an_error_within_the_timeout(ranks):
+    (text, seconds), _ = ranks.run(sharded.silence, 2, 2.0)
+    assert text.startswith("RuntimeError: clip_loss: rank 0 of 2 waited in vain for the others") and seconds < 4
+
+
+def test_a_dead_rank_is_an_error(tmp_path: Path):
+    context = mp.get_context("spawn")
+    results: Any = context.SimpleQueue()
+    processes = [context.Process(target=sharded.death, args=(r, str(tmp_path / "store"), results)) for r in (0, 1)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + 90
+    while results.empty() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not results.empty()
+    text, seconds = results.get()
+    assert text.startswith("RuntimeError: clip_loss: rank 0 of 2 waited in vain for the others") and seconds < 20
+    for process in processes:
+        process.join()
+    assert processes[1].exitcode == 1
+
+
+# ------------------------------------------------------------------------------------- the cost model
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_the_cost_models_bytes_are_those_of_the_ranks(ranks, world, strategy):
+    for forward, backward in ranks.run(sharded.meters, world, 8, 16, torch.float32, strategy, "clip"):
+        counted = [sum(size for _, size in meter.values()) for meter in (forward, backward)]
+        expected = scale.bytes_of(strategy, 8, world, 16, 4)
+        assert counted == [expected[0] + scale.header_bytes(world), expected[1]]
+
+
+def test_the_cost_model_knows_what_each_strategy_is_for():
+    slow, fast = scale.LINKS[2], scale.LINKS[1]
+    n = 2**20 // 64
+    assert scale.ring(n, 64, slow).seconds < scale.gather(n, 64, slow).seconds  # transfers behind the matmuls
+    assert scale.gather(128, 256, fast).seconds < scale.ring(128, 256, fast).seconds  # latency of 2 W hops
+    for world in (8, 64):  # what a GPU holds: growing with all rows, or with its own
+        assert scale.gather(n, 2 * world, fast).memory > 1.9 * scale.gather(n, world, fast).memory
+        assert scale.ring(n, 2 * world, fast).memory == scale.ring(n, world, fast).memory
+    for cost in (scale.gather(n, 64, fast), scale.ring(n, 64, fast)):
+        assert 0 <= cost.exposed < 1 and cost.seconds >= cost.compute
