@@ -16,11 +16,25 @@ QUICK_SECONDS, QUICK_STOP = 45, 56  # --quick must end within 60: no case starts
 BUDGET, QUICK_BUDGET = 10.0, 1.0  # seconds of timing per case
 
 
-def commands() -> dict[str, Callable[[Path | None], int]]:
-    """What is not a table of cases, by name; each takes the file of --json."""
-    from bench import toy
+def commands() -> dict[str, Callable[[argparse.Namespace], int]]:
+    """What is not a table of CPU cases, by name."""
 
-    return {"toy": toy.main}
+    def run_toy(args: argparse.Namespace) -> int:
+        from bench import toy
+
+        return toy.main(args.json)
+
+    def run_gpu(args: argparse.Namespace) -> int:
+        from bench import gpu
+
+        return gpu.main(args.json, predict=args.predict, search=args.search, only=args.names[1:])
+
+    def run_scale(args: argparse.Namespace) -> int:
+        from bench import scale
+
+        return scale.main(args)
+
+    return {"toy": run_toy, "gpu": run_gpu, "scale": run_scale}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,23 +48,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the machine and every number")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw time and memory against N")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--predict", action="store_true", help="gpu: predict, without a GPU, from what compilers make")
+    parser.add_argument("--search", action="store_true", help="gpu: look for better configurations than the tables'")
     args = parser.parse_args(argv)
-    if args.names != ["toy"] and not args.list:
+    known = commands()
+    command = args.names[0] if args.names and args.names[0] in known else None
+    if (args.predict or args.search) and command != "gpu":
+        parser.error("--predict and --search belong to gpu: python bench/ gpu --predict")
+    if not command and not args.list:
         processes.start_server()
 
     from bench.registry import CASES, Case
 
-    known = commands()
     if args.list:
         print("\n".join([*(case.name for case in CASES), *known]))
         return 0
+    if command == "gpu":
+        return known[command](args)
     for name in args.names:
         if name in known and len(args.names) > 1:
             parser.error(f"{name} runs alone")
         if name not in known and not any(case.name.startswith(name) for case in CASES):
             parser.error(f"no case is called {name!r}; known are {', '.join([*(c.name for c in CASES), *known])}")
-    if args.names and args.names[0] in known:
-        return known[args.names[0]](args.json)
+    if command:
+        return known[command](args)
 
     def wanted(case: Case) -> bool:
         return (case.quick or not args.quick) and (not args.names or any(case.name.startswith(n) for n in args.names))

@@ -150,7 +150,7 @@ def time_child(case: Case, names: tuple[str, ...], budget: float) -> tuple[dict[
                 if first is None:
                     first = value, grads
                 else:
-                    answers[name] |= _difference(first, value, grads)
+                    answers[name] |= difference(first, value, grads)
             del value, grads
             if gemm:
                 began = time.perf_counter()
@@ -167,7 +167,7 @@ def _prepare(case: Case, name: str) -> Loss:
     return loss
 
 
-def _difference(first: tuple[Tensor, Gradients], value: Tensor, grads: Gradients) -> dict[str, float | None]:
+def difference(first: tuple[Tensor, Gradients], value: Tensor, grads: Gradients) -> dict[str, float | None]:
     """From the first implementation: the loss (relative, absolute below 1 nat) and the worst gradient by norm."""
 
     def relative(a: Tensor, b: Tensor, scale: float) -> float:

@@ -62,7 +62,7 @@ def test_a_wrong_gradient_is_called_wrong():
     assert not measure.agrees(case, Row("peer", loss_diff=1e-7, grad_diff=0.1))
     assert not measure.agrees(case, Row("peer", loss_diff=float("nan"), grad_diff=1e-6))
     x, zero = torch.randn(8, 4), torch.zeros(1)
-    difference = measure._difference((x.sum(), (x, x, zero)), x.sum(), (x, 1.5 * x, zero + 1e-9))
+    difference = measure.difference((x.sum(), (x, x, zero)), x.sum(), (x, 1.5 * x, zero + 1e-9))
     assert difference["loss_diff"] == 0 and difference["grad_diff"] == pytest.approx(0.5)
 
 

@@ -1,0 +1,239 @@
+"""What the compilers make of every GPU kernel, configuration and target: static_table.json, recomputed by a test.
+
+    python tests/gpu_without_gpu/static_table.py            what would change
+    python tests/gpu_without_gpu/static_table.py --update   writes the table
+
+Kernels and their configurations are those that the launchers ask for in CASES; nothing is listed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import nvcc  # noqa: E402
+import torch  # noqa: E402
+
+import cibr_kernels as ck  # noqa: E402
+from bench.static import compiled, record, sass  # noqa: E402
+from bench.static.gpus import AMD, GPUS  # noqa: E402
+
+TABLE = Path(__file__).with_name("static_table.json")
+TARGETS: tuple[int | str, ...] = (*GPUS, *AMD)
+SOURCES = ("csrc/additive_moments/cuda.cu", "csrc/log_mean_exp/cuda.cu")
+ARCHITECTURES = {80: "80", 90: "90a", 100: "100a", 120: "120"}  # nvcc's names
+SLACK = 1.05  # of a hot loop's length
+# Triton 3.8.0 dies of a segmentation fault in make_llir; to be tried again with the next version
+CRASHES = {
+    ("gfx1100", "clip_loss bf16 D=100: features_gradient_kernel"),
+    ("gfx1100", "clip_loss fp32 D=512: features_gradient_kernel"),
+}
+Facts = dict[str, Any]
+
+
+# ------------------------------------------------------------------------------------------------ what is launched
+def _contrastive(dtype: torch.dtype, d: int, stash: bool) -> None:
+    x, y = (torch.empty(4096, d, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+    scale = torch.empty((), device="cuda", requires_grad=True)
+    before = ck.stash_budget()
+    ck.set_stash_budget(1 << 40 if stash else 0)
+    try:
+        record.backward(ck.clip_loss(x, y, scale, backend="triton"))
+    finally:
+        ck.set_stash_budget(before)
+
+
+def _critic(activation: str) -> None:
+    from cibr_kernels.ops.additive_moments.op import additive_moments
+
+    a, b = (torch.empty(4096, 512, device="cuda", requires_grad=True) for _ in range(2))
+    w = torch.empty(512, device="cuda", requires_grad=True)
+    j, el = additive_moments(a, b, w, activation=activation, backend="triton")
+    record.backward(j - el)
+
+
+def _log_mean_exp(dtype: torch.dtype) -> None:
+    scores = torch.empty(4096, 4096, device="cuda", dtype=dtype, requires_grad=True)
+    record.backward(ck.log_mean_exp(scores, backend="triton"))
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "clip_loss bf16 D=512": lambda: _contrastive(torch.bfloat16, 512, False),
+    "clip_loss bf16 D=512 stash": lambda: _contrastive(torch.bfloat16, 512, True),
+    "clip_loss bf16 D=100": lambda: _contrastive(torch.bfloat16, 100, False),
+    "clip_loss fp32 D=512": lambda: _contrastive(torch.float32, 512, False),
+    "additive_moments relu H=512": lambda: _critic("relu"),
+    "additive_moments gelu H=512": lambda: _critic("gelu"),
+    "log_mean_exp fp32": lambda: _log_mean_exp(torch.float32),
+}
+
+
+def launches(target: int | str) -> Iterator[tuple[str, record.Launch]]:
+    """(name, launch) of every kernel that CASES compile on a target, each once."""
+    seen: set[Any] = set()
+    for case, run in CASES.items():
+        with record.recording(target) as recorder:
+            run()
+        count: Counter[str] = Counter()
+        for event in recorder.events:
+            if isinstance(event, record.Launch) and event.key not in seen:
+                seen.add(event.key)
+                count[event.name] += 1
+                yield f"{case}: {event.name}{f' {count[event.name]}' if count[event.name] > 1 else ''}", event
+
+
+# ------------------------------------------------------------------------------------------------ what it compiles to
+def facts(kernel: compiled.Compiled) -> Facts:
+    """A kernel's row; "loop" is its hot loop: instructions, those of the tensor cores, those of the MUFU pipe."""
+    row: Facts = {
+        "registers": kernel.registers, "spills": kernel.spills, "stack": kernel.stack, "shared": kernel.shared,
+        "threads": kernel.threads, "blocks": kernel.blocks,
+    }  # fmt: skip
+    if kernel.tensor_memory:
+        row["tensor_memory"] = kernel.tensor_memory
+    loop = sass.hot_loop(kernel.code)
+    if loop:
+        inside = [kernel.code.instructions[i] for i in loop.all]
+        count = sass.mix(inside)
+        row["loop"] = {"length": len(inside), "tensor": count["tensor"], "mufu": count["mufu"]}
+        kinds = sorted({i.base for i in inside if i.group == "tensor"})
+        if kinds:
+            row["loop"]["kind"] = " ".join(kinds)
+    return row
+
+
+def compute(target: int | str, doing: str = os.devnull) -> dict[str, Facts]:
+    """{name: row} of every kernel on one target; the file `doing` says which is being compiled."""
+    rows = {}
+    for name, launch in launches(target):
+        if (target, name) in CRASHES:
+            continue
+        Path(doing).write_text(f"{target} {name}")
+        if isinstance(target, str):
+            rows[f"{target} {name}"] = compiled.amd_facts(launch, target)
+        else:
+            rows[f"sm_{target} {name}"] = facts(compiled.compile_launch(launch, target))
+    if isinstance(target, int) and nvcc.find():
+        for source in SOURCES:
+            rows |= {f"sm_{target} {source}: {name}": row for name, row in cuda(ROOT / source, target).items()}
+    return rows
+
+
+def cuda(source: Path, capability: int) -> dict[str, Facts]:
+    """{kernel: row} of a .cu file; its dynamic shared memory, which only a launch knows, is not in "shared"."""
+    if not source.exists():
+        return {}
+    arch = ARCHITECTURES[capability]
+    ptx = nvcc.compile_ptx(source, arch, include=[ROOT / "csrc"])
+    threads = {m[1]: int(m[2]) for m in re.finditer(r"\.entry (\w+)\([^)]*\)[^{]*?\.maxntid (\d+)", ptx)}
+    with tempfile.TemporaryDirectory() as folder:
+        text, cubin = Path(folder) / "k.ptx", Path(folder) / "k.cubin"
+        text.write_text(ptx)
+        sass.run(str(nvcc.find()), f"-arch=sm_{arch}", "-cubin", str(text), "-o", str(cubin))
+        return {k: facts(v) for k, v in compiled.examine_all(cubin, capability, threads).items()}
+
+
+def compute_all() -> dict[str, Any]:
+    """The whole table, two targets at a time."""
+    context = multiprocessing.get_context("spawn")
+    rows: dict[str, Facts] = {}
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(max_workers=2, mp_context=context) as pool:
+        files = [f"{folder}/{target}" for target in TARGETS]
+        try:
+            for some in pool.map(compute, TARGETS, files):
+                rows |= some
+        except BrokenProcessPool:
+            last = [path.read_text() for path in Path(folder).iterdir()]
+            raise RuntimeError(f"a compiler crashed on the last kernel of one of these: {last}") from None
+    return {"versions": versions(), "kernels": rows}
+
+
+def versions() -> dict[str, str]:
+    """Of the compilers: another one may allocate registers differently."""
+    import triton
+
+    ptxas = re.search(r"V[\d.]+", sass.run(sass.tool("ptxas"), "--version"))
+    found = {"triton": triton.__version__, "ptxas": ptxas[0] if ptxas else "?"}
+    if nvcc.find():
+        build = re.search(r"V[\d.]+|release [\d.]+|cuda_[\d.]+", nvcc.version())
+        found["nvcc"] = build[0] if build else "?"
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ comparing
+def differences(old: dict[str, Facts], new: dict[str, Facts]) -> list[str]:
+    """What became worse or another thing: rows that came or went, more registers, a longer loop, fewer blocks."""
+    found = [f"{name}: not in the table" for name in new if name not in old]
+    found += [f"{name}: no longer compiled" for name in old if name not in new]
+    for name in sorted(set(old) & set(new)):
+        a, b = old[name], new[name]
+        for key in ("registers", "spills", "stack", "scratch", "shared", "tensor_memory"):
+            if b.get(key, 0) > a.get(key, 0):
+                found.append(f"{name}: {key} {a.get(key, 0)} -> {b[key]}")
+        for key in ("threads", "matrix"):
+            if b.get(key) != a.get(key):
+                found.append(f"{name}: {key} {a.get(key)} -> {b.get(key)}")
+        if b.get("blocks", 0) < a.get("blocks", 0):
+            found.append(f"{name}: blocks per processor {a['blocks']} -> {b['blocks']}")
+        before, after = a.get("loop", {}), b.get("loop", {})
+        for key in ("tensor", "mufu", "kind"):
+            if before.get(key) != after.get(key):
+                found.append(f"{name}: {key} in the hot loop {before.get(key)} -> {after.get(key)}")
+        if after.get("length", 0) > SLACK * before.get("length", 0):
+            found.append(f"{name}: hot loop {before.get('length')} -> {after['length']} instructions")
+    return found
+
+
+def limits(name: str, row: Facts) -> list[str]:
+    """Why a kernel cannot run, or runs out of registers, whatever the table says."""
+    found = [f"{name}: {row[key]} {key}" for key in ("spills", "stack", "scratch") if row.get(key)]
+    if row.get("tensor_memory", 0) > 512:
+        found.append(f"{name}: {row['tensor_memory']} columns of tensor memory, there are 512")
+    most = 65536 if name.startswith("gfx") else GPUS[int(name.split()[0][3:])].shared_block
+    if row["shared"] > most:
+        found.append(f"{name}: {row['shared']} bytes of shared memory, a block has {most}")
+    if row.get("blocks") == 0:
+        found.append(f"{name}: no block fits on a processor")
+    return found
+
+
+def load() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(TABLE.read_text()) if TABLE.exists() else {"versions": {}, "kernels": {}}
+    return table
+
+
+def save(table: dict[str, Any]) -> None:
+    """One kernel a line, so that a change reads as one."""
+    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in table["kernels"].items())
+    partial = TABLE.with_suffix(".partial")
+    partial.write_text(f'{{\n "versions": {json.dumps(table["versions"])},\n "kernels": {{\n{rows}\n }}\n}}\n')
+    os.replace(partial, TABLE)
+
+
+def main() -> int:
+    old, new = load(), compute_all()
+    problems = [line for name, row in new["kernels"].items() for line in limits(name, row)]
+    print("\n".join(["versions: " + ", ".join(f"{k} {v}" for k, v in new["versions"].items()), *problems]))
+    print("\n".join(differences(old["kernels"], new["kernels"])))
+    if "--update" in sys.argv[1:]:
+        save(new)
+        print(f"wrote {len(new['kernels'])} kernels to {TABLE.relative_to(ROOT)}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,119 @@
+"""Every GPU kernel as compiled for every target: it fits, spills nothing, uses the tensor cores, and got no worse.
+
+The numbers are in static_table.json; `python tests/gpu_without_gpu/static_table.py --update` rewrites it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # bench/ is not installed
+
+import static_table  # noqa: E402
+
+UPDATE = "python tests/gpu_without_gpu/static_table.py --update"
+TENSOR = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
+
+
+@pytest.fixture(scope="module")
+def computed():
+    return static_table.compute_all()
+
+
+@pytest.mark.slow
+def test_every_kernel_can_be_launched_and_spills_nothing(computed):
+    problems = [line for name, row in computed["kernels"].items() for line in static_table.limits(name, row)]
+    assert len(computed["kernels"]) > 100 and not problems, "\n".join(problems)
+
+
+@pytest.mark.slow
+def test_the_contrastive_kernels_use_the_tensor_cores_of_each_target(computed):
+    for target, kind in TENSOR.items():
+        rows = {n: r for n, r in computed["kernels"].items() if n.startswith(f"{target} clip_loss bf16 D=512")}
+        for kernel in ("scores_kernel", "gradient_kernel"):
+            hot = [row["loop"] for name, row in rows.items() if name.split(": ")[1].split()[0] == kernel]
+            assert hot and all(loop["kind"] == kind and loop["tensor"] > 0 for loop in hot), (target, kernel, hot)
+    matrix = [
+        row["matrix"] for name, row in computed["kernels"].items() if name.startswith("gfx") and "scores_k" in name
+    ]
+    assert matrix and min(matrix) > 0
+
+
+@pytest.mark.slow
+def test_no_kernel_got_worse(computed):
+    table = static_table.load()
+    if table["versions"] != computed["versions"]:
+        pytest.skip(f"the table is of {table['versions']}, here are {computed['versions']}")
+    found = static_table.differences(table["kernels"], computed["kernels"])
+    assert not found, "\n".join([*found, f"if that is meant: {UPDATE}"])
+
+
+def test_the_table_is_whole_and_within_the_limits():
+    table = static_table.load()
+    assert {name.split()[0] for name in table["kernels"]} == {*TENSOR, "gfx942", "gfx1100"}
+    assert {"triton", "ptxas"} <= set(table["versions"])
+    assert not [line for name, row in table["kernels"].items() for line in static_table.limits(name, row)]
+
+
+ROW = {"registers": 100, "spills": 0, "stack": 0, "shared": 65536, "threads": 256, "blocks": 2}
+LOOP = {"length": 100, "tensor": 4, "mufu": 8, "kind": "HGMMA"}
+
+
+@pytest.mark.parametrize(
+    ("change", "loop", "message"),
+    [
+        ({"registers": 101}, {}, "registers 100 -> 101"),
+        ({"spills": 2}, {}, "spills 0 -> 2"),
+        ({"blocks": 1}, {}, "blocks per processor 2 -> 1"),
+        ({"threads": 128}, {}, "threads 256 -> 128"),
+        ({}, {"length": 106}, "hot loop 100 -> 106 instructions"),
+        ({}, {"mufu": 9}, "mufu in the hot loop 8 -> 9"),
+        ({}, {"kind": "HMMA"}, "kind in the hot loop HGMMA -> HMMA"),
+        ({}, {"length": 105}, None),
+        ({"registers": 90, "blocks": 3}, {"length": 50}, None),
+    ],
+)
+def test_what_counts_as_worse(change, loop, message):
+    old = {"sm_90 k": {**ROW, "loop": LOOP}}
+    new = copy.deepcopy(old)
+    new["sm_90 k"] |= change
+    new["sm_90 k"]["loop"] |= loop  # type: ignore[operator]
+    assert static_table.differences(old, new) == ([f"sm_90 k: {message}"] if message else [])
+
+
+def test_a_kernel_that_comes_or_goes_is_reported():
+    assert static_table.differences({}, {"sm_90 k": ROW}) == ["sm_90 k: not in the table"]
+    assert static_table.differences({"sm_90 k": ROW}, {}) == ["sm_90 k: no longer compiled"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("sm_90 k", {}, None),
+        ("sm_120 k", {"shared": 101377}, "101377 bytes of shared memory, a block has 101376"),
+        ("gfx942 k", {"shared": 65537}, "65537 bytes of shared memory, a block has 65536"),
+        ("sm_100 k", {"tensor_memory": 576}, "576 columns of tensor memory, there are 512"),
+        ("sm_80 k", {"stack": 8}, "8 stack"),
+        ("gfx1100 k", {"scratch": 4}, "4 scratch"),
+        ("sm_90 k", {"blocks": 0}, "no block fits on a processor"),
+    ],
+)
+def test_limits_of_the_targets(name, change, message):
+    assert static_table.limits(name, ROW | change) == ([f"{name}: {message}"] if message else [])
+
+
+def test_the_table_is_written_one_kernel_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(static_table, "TABLE", tmp_path / "table.json")
+    table = {"versions": {"triton": "3"}, "kernels": {"sm_90 a": ROW, "sm_90 b": {**ROW, "loop": LOOP}}}
+    static_table.save(table)
+    assert static_table.load() == table == json.loads(static_table.TABLE.read_text())
+    assert [line.strip()[:9] for line in static_table.TABLE.read_text().splitlines()].count('"sm_90 a"') == 1
+    assert not list(tmp_path.glob("*.partial"))
