@@ -210,8 +210,9 @@ def side_by_side(n: int = 1024, d: int = 256) -> tuple[str, bool]:
                 f"{' + '.join(implementation.passes):>8} {forward:>7.2f} {backward:>7.2f} {peak:>8.1f}"
             )
     lines += [
-        "passes: of open_clip counted, of the others as published; inf_cl's are those of its Triton kernels.  memeff's",
-        "scale is a constant.  siglip_kernel 0.1.2 (a sigmoid loss) does not import without a GPU's driver: not run.",
+        "passes: from the source for open_clip, as published for the others; inf_cl's are of its Triton kernels.",
+        "memeff: the scale is a constant, the memory Triton's interpreter's.  siglip_kernel, a sigmoid loss, does not",
+        "import without a GPU's driver (as published): not run.",
     ]
     return "\n".join(lines), good
 

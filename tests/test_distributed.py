@@ -171,10 +171,8 @@ def test_torch_compile_breaks_the_graph_or_refuses(ranks):
 
 
 def test_the_readmes_script_for_many_gpus_has_the_gradients_of_one_process(ranks):
-    code = [block for block in BLOCKS if "DistributedDataParallel" in block]
-    if not code:
-        pytest.skip("the README has no script for several ranks")
-    for answer in ranks.run(sharded.readme, 4, code[0]):
+    (code,) = (block for block in BLOCKS if "DistributedDataParallel" in block)
+    for answer in ranks.run(sharded.readme, 4, code):
         assert len(answer) == 5 and all(ours < 5e-6 for ours, _ in answer.values()), answer
 
 

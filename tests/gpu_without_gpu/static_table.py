@@ -34,14 +34,9 @@ from bench.static.gpus import AMD, GPUS  # noqa: E402
 
 TABLE = Path(__file__).with_name("static_table.json")
 TARGETS: tuple[int | str, ...] = (*GPUS, *AMD)
-SOURCES = ("csrc/additive_moments/cuda.cu", "csrc/log_mean_exp/cuda.cu")
+SOURCES = ("csrc/additive_moments/cuda.cu", "csrc/additive_shifts/cuda.cu")
 ARCHITECTURES = {80: "80", 90: "90a", 100: "100a", 120: "120"}  # nvcc's names
 SLACK = 1.05  # of a hot loop's length
-# Triton 3.8.0 dies of a segmentation fault in make_llir; to be tried again with the next version
-CRASHES = {
-    ("gfx1100", "clip_loss bf16 D=100: features_gradient_kernel"),
-    ("gfx1100", "clip_loss fp32 D=512: features_gradient_kernel"),
-}
 Facts = dict[str, Any]
 
 
@@ -66,6 +61,14 @@ def _critic(activation: str) -> None:
     record.backward(j - el)
 
 
+def _shifts(activation: str) -> None:
+    from cibr_kernels.ops.additive_shifts.op import additive_shifts
+
+    a, b = (torch.empty(4096, 512, device="cuda", requires_grad=True) for _ in range(2))
+    w = torch.empty(512, device="cuda", requires_grad=True)
+    record.backward(additive_shifts(a, b, w, 8, activation=activation, backend="triton").mean())
+
+
 def _log_mean_exp(dtype: torch.dtype) -> None:
     scores = torch.empty(4096, 4096, device="cuda", dtype=dtype, requires_grad=True)
     record.backward(ck.log_mean_exp(scores, backend="triton"))
@@ -78,6 +81,8 @@ CASES: dict[str, Callable[[], None]] = {
     "clip_loss fp32 D=512": lambda: _contrastive(torch.float32, 512, False),
     "additive_moments relu H=512": lambda: _critic("relu"),
     "additive_moments gelu H=512": lambda: _critic("gelu"),
+    "additive_shifts relu H=512": lambda: _shifts("relu"),
+    "additive_shifts gelu H=512": lambda: _shifts("gelu"),
     "log_mean_exp fp32": lambda: _log_mean_exp(torch.float32),
 }
 
@@ -120,8 +125,6 @@ def compute(target: int | str, doing: str = os.devnull) -> dict[str, Facts]:
     """{name: row} of every kernel on one target; the file `doing` says which is being compiled."""
     rows = {}
     for name, launch in launches(target):
-        if (target, name) in CRASHES:
-            continue
         Path(doing).write_text(f"{target} {name}")
         if isinstance(target, str):
             rows[f"{target} {name}"] = compiled.amd_facts(launch, target)
@@ -135,8 +138,6 @@ def compute(target: int | str, doing: str = os.devnull) -> dict[str, Facts]:
 
 def cuda(source: Path, capability: int) -> dict[str, Facts]:
     """{kernel: row} of a .cu file; its dynamic shared memory, which only a launch knows, is not in "shared"."""
-    if not source.exists():
-        return {}
     arch = ARCHITECTURES[capability]
     ptx = nvcc.compile_ptx(source, arch, include=[ROOT / "csrc"])
     threads = {m[1]: int(m[2]) for m in re.finditer(r"\.entry (\w+)\([^)]*\)[^{]*?\.maxntid (\d+)", ptx)}

@@ -185,6 +185,7 @@ class _Sweep:
             {"SPLITS_A": self.splits_a, "SPLITS_B": self.splits_b, "SIDE_A": self.side_a, "NEED_A": self.need_a,
              "NEED_B": self.need_b, "FREE_WEIGHTS": self.need_w and not self.own_weights,
              "OWN_WEIGHTS": self.own_weights, "BLOCK_R": self.config.block, "BLOCK_H": self.config.block_h},
+            num_warps=8,
         )  # fmt: skip
         if self.need_w:
             summed = self.blocks_a if self.own_weights else blocks

@@ -63,7 +63,11 @@ def dot_lse(
 def dot_lse_forward(
     x: Tensor, y: Tensor, scale: Tensor, offset: int, mask_positives: bool, need_cols: bool, budget: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> rows (n,), cols (m,) or (0,), positives (n,), stash offset (), stash (empty where it exceeds the budget)."""
+    """-> rows (n,), cols (m,) or (0,), positives (n,), stash offset (), stash (empty where it exceeds the budget).
+
+    The stash offset is that of the exponentials in the stash, NaN where it was not written; without a stash it is what
+    the backend's own backward wants.
+    """
     checks.positive("logit_scale", scale)
     stash = _stash(x, y, budget, backend)
     outputs = backends.run("dot_lse", "forward", backend, (x, y), x, y, scale, offset, mask_positives, need_cols, stash)
