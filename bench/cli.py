@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--search", action="store_true", help="gpu: look for better configurations than the tables'")
     args = parser.parse_args(argv)
     known = commands()
+    if (args.predict or args.search) and not args.names:
+        args.names = ["gpu"]
     command = args.names[0] if args.names and args.names[0] in known else None
     if (args.predict or args.search) and command != "gpu":
         parser.error("--predict and --search belong to gpu: python bench/ gpu --predict")

@@ -134,7 +134,21 @@ def test_an_unknown_case_lists_the_known(capsys):
     assert "clip_los5" in (err := capsys.readouterr().err) and CASES[0].name in err
 
 
-@pytest.mark.parametrize("arguments", [["--predict"], ["toy", "--predict"], ["clip_loss", "--search"]], ids=" ".join)
+def test_search_alone_means_gpu(monkeypatch):
+    seen = {}
+
+    def measure(*args, **options) -> int:
+        seen.update(options)
+        return 0
+
+    monkeypatch.setattr("bench.gpu.main", measure)
+    assert cli.main(["--search"]) == 0
+    assert seen["search"] and not seen["predict"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["scale", "--predict"], ["toy", "--predict"], ["clip_loss", "--search"]], ids=" ".join
+)
 def test_flags_of_gpu_are_refused_elsewhere(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)

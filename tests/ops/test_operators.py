@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import cibr_kernels as ck
+from cibr_kernels import backends
 
 OPS = torch.ops.cibr_kernels
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
@@ -66,6 +67,44 @@ def test_log_mean_exp(masked, backend):
     opcheck(OPS.log_mean_exp_forward, (scores, mask, backend), test_utils=CHECKS)
     el = OPS.log_mean_exp_forward(scores, mask, backend)
     opcheck(OPS.log_mean_exp_backward, tuple(detached((torch.ones(()), scores, mask, el, backend))), test_utils=CHECKS)
+
+
+class Profiler:
+    """Stands in for an nvtx domain."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def push_range(self, name: str) -> None:
+        self.events.append(name)
+
+    def pop_range(self) -> None:
+        self.events.append("end")
+
+
+def test_profilers_see_a_range_for_each_operator(monkeypatch):
+    profiler = Profiler()
+    monkeypatch.setattr(backends, "_range", lambda name: (profiler, name))
+    ck.clip_loss(*features(m=5), 3.0).backward()
+    assert profiler.events == ["dot_lse_forward", "end", "dot_lse_backward", "end"]
+
+
+def test_a_range_ends_where_its_operator_fails(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("out of order")
+
+    profiler = Profiler()
+    monkeypatch.setattr(backends, "_range", lambda name: (profiler, name))
+    monkeypatch.setattr("cibr_kernels.ops.log_mean_exp.reference.forward", fail)
+    with pytest.raises(RuntimeError, match="out of order"):
+        ck.log_mean_exp(torch.ones(3), backend="reference")
+    assert profiler.events == ["log_mean_exp_forward", "end"]
+
+
+def test_nvtx_takes_the_ranges():
+    domain, attributes = backends._range("dot_lse_forward")
+    domain.push_range(attributes)
+    domain.pop_range()
 
 
 def detached(arguments: tuple) -> list:
