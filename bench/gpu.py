@@ -11,11 +11,9 @@ import json
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from bench import gpu_cases
 from bench.gpu_cases import IMPLEMENTATIONS, GpuCase, Loss, Tensors
-from bench.measure import TOLERANCE, difference
+from bench.measure import Gradients, Timed, agrees, difference, turns
 from bench.peers import gigabytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -72,29 +70,12 @@ class Cuda:
 
 
 @dataclass
-class Row:
-    """One implementation of one case; fields stay None where it did not run, and `note` says why."""
-
-    implementation: str
-    seconds: list[float] = field(default_factory=list)
-    peak: int | None = None
-    loss_diff: float | None = None
-    grad_diff: float | None = None
-    wrong: bool = False
-    note: str = ""
-
-    @property
-    def time(self) -> float | None:
-        return median(self.seconds) if self.seconds else None
-
-
-@dataclass
 class Result:
     case: GpuCase
-    rows: list[Row]
+    rows: list[Timed]
 
 
-def step(loss: Loss, tensors: Tensors, backward: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def step(loss: Loss, tensors: Tensors, backward: bool) -> tuple[Tensor, Gradients]:
     """One forward, or a forward and the gradients of all that has one."""
     if not backward:
         with torch.no_grad():
@@ -107,9 +88,9 @@ def step(loss: Loss, tensors: Tensors, backward: bool) -> tuple[Tensor, tuple[Te
 def measure(case: GpuCase, device: Device, names: Sequence[str], budget: float = BUDGET) -> Result:
     """Runs the implementations of a case; timing takes about `budget` seconds and at least one round."""
     tensors = gpu_cases.make_tensors(case, device.name)
-    rows = [Row(name) for name in names]
+    rows = [Timed(name) for name in names]
     runs: dict[str, Callable[[], Any]] = {}
-    first: tuple[Tensor, tuple[Tensor | None, ...]] | None = None
+    first: tuple[Tensor, Gradients] | None = None
     for row in rows:
         implementation = IMPLEMENTATIONS[case.op, row.implementation]
         needed = implementation.bytes(case)
@@ -127,40 +108,26 @@ def measure(case: GpuCase, device: Device, names: Sequence[str], budget: float =
             if first is None:
                 first = answer
             elif implementation.same:
-                row.loss_diff, row.grad_diff = compare(first, answer)
+                found = difference(first, *answer)
+                row.loss_diff, row.grad_diff = found["loss_diff"], found["grad_diff"]
                 row.wrong = not agrees(case, row)
             del answer
-            row.peak = device.peak_bytes(run)
+            row.extra_bytes = device.peak_bytes(run)
             runs[row.implementation] = run
         except ImportError as error:
             row.note = f"not installed: {error.name or error}"
-        except Exception as error:  # a peer that fails is a row of the table
-            lines = str(error).strip().splitlines()
-            row.note = f"{type(error).__name__}: {lines[0][:100] if lines else ''}"
-    began = time.monotonic()
-    for done in range(MAX_ROUNDS):
-        for row in rows:
-            if row.implementation in runs and (not done or sum(row.seconds) < budget / len(runs)):
-                row.seconds.append(device.seconds(runs[row.implementation]))
-        if time.monotonic() > began + 2 * budget:
-            break
+        except Exception as error:  # a peer that fails is a row of the table; the fused op may not
+            row.note, row.wrong = reason(error), row.implementation == "fused"
+    seconds = {row.implementation: row.seconds for row in rows if row.implementation in runs}
+    for name in turns(seconds, budget, MAX_ROUNDS):
+        seconds[name].append(device.seconds(runs[name]))
     return Result(case, rows)
 
 
-def compare(
-    first: tuple[Tensor, tuple[Tensor | None, ...]], other: tuple[Tensor, tuple[Tensor | None, ...]]
-) -> tuple[float, float | None]:
-    """Differences of the loss and of the worst gradient (measure.difference); a gradient that one lacks is left out."""
-    pairs = [(a, b) for a, b in zip(first[1], other[1], strict=True) if a is not None and b is not None]
-    found = difference((first[0], tuple(a for a, _ in pairs)), other[0], tuple(b for _, b in pairs))
-    assert found["loss_diff"] is not None
-    return found["loss_diff"], found["grad_diff"]
-
-
-def agrees(case: GpuCase, row: Row) -> bool:
-    """False when the loss or the gradients differ from the fused op's by more than rounding, or are NaN."""
-    loss, grad = TOLERANCE[case.dtype]
-    return all(d is None or d <= limit for d, limit in ((row.loss_diff, loss), (row.grad_diff, grad)))
+def reason(error: Exception) -> str:
+    """An exception in a line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:100] if lines else ''}"
 
 
 # ------------------------------------------------------------------------------------------------ text
@@ -181,14 +148,16 @@ def table(result: Result) -> str:
         flops = passes and row.time and passes * 2 * result.case.n**2 * result.case.d / row.time
         cells = (
             _shown(1e3 * row.time, ".4g") if row.time else "-", spread, _ratio(row.time, fused.time),
-            gigabytes(row.peak) if row.peak is not None else "-", _ratio(row.peak, fused.peak),
+            gigabytes(row.extra_bytes) if row.extra_bytes is not None else "-",
+            _ratio(row.extra_bytes, fused.extra_bytes),
             _shown(flops / 1e12 if flops else None, ".0f"), _shown(row.loss_diff, ".1e"), _shown(row.grad_diff, ".1e"),
         )  # fmt: skip
         widths = ("9", "", "9", "10", "9", "9", "11", "11")
         text = "".join(
             f"  {cell:<19}" if not width else f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)
         )
-        note = (f"  {row.note}" if row.note else "") + ("  WRONG: differs from fused" if row.wrong else "")
+        wrong = "  WRONG: fails" if row is fused else "  WRONG: differs from fused"
+        note = (f"  {row.note}" if row.note else "") + (wrong if row.wrong else "")
         lines.append(f"  {row.implementation:<14}{text}{note}")
     return "\n".join(lines)
 
@@ -232,7 +201,7 @@ def write(folder: Path, about: dict[str, str], results: Sequence[Result]) -> tup
 
 
 def main(file: Path | None = None, *, predict: bool = False, search: bool = False, only: Sequence[str] = ()) -> int:
-    """-> 0; 1 when an implementation disagrees with the fused op; 2 without a GPU or for an unknown case."""
+    """-> 0; 1 when the fused op fails or another disagrees with it; 2 without a GPU or for an unknown case."""
     cases = [c for c in gpu_cases.CASES if not only or any(c.name.startswith(name) for name in only)]
     if not cases:
         known = ", ".join(c.name for c in gpu_cases.CASES)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 import cibr_kernels as ck
-from bench import gpu_cases, predict
+from bench import gpu, gpu_cases, predict
 from bench.gpu_cases import PUBLISHED, GpuCase
 from bench.static import record, sass
 from bench.static.gpus import GPUS
@@ -36,7 +36,7 @@ class Row:
     passes: float | None = None
     gigabytes: float = 0.0
     bound_ms: float = 0.0  # every pipe at full rate: no schedule of these launches is faster
-    predicted_ms: float | None = None  # None where a kernel cannot be launched
+    predicted_ms: float | None = None  # None where a kernel cannot be launched, or its loops cannot be counted
     percent_of_peak: float | None = None
     limit: str = ""
     note: str = ""
@@ -60,7 +60,7 @@ def record_step(case: GpuCase, implementation: str, capability: int) -> list[rec
 
 
 def row(case: GpuCase, implementation: str, capability: int) -> tuple[Row, predict.Step | None]:
-    """The prediction of a case, and its parts; a row with a note where there is none."""
+    """The prediction of a case, and its parts; a peer's row has a note where there is none, our own failure raises."""
     found = Row(case.name, implementation, capability)
     try:
         events = record_step(case, implementation, capability)
@@ -69,8 +69,9 @@ def row(case: GpuCase, implementation: str, capability: int) -> tuple[Row, predi
         found.note = f"not installed: {error.name or error}"
         return found, None
     except Exception as error:  # a peer that does not compile is a result, not the end of the table
-        lines = str(error).strip().splitlines()
-        found.note = f"{type(error).__name__}: {lines[0][:90] if lines else ''}"
+        if implementation == "fused":
+            raise
+        found.note = gpu.reason(error)
         return found, None
     found.launches = int(step.total("launches"))
     found.tflop = step.total("flops") / 1e12
@@ -79,7 +80,7 @@ def row(case: GpuCase, implementation: str, capability: int) -> tuple[Row, predi
     found.bound_ms, found.predicted_ms = 1e3 * step.total("bound"), 1e3 * step.total("seconds")
     found.percent_of_peak, found.limit = step.percent_of_peak, step.limit
     found.note = "; ".join(dict.fromkeys(part.note for part in step.parts if part.note))
-    if "cannot be launched" in found.note:
+    if "cannot be launched" in found.note or "not predicted" in found.note:
         found.predicted_ms = found.percent_of_peak = None
         return found, None
     return found, step
@@ -171,9 +172,9 @@ def main(cases: Sequence[GpuCase] = tuple(gpu_cases.CASES), targets: Sequence[in
     print(assumptions())
     rows: list[Row] = []
     for capability in targets:
-        gpu = GPUS[capability]
-        rates = f"{gpu.peak / 1e12:.0f} TFLOP/s, {gpu.bandwidth / 1e12:.2f} TB/s"
-        print(f"\n{gpu.name} (sm_{capability}, {rates})\n{HEADER}")
+        target = GPUS[capability]
+        rates = f"{target.peak / 1e12:.0f} TFLOP/s, {target.bandwidth / 1e12:.2f} TB/s"
+        print(f"\n{target.name} (sm_{capability}, {rates})\n{HEADER}")
         detail: list[tuple[str, predict.Step]] = []
         for case, implementation in jobs(capability, cases):
             made, step = row(case, implementation, capability)

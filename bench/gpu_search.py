@@ -67,23 +67,31 @@ class Choice:
 
 
 def search(choice: Choice, seconds: Callable[[], float], label: str) -> str:
-    """Climbs from the table's entry, which is put back -> what was found, in a line or two."""
-    start = choice.get()
+    """Climbs from the table's entry, which is put back -> what was found, in a line or two.
+
+    Raises what the table's own entry raises; others that fail are counted.
+    """
+    start, reasons = choice.get(), []
 
     def of(config: Any) -> float:
         choice.set(config)
         try:
             return seconds()
-        except Exception:  # too much shared memory, a compiler that gives up: not a configuration
+        except Exception as error:  # too much shared memory, a compiler that gives up: not a configuration
+            if config == start:
+                raise
+            reasons.append(gpu.reason(error))
             return math.inf
         finally:
             choice.set(start)
 
     best, tried = climb(start, of)
-    head = f"{label}: the table's {start} takes {1e3 * tried[start]:.3f} ms"
+    text = f"{label}: the table's {start} takes {1e3 * tried[start]:.3f} ms"
     if best == start:
-        return f"{head}; none of {len(tried) - 1} around it is faster"
-    return f"{head}\n  faster: {best} {1e3 * tried[best]:.3f} ms ({len(tried)} tried)"
+        text += f"; none of {len(tried) - 1} around it is faster"
+    else:
+        text += f"\n  faster: {best} {1e3 * tried[best]:.3f} ms ({len(tried)} tried)"
+    return text + (f"\n  {len(reasons)} do not run, the last for {reasons[-1]}" if reasons else "")
 
 
 def _choices(target: str, cases: Sequence[GpuCase]) -> Iterator[tuple[GpuCase, Choice]]:
@@ -122,8 +130,8 @@ def predicted(cases: Sequence[GpuCase], targets: Sequence[int] = tuple(GPUS)) ->
             def seconds(case: GpuCase = case, capability: int = capability) -> float:
                 every = gpu_predictions.record_step(case, "fused", capability)
                 events = [e for e in every if isinstance(e, record.Launch)]
-                if not all(predict.compiled(event, capability).fits for event in events):
-                    return math.inf
+                if spills := [e.name for e in events if not predict.compiled(e, capability).fits]:
+                    raise RuntimeError(f"{spills[0]} spills or needs more than a processor has")
                 return predict.predict(events, capability, gpu_predictions.MEMORY).total("seconds")
 
             print(

@@ -12,11 +12,11 @@ import gc
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,22 +25,22 @@ from bench import processes
 from bench.peers import IMPLEMENTATIONS, Loss, gigabytes
 from bench.registry import Case, Inputs, make_inputs
 
+if TYPE_CHECKING:
+    from bench.gpu_cases import GpuCase
+
 # largest relative difference from the fused op of the loss and of the gradients: bfloat16 peers round their logits
 TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (5e-2, 5e-2)}
 MAX_ROUNDS = 15
-Gradients = tuple[Tensor, ...]
+Gradients = tuple[Tensor | None, ...]
 
 
 @dataclass
-class Row:
+class Timed:
     """One implementation of one case; fields stay None where it did not run, and `note` says why."""
 
     implementation: str
     seconds: list[float] = field(default_factory=list)
     extra_bytes: int | None = None
-    passes: int | None = None
-    floor_percent: float | None = None
-    loss: float | None = None
     loss_diff: float | None = None
     grad_diff: float | None = None
     wrong: bool = False
@@ -50,6 +50,15 @@ class Row:
     def time(self) -> float | None:
         """Median seconds."""
         return median(self.seconds) if self.seconds else None
+
+
+@dataclass
+class Row(Timed):
+    """With what is only known of a run on the CPU."""
+
+    passes: int | None = None
+    floor_percent: float | None = None
+    loss: float | None = None
 
 
 @dataclass
@@ -101,10 +110,21 @@ def measure(
     return Result(case, rows, rate)
 
 
-def agrees(case: Case, row: Row) -> bool:
+def agrees(case: Case | GpuCase, row: Timed) -> bool:
     """False when a row's loss or gradients differ from the fused op's by more than rounding, or are NaN."""
     loss, grad = TOLERANCE[case.dtype]
     return all(d is None or d <= limit for d, limit in ((row.loss_diff, loss), (row.grad_diff, grad)))
+
+
+def turns(seconds: Mapping[str, Sequence[float]], budget: float, rounds: int) -> Iterator[str]:
+    """Who runs next, for a caller that adds to `seconds`: in turn, from 1 to `rounds` times each.
+
+    Who has used up its share of `budget` seconds sits the next rounds out.
+    """
+    for done in range(rounds):
+        for name in seconds:
+            if not done or sum(seconds[name]) <= budget / len(seconds):
+                yield name
 
 
 def floor_seconds(passes: int, n: int, m: int, d: int, rate: float) -> float:
@@ -130,32 +150,27 @@ def memory_child(case: Case, name: str) -> int:
 
 
 def time_child(case: Case, names: tuple[str, ...], budget: float) -> tuple[dict[str, dict[str, Any]], list[float]]:
-    """-> per implementation {"seconds", "loss", and differences from the first}; seconds of each vendor GEMM.
-
-    In turn, from 1 to MAX_ROUNDS times each; who has used up its share of `budget` seconds sits the next rounds out.
-    """
+    """-> per implementation {"seconds", "loss", and differences from the first}; seconds of each vendor GEMM."""
     losses, inputs = {name: _prepare(case, name) for name in names}, make_inputs(case)
-    answers: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    answers: dict[str, dict[str, Any]] = {name: {"seconds": seconds[name]} for name in names}
     gemm, gemms = _vendor_gemm(case), []
     first: tuple[Tensor, Gradients] | None = None
-    for done in range(MAX_ROUNDS):
-        for name in names:
-            if done and sum(answers[name]["seconds"]) > budget / len(names):
-                continue
+    for name in turns(seconds, budget, MAX_ROUNDS):
+        began = time.perf_counter()
+        value, grads = run(losses[name], inputs, case.backward)
+        seconds[name].append(time.perf_counter() - began)
+        if "loss" not in answers[name]:
+            answers[name]["loss"] = value.item()
+            if first is None:
+                first = value, grads
+            else:
+                answers[name] |= difference(first, value, grads)
+        del value, grads
+        if gemm:
             began = time.perf_counter()
-            value, grads = run(losses[name], inputs, case.backward)
-            answers[name]["seconds"].append(time.perf_counter() - began)
-            if "loss" not in answers[name]:
-                answers[name]["loss"] = value.item()
-                if first is None:
-                    first = value, grads
-                else:
-                    answers[name] |= difference(first, value, grads)
-            del value, grads
-            if gemm:
-                began = time.perf_counter()
-                gemm()
-                gemms.append(time.perf_counter() - began)
+            gemm()
+            gemms.append(time.perf_counter() - began)
     return answers, gemms
 
 
@@ -168,15 +183,19 @@ def _prepare(case: Case, name: str) -> Loss:
 
 
 def difference(first: tuple[Tensor, Gradients], value: Tensor, grads: Gradients) -> dict[str, float | None]:
-    """From the first implementation: the loss (relative, absolute below 1 nat) and the worst gradient by norm."""
+    """From the first implementation: the loss (relative, absolute below 1 nat) and the worst gradient by norm.
+
+    A gradient that one of them lacks (None) is left out.
+    """
 
     def relative(a: Tensor, b: Tensor, scale: float) -> float:
         return (a.double() - b.double()).norm().item() / max(scale, 1e-30)
 
     reference, reference_grads = first
-    norms = [g.double().norm().item() for g in reference_grads]
+    pairs = [(a, b) for a, b in zip(reference_grads, grads, strict=True) if a is not None and b is not None]
+    norms = [a.double().norm().item() for a, _ in pairs]
     least = 1e-2 * max(norms, default=0.0)  # a critic's last bias has gradient 0: it is held against the others
-    differences = [relative(a, b, max(s, least)) for a, b, s in zip(reference_grads, grads, norms, strict=True)]
+    differences = [relative(a, b, max(s, least)) for (a, b), s in zip(pairs, norms, strict=True)]
     return {
         "loss_diff": relative(reference, value, max(1.0, abs(reference.item()))),
         "grad_diff": max(differences) if differences else None,

@@ -99,7 +99,8 @@ def predict(events: Iterable[Event], capability: int, memory: Mapping[str, float
     parts: dict[tuple[str, str], Part] = {}
     for event in events:
         part = _one(event, gpu, memory)
-        total = parts.setdefault((part.kind, part.name), Part(part.name, part.kind, note=part.note))
+        total = parts.setdefault((part.kind, part.name), Part(part.name, part.kind))
+        total.note = total.note or part.note
         for name in ("launches", "flops", "bytes", "seconds", "bound"):
             setattr(total, name, getattr(total, name) + getattr(part, name))
         total.limits.update(part.limits)
@@ -134,7 +135,8 @@ def _launch(launch: Launch, gpu: Gpu, memory: Mapping[str, float] | None) -> Par
     try:
         done = ttir.work(structure.function, numbers, launch.grid, memory)
     except ttir.Unknown as error:
-        return Part(launch.name, "triton", 1, seconds=START, note=f"not predicted: {error}")
+        note = f"not predicted: {error}"
+        return Part(launch.name, "triton", 1, seconds=START, limits=Counter({"unknown": START}), note=note)  # type: ignore[arg-type]
     warps = kernel.warps
     pipes: Counter[str] = Counter()
     alone = flops = 0.0

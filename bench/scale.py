@@ -52,6 +52,7 @@ def bytes_of(strategy: str, n: int, world: int, d: int, size: int, wide: int = W
 
 
 def header_bytes(world: int) -> int:
+    """Bytes of the headers that a rank receives: 32 int64 of every other rank."""
     return (world - 1) * 256
 
 
@@ -91,6 +92,7 @@ class Cost:
 
 
 def gather(n: int, world: int, link: Link, d: int = WIDTH) -> Cost:
+    """Passes and transfers one after the other."""
     stashed = 2.0 * n * n * world <= STASH
     compute = matmuls(n, n * world, 3 if stashed else 4, d)
     moved = sum(bytes_of("gather", n, world, d, SIZE)) + header_bytes(world)

@@ -34,9 +34,11 @@ class Journal:
             part.close()
 
     def step(self) -> None:
+        """One step more on the bar."""
         self.bar.update()
 
     def say(self, text: str) -> None:
+        """A line on stderr, above the bar."""
         self.bar.write(text, sys.stderr)
 
     def write(self, counters: dict[str, float], entry: dict[str, float]) -> None:

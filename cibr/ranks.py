@@ -24,6 +24,8 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Ranks:
+    """This process among `world`, which talk through `group`; None without torchrun."""
+
     rank: int = 0
     world: int = 1
     group: dist.ProcessGroup | None = None

@@ -102,6 +102,7 @@ class Material:
 
 
 def prepare(config: TrainConfig) -> Material:
+    """Reads the data and splits it, the same on every rank."""
     pairs = load(Path(config.data), image_size=config.image_size, limit=config.limit)
     parts = split(pairs, config.hold_out, config.unseen_fraction)
     sampler = ConceptSampler(pairs.concept, pairs.rows(parts.seen, parts.train_styles), config.batch_size)

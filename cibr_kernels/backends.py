@@ -1,9 +1,10 @@
 """Which implementation of an op runs: chosen by name, or by what the tensors allow.
 
-A backend is a module `cibr_kernels.ops.<op>.<name>` with three functions:
+A backend is a module `cibr_kernels.ops.<op>.<name>` with functions that take the same arguments in each:
 
     unsupported(*tensors) -> str | None     the reason it cannot run on these tensors
     forward(...), backward(...)             what the registered operators call, through `run`
+    stash_shape(n, m, dtype)                dot_lse only: the shape and dtype of what its forward may keep
 
 A backend asked for by name is used or refused, never replaced.
 """
@@ -51,7 +52,7 @@ def cuda_missing() -> str | None:
     if _C is None:
         return _missing
     if not _C.has_cuda:
-        return "cibr_kernels._C was built without CUDA: nvcc was not found when it was built"
+        return "cibr_kernels._C was built without CUDA: the build did not find nvcc and its static runtime"
     return None
 
 
@@ -61,7 +62,7 @@ def native_unsupported(*tensors: Tensor) -> str | None:
         return _missing
     for t in tensors:
         if t.device.type != "cpu":
-            return cuda_missing() or f"the C++ kernels of this op run on the CPU, got {t.device}"
+            return f"the C++ kernels of this op run on the CPU, got {t.device}"
         if t.dtype.is_floating_point and t.dtype.itemsize > 4:
             return f"the C++ kernels compute in float32, got {t.dtype}"
     return None

@@ -102,7 +102,7 @@ class ClipLoss(nn.Module):
     rank, world_size: of torch.distributed's default group, whose ranks' rows make one batch where world_size > 1; or
     `process_group` and `strategy` as in `cibr_kernels.clip_loss`.
     local_loss: return this rank's part, whose mean over ranks is the loss, instead of the loss of all rows (one more
-    all-reduce of a number, without gradient).  The gradients are the same, exact under DDP's averaging, either way and
+    all-gather of a number, without gradient).  The gradients are the same, exact under DDP's averaging, either way and
     with or without `gather_with_grad`, which is accepted like `cache_labels` and `use_horovod` and changes nothing.
     Raises ValueError at the call where rank and world_size are not those of the default group.
     """

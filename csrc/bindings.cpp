@@ -45,22 +45,34 @@ namespace {
 #define CK_CASE_AMX(f)
 #endif
 
+#ifdef CK_HAVE_avx512
+#define CK_CASE_FLOAT512(f) \
+  case Isa::avx512:         \
+  case Isa::avx512bf16:     \
+  case Isa::amx:            \
+    return avx512::f(p);
+#else
+#define CK_CASE_FLOAT512(f)
+#endif
+
 // Runs the copy of `function` built for the instruction set in use, without the GIL.
-#define KERNEL(function, Params)                                     \
-  m.def(                                                             \
-      #function,                                                     \
-      [](const Params& p) {                                          \
-        py::gil_scoped_release unlocked;                             \
-        switch (isa()) {                                             \
-          CK_CASE_AVX2(function)                                     \
-          CK_CASE_AVX512(function)                                   \
-          CK_CASE_AVX512BF16(function)                               \
-          CK_CASE_AMX(function)                                      \
-          default:                                                   \
-            return generic::function(p);                             \
-        }                                                            \
-      },                                                             \
+#define CK_KERNEL(function, Params, cases)     \
+  m.def(                                       \
+      #function,                               \
+      [](const Params& p) {                    \
+        py::gil_scoped_release unlocked;       \
+        switch (isa()) {                       \
+          CK_CASE_AVX2(function)               \
+          cases                                \
+          default:                             \
+            return generic::function(p);       \
+        }                                      \
+      },                                       \
       py::arg("params"))
+
+// With products of bf16, and without: CMakeLists.txt.
+#define BF16_KERNEL(f, Params) CK_KERNEL(f, Params, CK_CASE_AVX512(f) CK_CASE_AVX512BF16(f) CK_CASE_AMX(f))
+#define FLOAT_KERNEL(f, Params) CK_KERNEL(f, Params, CK_CASE_FLOAT512(f))
 
 }  // namespace
 
@@ -100,11 +112,11 @@ PYBIND11_MODULE(_C, m) {
     FIELD(scores), FIELD(mask), FIELD(dtype), FIELD(count), FIELD(threads), FIELD(el), FIELD(grad), FIELD(dscores);
   }
 
-  KERNEL(dot_lse_forward, DotForward);
-  KERNEL(dot_lse_backward, DotBackward);
-  KERNEL(additive_moments, AdditiveMoments);
-  KERNEL(log_mean_exp_forward, LogMeanExp);
-  KERNEL(log_mean_exp_backward, LogMeanExp);
+  BF16_KERNEL(dot_lse_forward, DotForward);
+  BF16_KERNEL(dot_lse_backward, DotBackward);
+  FLOAT_KERNEL(additive_moments, AdditiveMoments);
+  FLOAT_KERNEL(log_mean_exp_forward, LogMeanExp);
+  FLOAT_KERNEL(log_mean_exp_backward, LogMeanExp);
 
   bind_cuda(m);
 

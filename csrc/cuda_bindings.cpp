@@ -63,7 +63,7 @@ void bind_cuda(py::module_& m) {
     using P = cuda::AdditiveMoments;
     py::class_<P, AdditiveMoments> c(m, "AdditiveMomentsCuda");
     c.def(py::init<>());
-    FIELD(dtype), FIELD(w_dtype), FIELD(device), FIELD(processors), FIELD(capability), FIELD(score_budget),
+    FIELD(dtype), FIELD(w_dtype), FIELD(device), FIELD(processors), FIELD(score_budget),
         FIELD(workspace), FIELD(stream);
   }
   {

@@ -90,16 +90,28 @@ def compare(
 
 
 # ------------------------------------------------------------------------------------------------ losses
-def clip(group: Group, rows: Sequence[int], dtype: torch.dtype, **options: Any) -> Errors:
+def clip(group: Group, rows: Sequence[int], dtype: torch.dtype, frozen: Sequence[str] = (), **options: Any) -> Errors:
     data = batch(sum(rows))
+    trained = {name: data[name] for name in ("zv", "zt") if name not in frozen}
 
     def loss(t: dict[str, Tensor], _: Any, group: Group | None) -> Tensor:
+        fixed = {name: data[name] if group is None else mine(data[name], rows, group) for name in frozen}
+        t = t | {name: v.to(t["scale"].dtype) for name, v in fixed.items()}
         return ck.clip_loss(t["zv"], t["zt"], t["scale"], t["bias"], process_group=group, **options)
 
     # an absolute rounding of a logit is a relative one of its exponential: at 100 float32 is good to 1e-5, not to 1e-6
     scale = 4.0 if dtype == torch.float32 else 100.0
     shared = {"scale": torch.tensor(scale, dtype=torch.float64), "bias": torch.tensor(-10.0, dtype=torch.float64)}
-    return compare(group, rows, loss, {"zv": data["zv"], "zt": data["zt"]}, shared, dtype=dtype)
+    return compare(group, rows, loss, trained, shared, dtype=dtype)
+
+
+def some(group: Group, strategy: str) -> Errors | str:
+    """Errors in a group of ranks 1 and 3 of the four, and what the others say, who are not in it."""
+    pair: Any = dist.new_group([1, 3])
+    if dist.get_rank() in (1, 3):
+        return clip(pair, (4, 7), torch.float32, strategy=strategy)
+    x = torch.ones(2, D)
+    return said(lambda: ck.clip_loss(x, x, 5.0, process_group=pair, strategy=strategy))
 
 
 def critic(kind: str) -> nn.Module:
@@ -405,9 +417,10 @@ def readme(group: Group, code: str) -> Errors:
 
 # ------------------------------------------------------------------------------------------------ errors
 def said(call: Callable[[], Any]) -> str:
+    """The error that `call` raises, with its type."""
     try:
         call()
-    except Exception as error:
+    except (ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
 
@@ -431,6 +444,7 @@ def refusal(group: Group, fault: str) -> str:
         options = {"strategy": "ring"}
     if last and fault == "gradient":
         y.requires_grad_()
+    scale = -5.0 if last and fault == "scale" else 5.0
     if fault == "cibr width":
         z = torch.randn(3, DV + last)
         call = lambda: objective(group)(x, y, 5.0, z, w)  # noqa: E731
@@ -441,7 +455,7 @@ def refusal(group: Group, fault: str) -> str:
             z, x, critic("relu"), negatives=ck.shifts(2 + last), process_group=group
         )
     else:
-        call = lambda: ck.clip_loss(x, y, 5.0, process_group=group, **options)  # noqa: E731
+        call = lambda: ck.clip_loss(x, y, scale, process_group=group, **options)  # noqa: E731
     text = said(call)
     good = torch.ones(2, D)
     assert ck.clip_loss(good, good, 5.0, process_group=group).isfinite()

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))  # bench/ is not installed
 
 from bench import cli, gpu, gpu_cases, gpu_search  # noqa: E402
 from bench.gpu_cases import CASES, IMPLEMENTATIONS, GpuCase, Implementation  # noqa: E402
+from bench.measure import Timed, difference, turns  # noqa: E402
 
 TINY = [
     GpuCase("clip_loss", 48, 32),
@@ -52,7 +53,7 @@ def test_every_implementation_that_runs_here_agrees(case):
     for row in result.rows:
         if row.note.startswith("not installed"):
             continue
-        assert row.note == "" and row.seconds and min(row.seconds) > 0 and row.peak == 1000
+        assert row.note == "" and row.seconds and min(row.seconds) > 0 and row.extra_bytes == 1000
         assert not row.wrong and (row.implementation == "fused") == (row.loss_diff is None), row
         assert (row.grad_diff is None) == (row.implementation == "fused" or not case.backward)
 
@@ -64,7 +65,7 @@ def test_a_wrong_implementation_is_called_wrong(monkeypatch):
         monkeypatch.setitem(IMPLEMENTATIONS, ("clip_loss", "off"), off)
         row = gpu.measure(case, Cpu(), ["fused", "off"], budget=0.0).rows[1]
         assert row.wrong is wrong
-        assert ("WRONG" in gpu.table(gpu.Result(case, [gpu.Row("fused"), row]))) is wrong
+        assert ("WRONG" in gpu.table(gpu.Result(case, [Timed("fused"), row]))) is wrong
 
 
 def test_a_peer_that_is_missing_fails_or_does_not_fit_is_a_row(monkeypatch):
@@ -90,14 +91,31 @@ def test_a_peer_that_is_missing_fails_or_does_not_fit_is_a_row(monkeypatch):
 
 def test_a_gradient_that_a_peer_lacks_is_left_out():
     loss, one, half = torch.tensor(2.0), torch.ones(3), torch.full((3,), 0.5)
-    assert gpu.compare((loss, (one, one)), (loss, (None, half))) == (0.0, pytest.approx(0.5))
-    assert gpu.compare((loss, (one, one)), (loss / 2, (one, None))) == (0.5, 0.0)
-    assert gpu.compare((loss, (one,)), (loss, (None,))) == (0.0, None)
+    assert difference((loss, (one, one)), loss, (None, half)) == {"loss_diff": 0.0, "grad_diff": pytest.approx(0.5)}
+    assert difference((loss, (one, one)), loss / 2, (one, None)) == {"loss_diff": 0.5, "grad_diff": 0.0}
+    assert difference((loss, (one,)), loss, (None,)) == {"loss_diff": 0.0, "grad_diff": None}
+
+
+def test_the_fused_op_may_not_fail(monkeypatch):
+    def broken(case: GpuCase) -> gpu_cases.Loss:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(IMPLEMENTATIONS, ("clip_loss", "fused"), Implementation(broken))
+    result = gpu.measure(TINY[1], Cpu(), ["fused", "eager"], budget=0.0)
+    assert [row.wrong for row in result.rows] == [True, False] and len(result.rows[1].seconds) == 1
+    assert "RuntimeError: no such kernel  WRONG: fails" in gpu.table(result)
+
+
+def test_implementations_take_turns_until_their_share_is_used():
+    seconds: dict[str, list[float]] = {"quick": [], "slow": []}
+    for name in turns(seconds, budget=4.0, rounds=3):
+        seconds[name].append({"quick": 0.1, "slow": 5.0}[name])
+    assert seconds == {"quick": [0.1] * 3, "slow": [5.0]}
 
 
 def test_the_table_gives_ratios_and_flops():
     case = GpuCase("clip_loss", 1000, 500)
-    rows = [gpu.Row("fused", [0.001, 0.002, 0.004], 10**6), gpu.Row("eager", [0.006], 5 * 10**6, 1e-3, 2e-3)]
+    rows = [Timed("fused", [0.001, 0.002, 0.004], 10**6), Timed("eager", [0.006], 5 * 10**6, 1e-3, 2e-3)]
     lines = gpu.table(gpu.Result(case, rows)).splitlines()
     assert lines[0] == "clip_loss-train-1000x500" and len({len(line) for line in lines[1:]}) == 1
     assert lines[2].split() == ["fused", "2", "1", "..", "4", "1x", "1", "MB", "1x", "2", "-", "-"]  # 4 x 1e9 / 2 ms
@@ -106,7 +124,7 @@ def test_the_table_gives_ratios_and_flops():
 
 def test_results_are_named_after_the_device(tmp_path):
     about = {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.14"}
-    result = gpu.Result(TINY[0], [gpu.Row("fused", [0.5], 7)])
+    result = gpu.Result(TINY[0], [Timed("fused", [0.5], 7)])
     text, data = gpu.write(tmp_path, about, [result])
     assert text.name == "gpu-nvidia-h100-80gb-hbm3.txt" and "NVIDIA H100" in text.read_text()
     assert json.loads(data.read_text())["results"][0]["rows"][0]["seconds"] == [0.5]
@@ -218,3 +236,17 @@ def test_the_search_puts_the_table_back(monkeypatch):
     text = gpu_search.search(choice, seconds, "case")
     assert choice.get() == before and len(set(seen)) == len(seen) > 2
     assert "faster: " in text and str(seen[1]) not in text.partition("faster")[2]
+    assert text.endswith("\n  1 do not run, the last for RuntimeError: out of shared memory")
+
+
+def test_a_launcher_that_fails_with_the_tables_entry_is_an_error():
+    pytest.importorskip("triton")
+    choice = gpu_search.Choice("sm_90", 2, "gradient")
+    before = choice.get()
+
+    def seconds() -> float:
+        raise RuntimeError("no such kernel")
+
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        gpu_search.search(choice, seconds, "case")
+    assert choice.get() == before

@@ -61,6 +61,20 @@ def test_clip_loss_one_way(ranks, rows, strategy):
     check(ranks.run(sharded.clip, len(rows), rows, F32, strategy=strategy, one_way=True), F32)
 
 
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+@pytest.mark.parametrize("frozen", [("zv",), ("zt",), ("zv", "zt")], ids="+".join)
+def test_clip_loss_of_frozen_towers(ranks, frozen, strategy):
+    check(ranks.run(sharded.clip, 3, (3, 8, 1), F32, frozen=frozen, strategy=strategy), F32)
+
+
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+def test_a_group_of_some_ranks(ranks, strategy):
+    """Whose ranks are not numbered as the processes are."""
+    answers = ranks.run(sharded.some, 4, strategy)
+    check([answers[1], answers[3]], F32)
+    assert answers[0] == answers[2] == "ValueError: clip_loss: this process is not in the process_group it was given"
+
+
 @pytest.mark.parametrize("diagonal", ["exclude", "include"])
 @pytest.mark.parametrize(
     ("kind", "strategy"), [("relu", "gather"), ("gelu", "gather"), ("separable", "gather"), ("separable", "ring")]
@@ -225,6 +239,7 @@ def test_headers_are_exchanged_at_every_call_or_at_the_first(ranks):
         ("critic", "critic_moments: rank 2 has another negatives than rank 0", None),
         ("cibr width", "CIBRLoss: ranks disagree on the width of image_inputs: 7 on rank 0, 8 on rank 2", None),
         ("3-d", "clip_loss: rank 2 refused its arguments", "image_features must be 2-d (rows, features), got shape"),
+        ("scale", "clip_loss: rank 2 refused its arguments", "logit_scale must be positive"),
         ("rows", "clip_loss: rank 2 refused its arguments", "image_features has 3 rows but text_features has 2"),
     ],
 )

@@ -1,13 +1,18 @@
 """Public constants of the GPUs that predictions are made for, and how many blocks of a kernel one processor holds.
 
 Sources, by column:
-  arithmetic   lanes per clock and processor: CUDA C++ Programming Guide, "Throughput of native arithmetic instructions"
-               (compute capabilities 8.0, 9.0, 10.0, 12.0)
-  limits       registers, warps, blocks, shared memory: the same guide, "Technical specifications per capability"
-  tensor       A100 whitepaper (312 TFLOP/s), H100 whitepaper (989.4, at the 1.83 GHz that it gives for tensor work),
-               DGX B200 data sheet (2.25 PFLOP/s per GPU), RTX Blackwell whitepaper (209.5, float32 accumulators); dense
-  bandwidth    the same documents
-The clock is the one at which processors x tensor flop per clock is the published peak.
+  arithmetic   lanes per clock and processor: CUDA C++ Best Practices Guide 13, "Throughput of native arithmetic
+               instructions" (before CUDA 13 in the Programming Guide), columns 8.0, 9.0, 10.0, 12.0: 16 of exp2 and 32
+               of shuffle in all; float32 min/max is 128 in 10.0 alone, integer addition 128 in 12.0 alone, else 64
+  limits       warps, blocks, shared memory: CUDA Programming Guide, "Compute capabilities", and cuda::arch_traits of
+               CCCL, which has the same numbers; shared_block is shared less the kilobyte that the system reserves
+  A100         A100 whitepaper: 108 processors, 1.41 GHz, 312 TFLOP/s; A100 80GB data sheet: 2039 GB/s
+  H100         H100 whitepaper: 132 processors, 989.4 TFLOP/s at the 1.83 GHz that it gives for tensor work; data sheet:
+               3.35 TB/s (5120 bits of HBM3 at 5.24 Gbit/s are 3.352)
+  B200         Blackwell technical brief, HGX B200: 2.25 PFLOP/s, at most 8 TB/s (boards are also listed with 7.7); 148
+               processors and boost 1.965 GHz in public device lists, the clock here follows from the peak
+  RTX 5090     RTX Blackwell whitepaper: 170 processors, 2.407 GHz, 209.5 TFLOP/s with float32 accumulators, 1792 GB/s
+Tensor peaks are dense.  The clock is the one at which processors x tensor flop per clock is the published peak.
 """
 
 from __future__ import annotations
@@ -27,7 +32,9 @@ class Gpu:
     tensor: int  # dense bfloat16 flop with float32 accumulators
     fma: int  # lanes of float32 add, multiply, multiply-add
     mufu: int = 16  # lanes of exp2, log2, reciprocal, square root
-    alu: int = 64  # lanes of integer, compare, min/max, select, convert
+    alu: int = 64  # lanes of compare, select, shift, logic, convert
+    add: int = 64  # lanes of integer addition, of the same pipe
+    minmax: int = 64  # lanes of float32 minimum and maximum, of the same pipe
     shuffle: int = 32  # lanes of warp shuffle
     shared_rate: int = 128  # bytes of shared memory
     issue: int = 4  # warp instructions
@@ -47,9 +54,12 @@ class Gpu:
 GPUS = {
     80: Gpu("A100 SXM 80GB", 80, 108, 1.41, 2.039e12, 2048, 64, shared=167936, shared_block=166912),
     90: Gpu("H100 SXM", 90, 132, 1.83, 3.352e12, 4096, 128),
-    100: Gpu("B200", 100, 148, 1.856, 8.0e12, 8192, 128),
-    120: Gpu("RTX 5090", 120, 170, 2.407, 1.792e12, 512, 128, warps=48, blocks=24, shared=102400, shared_block=101376),
-}
+    100: Gpu("B200", 100, 148, 1.856, 8.0e12, 8192, 128, minmax=128),
+    120: Gpu(
+        "RTX 5090", 120, 170, 2.407, 1.792e12, 512, 128, add=128, warps=48, blocks=24, shared=102400,
+        shared_block=101376,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ CLASSES = {
     "fma": "FADD FMUL FFMA FADD32I FMUL32I FFMA32I IMAD IMAD32I HADD2 HFMA2 HMUL2 UIMAD",
     "fma2": "FADD2 FMUL2 FFMA2",
     "max": "FMNMX FMNMX3 HMNMX2 VHMNMX",
-    "alu": "FSETP FSEL FSET IADD IADD3 LEA LOP3 SHF PRMT ISETP SEL IMNMX VIADD VIMNMX VIMNMX3 VIADDMNMX IABS PLOP3 MOV "
+    "add": "IADD IADD3 VIADD",
+    "alu": "FSETP FSEL FSET LEA LOP3 SHF PRMT ISETP SEL IMNMX VIMNMX VIMNMX3 VIADDMNMX IABS PLOP3 MOV "
     "F2FP HSETP2 SGXT BMSK ISCADD R2P P2R FCHK LOP SHL SHR MOVM",
     "mufu": "MUFU",
     "convert": "F2F F2I I2F I2FP FRND POPC FLO BREV",
@@ -291,7 +292,7 @@ def cycles(gpu: Gpu, count: Counter[str] | dict[str, float], warps: int, tensor_
         "tensor": tensor_flops / gpu.tensor,
         "exp": of("mufu", "convert") * lanes / gpu.mufu,
         "fma": (of("fma") + 2 * of("fma2")) * lanes / gpu.fma,
-        "alu": of("alu", "max") * lanes / gpu.alu,
+        "alu": (of("alu") / gpu.alu + of("add") / gpu.add + of("max") / gpu.minmax) * lanes,
         "shared": of("shared bytes") * warps / gpu.shared_rate + of("shuffle") * lanes / gpu.shuffle,
         "issue": of("instructions") * warps / gpu.issue,
     }

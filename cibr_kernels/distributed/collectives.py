@@ -1,7 +1,7 @@
 """The collectives of the losses, with their gradients, and `traffic`, which counts what they move.
 
 The gradients are those of the sum of all ranks' losses: of an all-gather, a reduce-scatter; of an all-to-all, the
-all-to-all back.  Half precision gradients are summed over ranks in float32 and rounded once.
+all-to-all back.  Half precision gradients are summed over ranks in float32, and the sum is rounded once.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def traffic() -> Iterator[Traffic]:
 
 
 def count(kind: str, size: int) -> None:
+    """Tells every open `traffic` of one call that moves `size` bytes."""
     for meter in _meters:
         meter.calls[kind] += 1
         meter.bytes[kind] += size

@@ -6,7 +6,7 @@ At step k rank r multiplies its rows with the shard of rank r + k, while the nex
     backward   the shard travels with its columns' log-sum-exps and their gradients; blocks are computed again, and the
                sum of the shard's gradient travels one step behind, in float32
 
-Per rank and direction: W - 1 shards of y, and W of what travels behind.  Nothing grows with the number of ranks.
+Per rank and direction: W - 1 shards of y, and W of what travels behind.  No tensor grows with the number of ranks.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class _Hop:
             count(f"ring {kind}", max(ours.numel(), theirs.numel()) * ours.itemsize)
 
     def wait(self) -> tuple[Tensor, ...]:
+        """-> what has come, (rows, ...) each; what was sent may be overwritten."""
         for request in self.requests:
             request.wait()
         return self.received
@@ -67,17 +68,20 @@ class _Blocks:
     need_cols: bool
     backend: str
 
-    def forward(self, y: Tensor, own: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """y (m, d) -> rows (n,), cols (m,) or (0,), positives (n,) if it is the own shard; sums in float64."""
+    def forward(self, y: Tensor, own: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """y (m, d) -> rows (n,), cols (m,) or (0,), positives (n,) if it is the own shard, the stash offset () that the
+        block's backward wants; sums in float64."""
         mask, swap = own and self.mask_positives, len(y) < len(self.x)
         a, b = (y, self.x) if swap else (self.x, y)
-        rows, cols, positives, *_ = dot_lse_forward(a, b, self.scale, 0, mask, self.need_cols or swap, 0, self.backend)
+        rows, cols, positives, stash_offset, _ = dot_lse_forward(
+            a, b, self.scale, 0, mask, self.need_cols or swap, 0, self.backend
+        )
         rows, cols = (cols, rows) if swap else (rows, cols)
-        return rows.double(), cols.double(), positives
+        return rows.double(), cols.double(), positives, stash_offset
 
     def backward(
         self, y: Tensor, own: bool, rows: Tensor, g_rows: Tensor, cols: Tensor, g_cols: Tensor, positives: Tensor,
-        g_positives: Tensor, need_dx: bool, need_dy: bool,
+        g_positives: Tensor, stash_offset: Tensor, need_dx: bool, need_dy: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """-> dx (n, d), dy (m, d), each empty unless needed, dscale ()."""
         mask, swap, none = own and self.mask_positives, len(y) < len(self.x), rows.new_empty(0)
@@ -91,8 +95,8 @@ class _Blocks:
         if not own:
             positives = g_positives = rows.new_zeros(len(a))
         da, db, dscale = dot_lse_backward(
-            g_rows, g_cols, g_positives, a, b, self.scale, rows, cols, positives, rows.new_full((), float("nan")), none,
-            0, mask, *needs, self.backend,
+            g_rows, g_cols, g_positives, a, b, self.scale, rows, cols, positives, stash_offset, none, 0, mask, *needs,
+            self.backend,
         )  # fmt: skip
         return (db, da, dscale) if swap else (da, db, dscale)
 
@@ -103,13 +107,16 @@ class _Ring(Function):
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, shards: Shards, mask_positives: bool, need_cols: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """As `ring_dot_lse`; keeps the inputs, the results and a number per step."""
         blocks = _Blocks(x, scale, mask_positives, need_cols, backend)
         shard, behind = y, None
         rows = cols = positives = x.new_empty(0)
+        stash_offsets = []
         for step in range(shards.world):
             coming = shards.rows[(shards.rank + step + 1) % shards.world]
             ahead = _Hop("ahead", (shard,), coming, shards) if step + 1 < shards.world else None
-            more_rows, more_cols, own_positives = blocks.forward(shard, step == 0)
+            more_rows, more_cols, own_positives, stash_offset = blocks.forward(shard, step == 0)
+            stash_offsets.append(stash_offset)
             if step == 0:
                 rows, cols, positives = more_rows, more_cols, own_positives
             else:
@@ -122,14 +129,15 @@ class _Ring(Function):
         if behind is not None:
             (cols,) = behind.wait()
         rows, cols = rows.to(positives.dtype), (cols if need_cols else cols[:0]).to(positives.dtype)
-        ctx.save_for_backward(y, rows, cols, positives, x, scale)
+        ctx.save_for_backward(y, rows, cols, positives, x, scale, *stash_offsets)
         ctx.blocks, ctx.shards = (mask_positives, need_cols, backend), shards
         return rows, cols, positives
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_rows: Tensor, g_cols: Tensor, g_positives: Tensor) -> tuple[Tensor | None, ...]:
-        y, rows, cols, positives, x, scale = ctx.saved_tensors
+        """(n,), (n,) or (0,), (n,) -> the gradients of x (n, d), y (n, d) and scale (), None unless needed."""
+        y, rows, cols, positives, x, scale, *stash_offsets = ctx.saved_tensors
         blocks, shards = _Blocks(x, scale, *ctx.blocks), ctx.shards
         need_x, need_y, need_scale = ctx.needs_input_grad[:3]
         g_rows, g_positives = g_rows.contiguous(), g_positives.contiguous()
@@ -142,8 +150,9 @@ class _Ring(Function):
             ahead = _Hop("ahead", shard, coming, shards) if step + 1 < shards.world else None
             sums, g_sums = (shard[1], shard[2]) if blocks.need_cols else (rows[:0], rows[:0])
             more_dx, more_dy, more_dscale = blocks.backward(
-                shard[0], own, rows, g_rows, sums, g_sums, positives, g_positives, need_x or not need_y, need_y
-            )
+                shard[0], own, rows, g_rows, sums, g_sums, positives, g_positives, stash_offsets[step],
+                need_x or not need_y, need_y,
+            )  # fmt: skip
             dx, dscale = more_dx.to(wide) if own else dx.add_(more_dx), dscale + more_dscale
             if need_y:
                 dy = more_dy.to(wide) if behind is None else behind.wait()[0].add_(more_dy)

@@ -98,6 +98,9 @@ def unsupported(*tensors: Tensor) -> str | None:
             return f"the Triton kernels compute in float32, got {t.dtype}"
         if t.device.type != "cuda" and isinstance(_executor, Gpu):
             return f"the Triton kernels run on CUDA and ROCm devices, got {t.device}"
+        found = target(t.device)
+        if found.kind == "cuda" and found.capability < 80:
+            return f"the Triton kernels need compute capability 8.0 or newer, got {found.capability / 10}"
     return _missing()
 
 

@@ -10,7 +10,7 @@ namespace cuda {
 // `a`, `b`, `ga`, `gb` point to `dtype`, `w` and `gw` to `w_dtype` (common/dtype.h); moments are float32.  n, m < 2^31 - 128.
 struct AdditiveMoments : ck::AdditiveMoments {
   int32_t dtype, w_dtype;
-  int32_t device, processors, capability;  // capability: 10 major + minor
+  int32_t device, processors;
   int64_t score_budget;  // bytes of scores kept at a time; at least 128 rows of them are
   void* workspace;       // additive_moments_workspace(p) bytes, 256-byte aligned
   void* stream;          // a cudaStream_t

@@ -51,6 +51,12 @@ SHARED = {  # (kernel, argument): why its blocks may read and write it without o
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
 
+def check_grid(kernel: str, grid: tuple[int, ...]) -> None:
+    """Raises ValueError for a grid that CUDA does not launch."""
+    if not all(0 < n <= limit for n, limit in zip(grid, GRID_LIMITS[: len(grid)], strict=True)):
+        raise ValueError(f"CUDA refuses the grid {grid} of {kernel}")
+
+
 @dataclass
 class Emulator:
     """One emulated GPU.
@@ -78,8 +84,7 @@ class Emulator:
         options: dict[str, int],
     ) -> None:
         self.launches.append((kernel.__name__, grid))
-        if not all(0 < n <= limit for n, limit in zip(grid, GRID_LIMITS[: len(grid)], strict=True)):
-            raise ValueError(f"CUDA refuses the grid {grid} of {kernel.__name__}")
+        check_grid(kernel.__name__, grid)
         compiled, names = compile(kernel, self.capability, args, constants, options)
         ptx = compiled.asm["ptx"]
         code = _parsed(self.edit_ptx(kernel.__name__, ptx) if self.edit_ptx else ptx)

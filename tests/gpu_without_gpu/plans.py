@@ -20,7 +20,7 @@ import numpy as np
 import nvcc
 import torch
 from emulator import Kernel, launch
-from executor import TARGETS
+from executor import TARGETS, check_grid
 from torch import Tensor
 
 from cibr_kernels import backends
@@ -54,6 +54,7 @@ class Emulator:
         folder = next(SOURCES[start] for start in SOURCES if kernel.startswith(start))
         ptx = nvcc.compile_ptx(CSRC / folder / "cuda.cu", self.arch, include=[CSRC])
         for name, grid, threads, shared, arguments in launches:
+            check_grid(name, grid)
             args, known = zip(*(_argument(a, buffers) for a in arguments), strict=True)
             launch(
                 _kernel(ptx, name), grid, (threads,), args, known=known, dynamic_shared=shared,

@@ -25,7 +25,7 @@ int main() {
     p.a = a.data(), p.b = b.data(), p.w = w.data(), p.n = n, p.m = m, p.h = h, p.offset = offset;
     p.activation = activation, p.slope = 0.2f, p.need_a = p.need_b = p.need_w = 1;
     p.moments = moments.data(), p.ga = ga.data(), p.gb = gb.data(), p.gw = gw.data();
-    p.processors = 1, p.capability = 90, p.score_budget = 1 << 20;
+    p.processors = 1, p.score_budget = 1 << 20;
     std::unique_ptr<char[]> workspace(new char[ck::cuda::additive_moments_workspace(p)]);
     p.workspace = workspace.get();
     if (ck::cuda::additive_moments(p) != 0) return 1;

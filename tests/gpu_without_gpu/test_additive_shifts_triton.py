@@ -39,6 +39,13 @@ def test_other_activations(activation, small_tiles):
         check(CASES[1], activation, "triton")
 
 
+def test_more_shifts_than_a_grid_has_room_for(small_tiles, monkeypatch):
+    monkeypatch.setattr(backend, "MOST_SHIFTS", 3)
+    with emulated(90) as gpu:
+        check(CASES[0], "relu", "triton")
+    assert [grid[1] for name, grid in gpu.launches if name == "scores"] == [3, 3, 1]
+
+
 def test_the_tile_that_ships():
     with emulated(90):
         check((35, 35, 150, 1, 4), "relu", "triton")

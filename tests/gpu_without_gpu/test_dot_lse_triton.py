@@ -12,6 +12,7 @@ from cases import DTYPES, towers
 from executor import emulated
 from torch import Tensor
 
+from cibr_kernels.ops import triton_call
 from cibr_kernels.ops.dot_lse import reference
 from cibr_kernels.ops.dot_lse import triton as backend
 from cibr_kernels.ops.dot_lse.triton_configs import Tiles
@@ -108,26 +109,49 @@ def check(case: Case, dtype: torch.dtype, actual: dict[str, Tensor], inputs: tup
         )  # fmt: skip
 
 
+def expected_kernels(case: Case, dtype: torch.dtype) -> set[str]:
+    """What makes the gradients of a case; which of them does the work, the device decides."""
+    if case.stash:
+        return {"unstash_kernel", "online_gradient_kernel"}
+    if case.owned and dtype.itemsize == 2:
+        return {"owned_gradient_kernel"}
+    return {"gradient_kernel", "online_gradient_kernel"}
+
+
+GRADIENT_KERNELS = {"unstash_kernel", "gradient_kernel", "online_gradient_kernel", "owned_gradient_kernel"}
+
+
 def compare(capability: int, dtype: torch.dtype, case: Case) -> list[str]:
     """Holds every output to the rule -> the names of the kernels launched."""
     x, y, scale, gradients = inputs = problem(case, dtype)
     with emulated(capability) as gpu:
         actual = run(backend, case, x, y, scale, gradients)
     check(case, dtype, actual, inputs)
-    online = case.kind != "unit" or math.isnan(actual["stash_offset"].item())
-    assert online == (case.kind != "unit") and online == actual["stash_offset"].isnan().item()
+    assert actual["stash_offset"].isnan().item() == (case.kind != "unit")  # NaN: the online mode
     return [name for name, _ in gpu.launches]
 
 
 @pytest.mark.parametrize(("capability", "dtype", "case"), RUNS, ids=str)
 def test_matches_float64(capability, dtype, case):
-    compare(capability, dtype, case)
+    assert GRADIENT_KERNELS.intersection(compare(capability, dtype, case)) == expected_kernels(case, dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("capability", "dtype", "case"), ALL, ids=str)
 def test_matches_float64_everywhere(capability, dtype, case):
-    compare(capability, dtype, case)
+    assert GRADIENT_KERNELS.intersection(compare(capability, dtype, case)) == expected_kernels(case, dtype)
+
+
+@pytest.mark.parametrize("stash", [False, True])
+def test_features_that_start_anywhere(stash):
+    """TMA wants 16 bytes, and a contiguous view may start at any element."""
+    case = Case(n=20, m=30, d=32, offset=3, stash=stash)
+    x, y, scale, gradients = problem(case, torch.bfloat16)
+    moved = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in (x, y)]
+    assert all(t.data_ptr() % 16 and t.is_contiguous() for t in moved)
+    with emulated(90):
+        ours, expected = (run(backend, case, *features, scale, gradients) for features in (moved, (x, y)))
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
 def test_launches():
@@ -158,8 +182,20 @@ def test_refuses_what_is_not_finite(value):
 def test_strips_of_several_tiles(monkeypatch):
     monkeypatch.setattr(Tiles, "strip_tiles", lambda self, rows, cols: 2)
     monkeypatch.setattr(backend, "panels", backend.Panels(forward_rows=384, backward_rows=256))
+    grids = []
+    launch = triton_call.launch
+
+    def keep(kernel, grid, args, constants, **options):
+        if constants.get("STRIPS"):
+            grids.append((kernel.__name__, grid, args["strips"]))
+        launch(kernel, grid, args, constants, **options)
+
+    monkeypatch.setattr(triton_call, "launch", keep)
     for stash in (False, True):
         compare(100, torch.bfloat16, Case(n=300, m=310, offset=0, stash=stash))
+    # 300 x 310: 3 x 3 tiles forward, 2 and 1 rows of tiles backward
+    scores, gradient = ("scores_kernel", (6,), 2), [("gradient_kernel", (3,), 1)] * 2
+    assert grids == [scores, *gradient, scores]
 
 
 def test_same_bits_whatever_the_panels(monkeypatch):

@@ -226,7 +226,8 @@ def test_deadlocks() -> None:
 
 
 def test_an_exited_thread_does_not_hold_a_barrier() -> None:
-    run("setp.ge.u32 %p1, %r1, 32; @%p1 ret; bar.sync 0; st.global.b32 [%d1], %r1;", threads=64)
+    got = run("setp.ge.u32 %p1, %r1, 32; @%p1 ret; bar.sync 0; st.global.b32 [%d1], %r1;", threads=64)
+    assert got.tolist() == [*range(32), *[0xDEADBEEF] * 32]
 
 
 def test_uninitialised_reads() -> None:

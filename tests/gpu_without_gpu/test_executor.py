@@ -150,6 +150,13 @@ def test_a_grid_that_cuda_refuses() -> None:
         triton_call.launch(row_sums, (1, 65536), {"x": torch.zeros(1), "out": torch.zeros(1), "n": 1}, {"BLOCK": 16})
 
 
+def test_gpus_that_are_too_old_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TARGETS, 75, triton_call.Target("cuda", 75, 4, 65536))
+    for capability, reason in ((75, "the Triton kernels need compute capability 8.0 or newer, got 7.5"), (80, None)):
+        with emulated(capability):
+            assert triton_call.unsupported(torch.zeros(1)) == reason
+
+
 def test_too_much_shared_memory() -> None:
     x = torch.zeros(128, 256).bfloat16()
     operand = TensorDescriptor(x, [128, 256], [256, 1], [128, 256])

@@ -42,7 +42,7 @@ def forward(
         found = cuda_call.target(a.device)
         cuda_call.call(
             "additive_moments", "AdditiveMomentsCuda", **fields, dtype=DTYPES[a.dtype], w_dtype=DTYPES[w.dtype],
-            processors=found.processors, capability=found.capability, score_budget=SCORE_BUDGET,
+            processors=found.processors, score_budget=SCORE_BUDGET,
         )  # fmt: skip
     else:
         call("additive_moments", "AdditiveMoments", **fields)

@@ -191,7 +191,7 @@ class _Sweep:
             summed = self.blocks_a if self.own_weights else blocks
             triton_call.launch(
                 _kernels().reduce, (self.blocks_h,),
-                {"partials": partials, "gw": gw, "blocks": summed, "width": self.h},
+                {"partials": partials, "out": gw, "blocks": summed, "width": self.h},
                 {"BLOCK_R": 32, "BLOCK_H": self.config.block_h},
             )  # fmt: skip
         return ga, gb, gw

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from cibr_kernels.ops.triton_activations import value_and_slope
+from cibr_kernels.ops.triton_sums import reduce as reduce
 
 
 @triton.jit
@@ -257,15 +258,3 @@ def finish(
             b, ub, uw, gb, partial, w_packed, -centre, scale, m, width, block - blocks_a, SPLITS_B, NEED_B,
             FREE_WEIGHTS, False, BLOCK_R, BLOCK_H,
         )  # fmt: skip
-
-
-@triton.jit
-def reduce(partials, gw, blocks, width, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr):
-    """gw_h = sum of partials (blocks, h) over the blocks.  Grid: (blocks of h,)."""
-    k = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    total = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
-    for at in range(0, blocks, BLOCK_R):
-        r = at + tl.arange(0, BLOCK_R)
-        inside = (r < blocks)[:, None] & (k < width)[None, :]
-        total += tl.load(partials + r.to(tl.int64)[:, None] * width + k[None, :], mask=inside, other=0.0)
-    tl.store(gw + k, tl.sum(total, 0).to(gw.dtype.element_ty), mask=k < width)

@@ -1,7 +1,7 @@
 """additive_shifts in Triton: one launch forward; backward one for da (with dw's partial sums), one for db, one for dw.
 
-Workspace: (blocks of rows of a, h) float32 for dw.  Memory traffic is k reads of a and b each way, from the cache where
-neighbouring shifts meet.
+More than 65535 shifts take several launches forward.  Workspace: (blocks of rows of a, h) float32 for dw.  Memory
+traffic is k reads of a and b each way, from the cache where neighbouring shifts meet.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ from cibr_kernels.ops import triton_call
 from cibr_kernels.ops.triton_call import unsupported as unsupported
 
 TILE = {"BLOCK_R": 16, "BLOCK_H": 128}  # no spills on sm_80/90/100/120, gfx942, gfx1100
+MOST_SHIFTS = 65535  # of a launch: a grid's second dimension
 
 
 def forward(a: Tensor, b: Tensor, w: Tensor, first: int, k: int, activation: str, slope: float) -> Tensor:
     """-> scores (k, n), float32."""
     (n, h), m = a.shape, b.shape[0]
     out = torch.empty((k, n), dtype=torch.float32, device=a.device)
-    triton_call.launch(
-        _kernels().scores, (_cdiv(n, TILE["BLOCK_R"]), k),
-        {"a": a, "b": b, "w": w, "out": out, "n": n, "m": m, "width": h, "first": first, "slope": slope},
-        {"ACTIVATION": activation, **TILE},
-    )  # fmt: skip
+    for done in range(0, k, MOST_SHIFTS):
+        here = out[done : done + MOST_SHIFTS]
+        triton_call.launch(
+            _kernels().scores, (_cdiv(n, TILE["BLOCK_R"]), here.shape[0]),
+            {"a": a, "b": b, "w": w, "out": here, "n": n, "m": m, "width": h, "first": first + done, "slope": slope},
+            {"ACTIVATION": activation, **TILE},
+        )  # fmt: skip
     return out
 
 
@@ -59,7 +62,7 @@ def backward(
         )  # fmt: skip
     if need_w:
         triton_call.launch(
-            _kernels().reduce, (blocks_h,), {"partials": partials, "dw": dw, "blocks": blocks, "width": h}, TILE
+            _kernels().reduce, (blocks_h,), {"partials": partials, "out": dw, "blocks": blocks, "width": h}, TILE
         )
     return da, db, dw
 

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from cibr_kernels.ops.triton_activations import value_and_slope
+from cibr_kernels.ops.triton_sums import reduce as reduce
 
 
 @triton.jit
@@ -62,15 +63,3 @@ def gradient(
         tl.store(dx + place, acc.to(dx.dtype.element_ty), mask=inside)
     if WEIGHTS:
         tl.store(partials + tl.program_id(0).to(tl.int64) * width + k, tl.sum(weights, 0), mask=k < width)
-
-
-@triton.jit
-def reduce(partials, dw, blocks, width, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr):
-    """dw_h = sum of partials (blocks, h) over the blocks.  Grid: (blocks of h,)."""
-    k = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    total = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
-    for at in range(0, blocks, BLOCK_R):
-        r = at + tl.arange(0, BLOCK_R)
-        inside = (r < blocks)[:, None] & (k < width)[None, :]
-        total += tl.load(partials + r.to(tl.int64)[:, None] * width + k[None, :], mask=inside, other=0.0)
-    tl.store(dw + k, tl.sum(total, 0).to(dw.dtype.element_ty), mask=k < width)

@@ -68,6 +68,8 @@ def clip_loss(
         checks.same_width(image_features=x, text_features=y)
         scale = checks.scalar("logit_scale", logit_scale, x)
         bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, x)
+        if process_group is not None:  # dot_lse would refuse it too, while the other ranks wait for this one
+            checks.positive("logit_scale", scale)
         agreement.describe(image_features=x, text_features=y)
     if agreement.shards is None:
         loss = rectangular_clip_loss(x, y, scale, one_way=one_way, backend=backend)

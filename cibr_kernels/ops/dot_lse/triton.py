@@ -30,6 +30,8 @@ from cibr_kernels.ops.triton_call import unsupported  # noqa: F401
 BLOCK_R = 16  # rows of features that a program of an elementwise kernel takes
 BLOCK_L = 128  # elements of (n,) and (m,)
 ALIGNMENT = 32  # divides the features' width, or they are copied
+# addmm of half precision onto float32: PyTorch 2.8 and 2.9 refuse it (pytorch#167931), on ROCm float32 results at all.
+ADDS_TO_FLOAT32 = torch.__version__ >= "2.11"
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def backward(
     need_dx: bool, need_dy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx (n, d), dy (m, d), each empty unless needed, dscale ()."""
-    if x.shape[1] % ALIGNMENT:
+    if not (_is_aligned(x) and _is_aligned(y)):
         dx, dy, dscale = backward(
             g_rows, g_cols, g_positives, _aligned(x), _aligned(y), scale, rows, cols, positives, stash_offset, stash,
             offset, mask_positives, need_dx, need_dy,
@@ -167,9 +169,16 @@ def backward(
     return dx if need_dx else x.new_empty(0), dy, _total(along_x if with_dx else along_y)
 
 
+def _is_aligned(t: Tensor) -> bool:
+    """TMA, vectors of 16 bytes and the vendor's matmuls want rows that start at 16 bytes, tiles want whole steps."""
+    return t.shape[1] % ALIGNMENT == 0 and int(t.storage_offset()) * t.element_size() % 16 == 0
+
+
 def _aligned(t: Tensor) -> Tensor:
-    """Widened with zeros: TMA, vectors of 16 bytes and the vendor's matmuls want aligned rows, tiles whole steps."""
-    return F.pad(t, (0, -t.shape[1] % ALIGNMENT)) if t.shape[1] % ALIGNMENT else t
+    """t, or a copy of it, widened with zeros."""
+    if _is_aligned(t):
+        return t
+    return F.pad(t, (0, -t.shape[1] % ALIGNMENT)) if t.shape[1] % ALIGNMENT else t.clone()
 
 
 def _choose_mode(x: Tensor, y: Tensor, scale: Tensor, offset: int, positives: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,6 +242,7 @@ def _panels(x: Tensor, y: Tensor, scale: Tensor, w: _Weights, stash: Tensor, off
     scores = {**weights, "scale": scale, "d": x.shape[1], "offset": offset}
 
     def make(panel: Tensor, first: int, end: int) -> None:
+        """From the stash or from the features; online where the mode is that."""
         place = {"first_row": first, "n": end}
         out = panel[: end - first]
         if stash.numel():
@@ -296,16 +306,20 @@ def _features_gradient(
 def _multiply_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
     """out = a b, or out += a b, in float32 whatever the operands' dtype.
 
-    Where PyTorch cannot return float32 from half precision (before 2.8, and on the CPU) the operands are converted.
+    Where PyTorch cannot return float32 from half precision (before 2.8, on the CPU, and on ROCm of old) the operands
+    are converted; where it can but not add to float32, the product is a temporary of out's size.
     """
+    refuses = a.device.type == "cpu" or not hasattr(torch.ops.aten.mm, "dtype_out")
     if a.dtype == torch.float32:
         torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
-    elif a.device.type == "cpu" or not hasattr(torch.ops.aten.addmm, "dtype_out"):
+    elif refuses or (torch.version.hip and not ADDS_TO_FLOAT32):
         _multiply_into(out, a.float(), b.float(), accumulate=accumulate)
-    elif accumulate:
+    elif not accumulate:
+        torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
+    elif ADDS_TO_FLOAT32:
         torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
     else:
-        torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
+        out += torch.ops.aten.mm.dtype(a, b, torch.float32)
 
 
 def _total(parts: Tensor) -> Tensor:
