@@ -1,8 +1,8 @@
-"""Mutual information in nats as functions of a critic's (J, L), and the conditional terms of CIBR.
+"""Mutual information by a critic, and the conditional terms of CIBR.
 
-    DV      J - L                          MINE    DV, with L's gradient against a moving average of e^L
-    NWJ     J - e^(L - 1)                  TUBA    J - e^L / a - log a + 1
-    ReMINE  J - L - rho (L - c)^2
+    mine, dv, nwj, tuba, remine    functions of the critic's (J, L): `bounds.py`
+    js, smile, infonce             functions of all scores: `contrast.py`
+    club                           of a Gaussian model of Z given X: `gaussian.py`
 
     I(Z; own | other) for Z computed from `own` alone (Z - own - other is Markov), exactly
         markov  I(Z; own) - I(Z; other)          two critics, each of two inputs
@@ -15,7 +15,7 @@ A minibatch DV is biased upwards and is no lower bound; the difference of two is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,39 +25,23 @@ from torch.distributed import ProcessGroup
 from cibr_kernels.distributed import merge
 from cibr_kernels.distributed.shards import Agreement, Shards
 from cibr_kernels.ops import checks
-from cibr_kernels.ops.critic_moments.op import Shifts, critic_moments
-from cibr_kernels.ops.log_mean_exp.op import ema_corrected
+from cibr_kernels.ops.critic_moments.op import critic_moments
+from cibr_kernels.ops.critic_scores.negatives import Negatives
+from cibr_kernels.ops.critic_scores.pairs import agree
+from cibr_kernels.ops.mutual_information.bounds import BOUNDS, Ema, bound, check_ema
+from cibr_kernels.ops.mutual_information.contrast import CONTRASTS, contrast
+from cibr_kernels.ops.mutual_information.gaussian import align, ceb, club, gaussian_log_likelihood
 
-BOUNDS = ("mine", "dv", "nwj", "tuba", "remine")
+__all__ = [
+    "BOUNDS", "DECOMPOSITIONS", "ESTIMATORS", "MAXIMISED", "Ema", "bound", "conditional_mutual_information",
+    "gaussian_log_likelihood", "mutual_information",
+]  # fmt: skip
+
+MAXIMISED = (*BOUNDS, *CONTRASTS)  # what a critic maximises: the estimators that CIBR's game can be played with
+ESTIMATORS = (*MAXIMISED, "club")
 DECOMPOSITIONS = ("markov", "chain", "joint")
-Ema = Tensor | Callable[[Tensor], Tensor]
-
-
-def bound(
-    j: Tensor, el: Tensor, estimator: str = "mine", *, ema: Ema | None = None, a: float = math.e, rho: float = 0.1,
-    c: float = 0.0,
-) -> Tensor:  # fmt: skip
-    """The estimate in nats from J and L (0-d), differentiable in both.
-
-    `ema` (log of the moving average of e^L, 0-d, or an `nn.LogEMA`, which takes this L in first) belongs to "mine",
-    without it "mine" is "dv"; `a` > 0 to "tuba" (e gives NWJ); `rho`, `c` to "remine" (2012.07494).
-    Raises ValueError for an unknown estimator, an ema with another estimator than "mine", or a <= 0.
-    Sources: Donsker-Varadhan and MINE 1801.04062, NWJ 0809.0853, TUBA 1905.06922.
-    """
-    checks.choice("estimator", estimator, BOUNDS)
-    if ema is not None and estimator != "mine":
-        raise ValueError(f"ema corrects the gradient of estimator 'mine' only, got estimator {estimator!r}")
-    if estimator in ("mine", "dv"):
-        if ema is None:
-            return j - el
-        return j - ema_corrected(el, ema if isinstance(ema, Tensor) else ema(el))
-    if estimator == "nwj":
-        return j - (el - 1).exp()
-    if estimator == "tuba":
-        if a <= 0:
-            raise ValueError(f"TUBA's a must be positive, got {a}")
-        return j - el.exp() / a - math.log(a) + 1
-    return j - el - rho * (el - c) ** 2
+UNITS = {"nats": 1.0, "bits": 1 / math.log(2)}
+OPTIONS = {"tuba": ("a",), "remine": ("rho", "c"), "smile": ("tau",)}
 
 
 def mutual_information(
@@ -66,27 +50,60 @@ def mutual_information(
     critic: Any,
     *,
     estimator: str = "mine",
-    negatives: str | Shifts = "all",
+    negatives: Negatives = "all",
     diagonal: str = "exclude",
+    marginals: Tensor | None = None,  # (q, dz)
     ema: Ema | None = None,
+    unit: str = "nats",
     process_group: ProcessGroup | Shards | None = None,
     strategy: str = "gather",
     backend: str = "auto",
     **options: float,
 ) -> Tensor:
-    """An estimate of I(X; Z) in nats, a float32 scalar that the critic maximises; differentiable in x, z and critic.
+    """An estimate of I(X; Z) in nats or bits, a float32 scalar; differentiable in x, z, marginals and critic.
 
-    Args are those of `critic_moments` and `bound` (`options` are its a, rho and c).  With all pairs the estimate can be
-    trusted up to about log(0.3 n) nats; above log(n) - 1 its value says more about n than about I.
+    critic, negatives, diagonal, marginals, process_group, strategy, backend: as in `critic_moments`.
+
+    Estimators that the critic maximises:
+        "mine", "dv", "nwj", "tuba" (a), "remine" (rho, c): functions of the critic's J and L, `bound`; `ema` is MINE's.
+        "js": what a discriminator of pairs maximises.  Steady, unbiased and at most 0; no information in itself, but at
+            its maximum the critic is log p(x, z) / p(x) p(z).  1606.00709, 1808.06670.
+        "smile" (tau, 5): the gradient of "js", the value of "dv" with the marginal scores clamped to [-tau, tau]:
+            biased down where the information is large, without the variance of e^T.  1910.06222.
+        "infonce": the positive against its row's columns, at most log of their number: n + q, or k + 1 of k partners.
+            The positive is in its own sum by definition, whatever `diagonal` says.  1807.03748.
+    An estimator that it does not:
+        "club": critic is a model q of z given x: x -> mean (n, dz), or (mean, log_std).  An upper bound when q is
+            p(z|x), which it approaches by maximising `gaussian_log_likelihood`, and none before.  All pairs in O(n d);
+            with the diagonal included it is the paper's formula, without it n / (n - 1) times that, unbiased.
+            2006.12013.
+
+    unit: of the result, "nats" or "bits".  options: those in parentheses, numbers.
+    With all pairs the estimate can be trusted up to about log(0.3 n) nats; above log(n) - 1 its value says more about n
+    than about I.
     With a `process_group`, n is the rows of all ranks and every rank gets the same estimate (an `nn.LogEMA` so moves
-    alike on all of them).
+    alike on all of them).  A NaN or an infinity in the input gives NaN.
+    Raises ValueError for unknown names and as `critic_moments`; TypeError for an option that the estimator lacks.
     """
-    checks.choice("estimator", estimator, BOUNDS)
-    j, el = critic_moments(
-        x, z, critic, negatives=negatives, diagonal=diagonal, process_group=process_group, strategy=strategy,
-        backend=backend,
-    )  # fmt: skip
-    return bound(j, el, estimator, ema=ema, **options)
+    checks.choice("estimator", estimator, ESTIMATORS)
+    checks.choice("unit", unit, tuple(UNITS))
+    check_ema(estimator, ema)
+    _check_options(estimator, options)
+    if estimator in BOUNDS:
+        j, el = critic_moments(
+            x, z, critic, negatives=negatives, diagonal=diagonal, marginals=marginals, process_group=process_group,
+            strategy=strategy, backend=backend,
+        )  # fmt: skip
+        value = bound(j, el, estimator, ema=ema, **options)
+    else:
+        pairs = agree(
+            "mutual_information", x, z, critic, negatives=negatives, diagonal=diagonal, marginals=marginals,
+            process_group=process_group, strategy=strategy, backend=backend, one_argument=estimator == "club",
+            ring=estimator in ("js", "infonce"), estimator=estimator,
+        )  # fmt: skip
+        with torch.autocast(pairs.x.device.type, enabled=False):
+            value = club(pairs) if estimator == "club" else contrast(pairs, estimator, **options)
+    return value if unit == "nats" else value * UNITS[unit]
 
 
 def conditional_mutual_information(
@@ -98,34 +115,38 @@ def conditional_mutual_information(
     estimator: str = "mine",
     decomposition: str = "markov",
     noise_std: float | None = None,
-    negatives: str | Shifts = "all",
+    negatives: Negatives = "all",
     diagonal: str = "exclude",
     ema: Sequence[Ema | None] = (None, None),
+    unit: str = "nats",
     process_group: ProcessGroup | Shards | None = None,
     backend: str = "auto",
     **options: float,
 ) -> Tensor:
-    """An estimate of I(Z; own | other) in nats, the redundancy term of CIBR (2503.24182, equations 6 and 7).
+    """An estimate of I(Z; own | other) in nats or bits, the redundancy term of CIBR (2503.24182, equations 6 and 7).
 
-    estimator "mine", "dv", "nwj", "tuba", "remine": differences of bounds from `critics`, by `decomposition`:
+    estimator: one that critics maximise, "mine" ... "infonce" of `mutual_information`: differences of estimates from
+        `critics`, by `decomposition`:
         "markov": critics = (T1 on own and z, T2 on other and z)
         "chain":  critics = (T1 on [own, other] and z, T2 on other and z)
         "joint":  critics = (T1 on own and [z, other],) gives I(own; Z, other), or (T1, T2 on own and other) subtracts
                   I(own; other)
-      A difference of two lower bounds is no bound.  Both critics must be trained to *maximise* their own term: for one
-      backward through encoder and critics use `cibr_loss`.
+      A difference of two lower bounds is no bound ("js" is not even an information: train with it, report "smile").
+      Both critics must be trained to *maximise* their own term: for one backward through encoder and critics use
+      `cibr_loss`.
     estimator "ceb": an upper bound, E KL(N(z, s^2 I) || q(.|other)), in closed form; z is the encoder's mean, s is
         `noise_std`, and critics is a callable other -> mean (n, dz) or (mean, log_std), trained to *minimise* it.
     estimator "align": the same bound with q centred at the other encoder's z, passed as `other` (n, dz):
         |z - other|^2 / 2 s^2, equal to (1 - cos) / s^2 for unit vectors (2506.04870); critics is None.
 
-    process_group: as in `mutual_information`; every rank gets the same estimate.
+    unit, process_group: as in `mutual_information`; every rank gets the same estimate.
 
     Raises ValueError for unknown names, shapes, a missing noise_std or a wrong number of critics.
     """
     facts = {"estimator": estimator, "decomposition": decomposition, "negatives": negatives, "diagonal": diagonal}
     with Agreement("conditional_mutual_information", process_group, noise_std=noise_std, **facts) as agreement:
-        checks.choice("estimator", estimator, (*BOUNDS, "ceb", "align"))
+        checks.choice("estimator", estimator, (*MAXIMISED, "ceb", "align"))
+        checks.choice("unit", unit, tuple(UNITS))
         for name, t in (("z", z), ("own", own), ("other", other)):
             checks.matrix(name, t)
         checks.same_rows(z=z, own=own, other=other)
@@ -137,8 +158,9 @@ def conditional_mutual_information(
             checks.same_width(z=z, other=other)
         agreement.describe(z=z, own=own, other=other)
     if estimator in ("ceb", "align") and noise_std is not None:
-        upper = _align(z, other, noise_std) if estimator == "align" else _ceb(z, other, critics, noise_std)
-        return upper.mean() if agreement.shards is None else merge.mean(upper, agreement.shards)
+        upper = align(z, other, noise_std) if estimator == "align" else ceb(z, other, critics, noise_std)
+        value = upper.mean() if agreement.shards is None else merge.mean(upper, agreement.shards)
+        return value if unit == "nats" else value * UNITS[unit]
     checks.choice("decomposition", decomposition, DECOMPOSITIONS)
     pairs = {
         "markov": ((own, z), (other, z)),
@@ -148,11 +170,8 @@ def conditional_mutual_information(
     if len(critics) != 2 and not (decomposition == "joint" and len(critics) == 1):
         raise ValueError(f"decomposition {decomposition!r} needs 2 critics, got {len(critics)}")
     common: dict[str, Any] = {
-        "negatives": negatives,
-        "diagonal": diagonal,
-        "process_group": agreement.shards,
-        **options,
-    }
+        "negatives": negatives, "diagonal": diagonal, "process_group": agreement.shards, "unit": unit, **options,
+    }  # fmt: skip
     terms = [
         mutual_information(x, y, critic, estimator=estimator, ema=e, backend=backend, **common)
         for (x, y), critic, e in zip(pairs, critics, ema, strict=False)
@@ -160,20 +179,9 @@ def conditional_mutual_information(
     return terms[0] - terms[1] if len(terms) == 2 else terms[0]
 
 
-def _promote(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
-
-
-def _align(z: Tensor, other: Tensor, noise_std: float) -> Tensor:
-    """-> (n,) nats."""
-    return (_promote(z) - _promote(other)).square().sum(1) / (2 * noise_std**2)
-
-
-def _ceb(z: Tensor, other: Tensor, q: Callable[[Tensor], Any], noise_std: float) -> Tensor:
-    """-> (n,) nats."""
-    out = q(other)
-    mean, log_std = out if isinstance(out, tuple) else (out, torch.full_like(out, math.log(noise_std)))
-    if mean.shape != z.shape:
-        raise ValueError(f"q(other) has shape {tuple(mean.shape)} but z is {tuple(z.shape)}")
-    variance = noise_std**2 + (_promote(z) - _promote(mean)).square()
-    return (log_std - math.log(noise_std) + variance / (2 * torch.exp(2 * log_std)) - 0.5).sum(1)
+def _check_options(estimator: str, options: dict[str, float]) -> None:
+    known = OPTIONS.get(estimator, ())
+    for name in options:
+        if name not in known:
+            takes = f"the options {', '.join(known)}" if known else "no options"
+            raise TypeError(f"estimator {estimator!r} takes {takes}, got {name}")
