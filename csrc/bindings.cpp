@@ -5,10 +5,12 @@
 #include <pybind11/pybind11.h>
 
 #include "additive_moments/additive_moments.h"
+#include "additive_scores/additive_scores.h"
 #include "common/fields.h"
 #include "common/isa.h"
 #include "cuda_bindings.h"
 #include "dot_lse/dot_lse.h"
+#include "dot_softplus/dot_softplus.h"
 #include "log_mean_exp/log_mean_exp.h"
 
 namespace py = pybind11;
@@ -81,21 +83,33 @@ PYBIND11_MODULE(_C, m) {
   {
     using P = DotProblem;
     py::class_<P> c(m, "DotProblem");
-    FIELD(x), FIELD(y), FIELD(dtype), FIELD(n), FIELD(m), FIELD(d), FIELD(scale), FIELD(offset), FIELD(mask_positives),
-        FIELD(threads);
+    FIELD(x), FIELD(y), FIELD(dtype), FIELD(n), FIELD(m), FIELD(d), FIELD(scale), FIELD(offset), FIELD(row_ids),
+        FIELD(col_ids), FIELD(threads);
+  }
+  {
+    using P = DotGradient;
+    py::class_<P, DotProblem> c(m, "DotGradient");
+    FIELD(positive_grad), FIELD(dx), FIELD(dy), FIELD(dscale);
   }
   {
     using P = DotForward;
     py::class_<P, DotProblem> c(m, "DotForward");
     c.def(py::init<>());
-    FIELD(row_lse), FIELD(col_lse), FIELD(positives), FIELD(stash), FIELD(stash_dtype), FIELD(stash_offset);
+    FIELD(mask_positives), FIELD(row_lse), FIELD(col_lse), FIELD(row_max), FIELD(col_max), FIELD(positives),
+        FIELD(stash), FIELD(stash_dtype), FIELD(stash_offset);
   }
   {
     using P = DotBackward;
-    py::class_<P, DotProblem> c(m, "DotBackward");
+    py::class_<P, DotGradient> c(m, "DotBackward");
     c.def(py::init<>());
-    FIELD(row_lse), FIELD(row_weight), FIELD(col_lse), FIELD(col_weight), FIELD(positive_grad), FIELD(stash),
-        FIELD(stash_dtype), FIELD(stash_offset), FIELD(dx), FIELD(dy), FIELD(dscale);
+    FIELD(mask_positives), FIELD(row_lse), FIELD(row_weight), FIELD(col_lse), FIELD(col_weight), FIELD(stash),
+        FIELD(stash_dtype), FIELD(stash_offset);
+  }
+  {
+    using P = DotSoftplus;
+    py::class_<P, DotGradient> c(m, "DotSoftplus");
+    c.def(py::init<>());
+    FIELD(bias), FIELD(attract), FIELD(row_weight), FIELD(col_weight), FIELD(row_sum), FIELD(col_sum), FIELD(dbias);
   }
   {
     using P = AdditiveMoments;
@@ -106,6 +120,13 @@ PYBIND11_MODULE(_C, m) {
         FIELD(ga), FIELD(gb), FIELD(gw);
   }
   {
+    using P = AdditiveScores;
+    py::class_<P> c(m, "AdditiveScores");
+    c.def(py::init<>());
+    FIELD(a), FIELD(b), FIELD(w), FIELD(n), FIELD(m), FIELD(h), FIELD(activation), FIELD(slope), FIELD(threads),
+        FIELD(scores), FIELD(grad), FIELD(ga), FIELD(gb), FIELD(gw);
+  }
+  {
     using P = LogMeanExp;
     py::class_<P> c(m, "LogMeanExp");
     c.def(py::init<>());
@@ -114,7 +135,10 @@ PYBIND11_MODULE(_C, m) {
 
   BF16_KERNEL(dot_lse_forward, DotForward);
   BF16_KERNEL(dot_lse_backward, DotBackward);
+  BF16_KERNEL(dot_softplus, DotSoftplus);
   FLOAT_KERNEL(additive_moments, AdditiveMoments);
+  FLOAT_KERNEL(additive_scores_forward, AdditiveScores);
+  FLOAT_KERNEL(additive_scores_backward, AdditiveScores);
   FLOAT_KERNEL(log_mean_exp_forward, LogMeanExp);
   FLOAT_KERNEL(log_mean_exp_backward, LogMeanExp);
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode, on in every test, asks cuBLAS for it
 
@@ -22,10 +22,16 @@ import cibr_kernels as ck
 from cibr_kernels import testing
 from cibr_kernels.ops.additive_moments.op import additive_moments
 from cibr_kernels.ops.additive_moments.reference import additive_moments as moments_reference
+from cibr_kernels.ops.additive_scores.op import additive_scores
+from cibr_kernels.ops.additive_scores.reference import additive_scores as scores_reference
 from cibr_kernels.ops.additive_shifts.op import additive_shifts
 from cibr_kernels.ops.additive_shifts.reference import additive_shifts as shifts_reference
 from cibr_kernels.ops.clip_loss.op import rectangular_clip_loss
 from cibr_kernels.ops.clip_loss.reference import clip_loss as clip_reference
+from cibr_kernels.ops.dot_lse.op import dot_lse
+from cibr_kernels.ops.dot_lse.reference import dot_lse as lse_reference
+from cibr_kernels.ops.dot_softplus.op import dot_softplus, dot_softplus_sums
+from cibr_kernels.ops.dot_softplus.reference import dot_softplus as softplus_reference
 from cibr_kernels.ops.log_mean_exp.reference import log_mean_exp as mean_reference
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -60,6 +66,70 @@ def clip(n: int, m: int, d: int, offset: int, scale: float, budget: int) -> Op:
         return clip_reference(x, y, s, offset, False)
 
     return Op((*towers(n, m, d, offset), torch.tensor(scale)), ours, definition, m + d, scale)
+
+
+def groups(n: int, m: int, d: int, offset: int, scale: float, budget: int, mask: bool = True) -> Op:
+    """The sums and the maxima of dot_lse with ids; the columns of two groups are nobody's."""
+
+    def total(sums: Callable[..., tuple[Tensor, ...]], x: Tensor, y: Tensor, s: Tensor, **how: str) -> Tensor:
+        row_ids, col_ids = torch.arange(n, device=x.device) % 7, torch.arange(m, device=x.device) % 9
+        found = sums(
+            x, y, s, row_ids=row_ids, col_ids=col_ids, offset=offset, mask_positives=mask, need_max=True, **how
+        )
+        return sum(weight * t.mean() for weight, t in zip((1.0, 0.7, -1.3, 0.4, 0.6), found, strict=True))
+
+    def ours(x: Tensor, y: Tensor, s: Tensor, backend: str) -> Tensor:
+        ck.set_stash_budget(budget)
+        return total(dot_lse, x, y, s, backend=backend)
+
+    inputs = (*towers(n, m, d, offset), torch.tensor(scale))
+    return Op(inputs, ours, lambda *t: total(lse_reference, *t), m + d, scale)
+
+
+def softplus(n: int, m: int, d: int, offset: int, scale: float, ids: bool, attract: bool, sums: bool) -> Op:
+    """Of every row and every second column, with the weights known before the pass or (sums) not."""
+
+    def how(x: Tensor) -> dict[str, Any]:
+        rows, cols = torch.arange(n, device=x.device) % 7, torch.arange(m, device=x.device) % 9
+        return {
+            "row_ids": rows if ids else None,
+            "col_ids": cols if ids else None,
+            "offset": offset,
+            "attract": attract,
+        }
+
+    def weights(x: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        cols = torch.arange(m, device=x.device) % 2 / m
+        return torch.full((n,), 1 / n, device=x.device, dtype=like.dtype), cols.to(like.dtype)
+
+    def ours(x: Tensor, y: Tensor, s: Tensor, bias: Tensor, backend: str) -> Tensor:
+        u, v = weights(x, s)
+        if not sums:
+            return dot_softplus(x, y, s, bias, u, v, **how(x), backend=backend)
+        rows, cols = dot_softplus_sums(x, y, s, bias, **how(x), backend=backend)
+        return (rows * u).sum() + (cols * v).sum()
+
+    def definition(x: Tensor, y: Tensor, s: Tensor, bias: Tensor) -> Tensor:
+        (u, v), (rows, cols) = weights(x, s), softplus_reference(x, y, s, bias, **how(x))
+        return (rows * u).sum() + (cols * v).sum()
+
+    inputs = (*towers(n, m, d, offset), torch.tensor(scale), torch.tensor(-scale / 2))
+    return Op(inputs, ours, definition, m + d, 1.5 * scale)
+
+
+def pair_scores(activation: str, size: float) -> Op:
+    """InfoNCE of an additive critic's scores."""
+    inputs, *_, exponent, _ = moments_expected((130, 200, 0, 70), activation, size, 0.0, False)
+
+    def loss(s: Tensor) -> Tensor:
+        return s.logsumexp(1).mean() - s.diagonal().mean()
+
+    return Op(
+        inputs,
+        lambda a, b, w, backend: loss(additive_scores(a, b, w, activation=activation, slope=0.2, backend=backend)),
+        lambda a, b, w: loss(scores_reference(a, b, w, activation, 0.2)),
+        400, exponent,
+    )  # fmt: skip
 
 
 def moments(activation: str, shape: tuple[int, int, int, int], size: float) -> Op:
@@ -102,6 +172,15 @@ OPS: dict[str, Callable[[], Op]] = {
     "clip ragged": lambda: clip(257, 390, 100, 70, 14.3, 0),
     "clip whole, kept": lambda: clip(512, 512, 128, 0, 100.0, LARGE),
     "clip of 100, kept": lambda: clip(300, 300, 64, 0, 100.0, LARGE),
+    "groups ragged": lambda: groups(257, 390, 100, 70, 14.3, 0, mask=False),
+    "groups of 100, kept": lambda: groups(300, 300, 64, 0, 100.0, LARGE),
+    "groups online": lambda: groups(257, 390, 160, 70, 150.0, 0),
+    "softplus ragged": lambda: softplus(257, 390, 100, 70, 10.0, False, False, False),
+    "softplus of groups": lambda: softplus(300, 300, 64, 0, 10.0, True, False, False),
+    "softplus of groups that attract": lambda: softplus(257, 390, 100, 70, 10.0, True, True, False),
+    "softplus sums": lambda: softplus(257, 390, 160, 70, 60.0, True, True, True),
+    "scores relu": lambda: pair_scores("relu", 1.0),
+    "scores silu large": lambda: pair_scores("silu", 30.0),
     "moments relu": lambda: moments("relu", (200, 330, 17, 130), 1.0),
     "moments relu large": lambda: moments("relu", (128, 256, 0, 64), 60.0),
     "moments gelu": lambda: moments("gelu", (200, 330, 17, 130), 1.0),
@@ -130,7 +209,7 @@ def test_matches_float64(name, place, dtype):
     actual = value_and_gradients(lambda *t: op.ours(*t, backend=backend), features, device)
     eager = value_and_gradients(op.definition, features)
     truth = value_and_gradients(op.definition, tuple(t.double() for t in features))
-    for what, a, e, t in zip(("value", "first", "second", "third"), actual, eager, truth, strict=False):
+    for what, a, e, t in zip(("value", "first", "second", "third", "fourth"), actual, eager, truth, strict=False):
         magnitude = max(1.0, t.abs().max().item()) if t.dim() < 2 else 0.0  # scalars and dw are sums that cancel
         testing.assert_close(
             what, a.cpu(), e, t, terms=op.terms, exponent=op.exponent, features=dtype, magnitude=magnitude

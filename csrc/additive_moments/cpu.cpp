@@ -8,33 +8,24 @@
 // and adds e_ij phi' to unnormalised gradients at once; dividing by sum e comes at the end.  `shift` is the largest S of the
 // first tile, and moves (rescaling what was summed) only if a tile exceeds it by HEADROOM.
 //
-// ReLU and leaky ReLU (slope s below 0) are phi(t) = s t + (1-s) max(t, 0), and max(a + b, 0) = max(a, -b) + b, so
-//   S_ij = (1-s) [ sum_h w_h max(a_ih, -b_jh) + sum_h w_h b_jh ] + s [ sum_h w_h a_ih + sum_h w_h b_jh ]
-// takes two instructions per vector of products (max, fma), and phi' = s + (1-s) [b_jh > -a_ih] three (compare to a mask, add
-// e_ij under the mask to the row's sum and to the column's).  The scores run with columns in the lanes, and need no sum over
-// lanes; the gradients run with h in the lanes, for the same reason.  phi = t phi' gives gw for nothing:
-//   gw_h = sum_i a_ih U_ih + sum_j b_jh V_jh,    U_ih = sum_j P_ij phi'(t_ijh),  V_jh = sum_i P_ij phi'(t_ijh)
-// max(a, -b) + b loses digits where a and b are large together (a unit dead behind a large bias), so a + centre_h and
-// b - centre_h stand in their place, with centre_h = -max(a, -b) for an a and a b typical of unit h.
-//
-// The other activations compute phi and phi' together, once, keep those of one small tile in cache until its e_ij are known,
-// and sum gw as they go.
-//
 // Order.  Rows are cut into groups and columns into blocks by shape alone.  A group has its own shift, its rows of ga and, per
 // block, its own sum for gb; groups are merged in order.  So one writer per number, and the same bits for any thread count.
 
 #include "additive_moments/additive_moments.h"
 
-#include <math.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-#include "additive_moments/tiles.h"
+#include "common/additive.h"
 
 namespace ck {
 namespace CK_ISA {
 namespace {
+
+constexpr int64_t MAX_GROUPS = 64;      // also the most threads that can help
+constexpr int64_t TILES_PER_GROUP = 8;  // at least, to keep the merging of their sums for gb near 2% of the time
+constexpr float HEADROOM = 40.0f;       // e^40 times the number of pairs stays far inside float
+
+void scale(float* x, int64_t size, float factor) {
+  for (int64_t i = 0; i < size; i++) x[i] *= factor;
+}
 
 struct Group {
   int64_t first, last;  // its rows
@@ -50,92 +41,29 @@ struct Group {
 double ratio(float from, float to) { return from == NOTHING ? 0.0 : exp(static_cast<double>(from) - to); }
 
 template <class Tile>
-class Sweep {
-  static constexpr int ROWS = Tile::ROWS, COLS = Tile::COLS;
-  static constexpr bool KINKED = Tile::KINKED;
-  static constexpr int64_t SCORES = ROWS * COLS;
+class Sweep : Operands<Tile> {
+  using Base = Operands<Tile>;
+  using Base::ROWS, Base::COLS, Base::KINKED, Base::block, Base::blocks, Base::width;
 
  public:
   Sweep(const AdditiveMoments& p, const Tile& tile, float below)
-      : p(p),
+      : Base(p.a, p.b, p.w, p.n, p.m, p.h, p.threads, below),
+        p(p),
         tile(tile),
-        below(below),
-        width(round_up(p.h, CHUNK)),
         for_a(p.need_a || p.need_w || (!KINKED && p.need_b)),
         for_b(p.need_b || p.need_w || (!KINKED && p.need_a)),
-        groups(count_groups()),
-        block(larger(COLS, smaller(BLOCK_FLOATS / width / COLS * COLS, round_up(p.m, COLS)))),
-        blocks((p.m + block - 1) / block),
-        scratch_size(3 * ROWS * width + width + SCORES + (KINKED ? 0 : 2 * SCORES * width)),
-        w(width),
-        centre(width),
-        row_shift(p.n),
+        groups(count_groups(p.n, ROWS, MAX_GROUPS, TILES_PER_GROUP)),
         row_mass(p.n),
         column_mass(p.m),
         own_ga(for_a && !p.need_a ? p.n * p.h : 0),
         own_gb(for_b && !p.need_b ? p.m * p.h : 0),
         ga(p.need_a ? p.ga : own_ga.data),
         gb(p.need_b ? p.gb : own_gb.data),
-        panels(block * width),
-        negative(KINKED ? block * width : 0),
-        column_shift(block),
         group_gb(for_b ? groups * block * width : 0),
         group_column_mass(groups * block),
-        scratch(p.threads * scratch_size),
         group_gw(KINKED ? 0 : groups * width),
         block_shift(blocks),
-        group(groups) {}
-
-  void run() {
-    prepare();
-    void (Sweep::*sweep)(Group&, int64_t, const Scratch&) = &Sweep::sweep_group<false, false>;
-    if (for_a && for_b) sweep = &Sweep::sweep_group<true, true>;
-    if constexpr (KINKED) {
-      if (for_a && !for_b) sweep = &Sweep::sweep_group<true, false>;
-      if (!for_a && for_b) sweep = &Sweep::sweep_group<false, true>;
-    }
-#pragma omp parallel num_threads(p.threads)
-    {
-      const Scratch t = thread_scratch();
-      for (int64_t index = 0; index < blocks; index++) {
-        const int64_t first = index * block, last = smaller(first + block, p.m);
-#pragma omp for
-        for (int64_t column = first; column < last; column += COLS) pack_panel(column, column - first);
-#pragma omp for schedule(dynamic)
-        for (int64_t g = 0; g < groups; g++) (this->*sweep)(group.data[g], first, t);
-        if (for_b) merge(index, first, last);
-      }
-    }
-    finish();
-  }
-
- private:
-  // A power of two, so that it divides evenly among the usual numbers of threads.
-  int64_t count_groups() const {
-    int64_t count = 1;
-    while (count < MAX_GROUPS && count * 2 * TILES_PER_GROUP * ROWS <= p.n + ROWS - 1) count *= 2;
-    return count;
-  }
-
-  Scratch thread_scratch() const {
-#ifdef _OPENMP
-    float* next = scratch.data + omp_get_thread_num() * scratch_size;
-#else
-    float* next = scratch.data;
-#endif
-    Scratch t;
-    t.a = next, next += ROWS * width;
-    t.centred = next, next += ROWS * width;
-    t.ga = next, next += ROWS * width;
-    t.gw = next, next += width;
-    t.s = next, next += SCORES;
-    t.values = next, next += KINKED ? 0 : SCORES * width;
-    t.slopes = next;
-    return t;
-  }
-
-  void prepare() {
-    for (int64_t k = 0; k < p.h; k++) w.data[k] = (1.0f - below) * p.w[k];
+        group(groups) {
     const int64_t tiles = (p.n + ROWS - 1) / ROWS;
     for (int64_t g = 0; g < groups; g++) {
       const int64_t first = g * tiles / groups * ROWS, last = smaller((g + 1) * tiles / groups * ROWS, p.n);
@@ -148,61 +76,31 @@ class Sweep {
                        group_column_mass.data + g * block,
                        group_gw.data + (KINKED ? 0 : g * width)};
     }
+  }
+
+  void run() {
+    void (Sweep::*sweep)(Group&, int64_t, const Scratch&) = &Sweep::sweep_group<false, false>;
+    if (for_a && for_b) sweep = &Sweep::sweep_group<true, true>;
     if constexpr (KINKED) {
-#pragma omp parallel for num_threads(p.threads)
-      for (int64_t k0 = 0; k0 < p.h; k0 += CHUNK) {
-        float a[CHUNK], b[CHUNK];
-        nearest_to_zero(p.a, p.n, k0, a);
-        nearest_to_zero(p.b, p.m, k0, b);
-        for (int64_t k = 0; k < smaller(CHUNK, p.h - k0); k++) centre.data[k0 + k] = a[k] > -b[k] ? -a[k] : b[k];
-      }
-      if (below != 0.0f) {
-#pragma omp parallel for num_threads(p.threads)
-        for (int64_t i = 0; i < p.n; i++) {
-          double sum = 0.0;
-          for (int64_t k = 0; k < p.h; k++) sum += static_cast<double>(p.w[k]) * p.a[i * p.h + k];
-          row_shift.data[i] = static_cast<float>(below * sum);
-        }
+      if (for_a && !for_b) sweep = &Sweep::sweep_group<true, false>;
+      if (!for_a && for_b) sweep = &Sweep::sweep_group<false, true>;
+    }
+#pragma omp parallel num_threads(p.threads)
+    {
+      const Scratch t = this->thread_scratch();
+      for (int64_t index = 0; index < blocks; index++) {
+        const int64_t first = index * block, last = smaller(first + block, p.m);
+#pragma omp for
+        for (int64_t column = first; column < last; column += COLS) this->pack_panel(column, column - first);
+#pragma omp for schedule(dynamic)
+        for (int64_t g = 0; g < groups; g++) (this->*sweep)(group.data[g], first, t);
+        if (for_b) merge(index, first, last);
       }
     }
+    finish();
   }
 
-  // For each of CHUNK columns of x (rows, h), the number nearest 0 between the least and the greatest: an offset common to
-  // the column, which no outlier can move.
-  void nearest_to_zero(const float* x, int64_t rows, int64_t k0, float* nearest) const {
-    float low[CHUNK], high[CHUNK];
-    const int64_t count = smaller(CHUNK, p.h - k0);
-    for (int64_t k = 0; k < count; k++) low[k] = high[k] = x[k0 + k];
-    for (int64_t i = 1; i < rows; i++)
-      for (int64_t k = 0; k < count; k++) {
-        const float y = x[i * p.h + k0 + k];
-        low[k] = y < low[k] ? y : low[k];
-        high[k] = y > high[k] ? y : high[k];
-      }
-    for (int64_t k = 0; k < count; k++) nearest[k] = low[k] > 0.0f ? low[k] : high[k] < 0.0f ? high[k] : 0.0f;
-  }
-
-  // COLS columns of b from `column` on, as the panel at place `at` of the block.
-  void pack_panel(int64_t column, int64_t at) {
-    const int64_t count = smaller(COLS, p.m - column);
-    const float* b = p.b + column * p.h;
-    float* panel = panels.data + at * width;
-    if (count < COLS) memset(panel, 0, COLS * width * sizeof(float));
-    pack_rows(b, count, p.h, COLS, panel, [](float x, int64_t) { return x; });
-    for (int64_t j = 0; j < COLS; j++) column_shift.data[at + j] = j < count ? 0.0f : NOTHING;
-    if constexpr (KINKED) {
-      float* transposed = negative.data + at * width;
-      for (int64_t j = 0; j < count; j++) {
-        const float* bj = b + j * p.h;
-        for (int64_t k = 0; k < p.h; k++) transposed[k * COLS + j] = centre.data[k] - bj[k];
-        double sum = 0.0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t k = 0; k < p.h; k++) sum += p.w[k] * (bj[k] - static_cast<double>(1.0f - below) * centre.data[k]);
-        column_shift.data[at + j] = static_cast<float>(sum);
-      }
-    }
-  }
-
+ private:
   // One group of rows against one block of columns.
   template <bool FOR_A, bool FOR_B>
   void sweep_group(Group& g, int64_t first_column, const Scratch& t) {
@@ -212,17 +110,12 @@ class Sweep {
     memset(g.column_mass, 0, block * sizeof(float));
     for (int64_t row = g.first; row < g.last; row += ROWS) {
       const int64_t count = smaller(ROWS, g.last - row);
-      const float* a = p.a + row * p.h;
-      pack_rows(a, count, p.h, ROWS, t.a, [](float x, int64_t) { return KINKED ? -x : x; });
-      if (KINKED) pack_rows(a, count, p.h, ROWS, t.centred, [this](float x, int64_t k) { return x + centre.data[k]; });
+      this->pack_tile(row, count, t);
       if (FOR_A) memset(t.ga, 0, ROWS * width * sizeof(float));
       if (GRADIENTS && !KINKED) memset(t.gw, 0, width * sizeof(float));
       for (int64_t at = 0; at < block && first_column + at < p.m; at += COLS) {
-        const Panel panel = {panels.data + at * width, negative.data + (KINKED ? at * width : 0), column_shift.data + at,
-                             g.gb + (FOR_B ? at * width : 0), g.column_mass + at};
-        for (int i = 0; i < ROWS; i++)
-          for (int j = 0; j < COLS; j++) t.s[i * COLS + j] = row_shift.data[row + (i < count ? i : 0)] + panel.shift[j];
-        tile.template scores<GRADIENTS>(t, panel, w.data, p.h);
+        const Panel panel = this->panel(at, g.gb + (FOR_B ? at * width : 0), g.column_mass + at);
+        this->template scores<GRADIENTS>(tile, row, count, t, panel);
         exponentials(g, row, count, first_column + at, t, panel);
         if (GRADIENTS) tile.template gradients<FOR_A, FOR_B>(t, panel, p.h);
       }
@@ -307,17 +200,6 @@ class Sweep {
     }
   }
 
-  // Turns u, the sum of e phi'_+ over a row or a column (phi'_+ is [t > 0] in the ReLU family), into the gradient w U, with
-  // U = sum of P phi', and adds (x - origin) U to gw.
-  void finish_vector(const float* x, float* u, int64_t k0, double unit, float mass, double sign, double* gw) const {
-    const float slope = static_cast<float>((1.0 - below) * unit), base = static_cast<float>(below * unit * mass);
-    for (int64_t k = k0; k < smaller(k0 + CHUNK, p.h); k++) {
-      const float sum = slope * u[k] + base;
-      gw[k - k0] += (x[k] + sign * centre.data[k]) * sum;
-      u[k] = p.w[k] * sum;
-    }
-  }
-
   void finish() {
     const float shift = highest_shift();
     double total = 0.0, positives = 0.0;
@@ -336,12 +218,12 @@ class Sweep {
         const double unit = ratio(group.data[g].shift, shift) / total;
         if (for_a)
           for (int64_t i = group.data[g].first; i < group.data[g].last; i++)
-            finish_vector(p.a + i * p.h, ga + i * p.h, k0, unit, row_mass.data[i], 1.0, gw);
+            this->finish_vector(p.a + i * p.h, ga + i * p.h, k0, unit, row_mass.data[i], 1.0, gw);
       }
       if (for_b)
         for (int64_t j = 0; j < p.m; j++) {
           const double unit = ratio(block_shift.data[j / block], shift) / total;
-          finish_vector(p.b + j * p.h, gb + j * p.h, k0, unit, column_mass.data[j], -1.0, gw);
+          this->finish_vector(p.b + j * p.h, gb + j * p.h, k0, unit, column_mass.data[j], -1.0, gw);
         }
       if (!p.need_w) continue;
       for (int64_t k = k0; k < smaller(k0 + CHUNK, p.h); k++) {
@@ -357,36 +239,20 @@ class Sweep {
 
   const AdditiveMoments& p;
   const Tile& tile;
-  const float below;          // slope of the leaky ReLU below 0; 0 for everything else
-  const int64_t width;        // h, padded
   const bool for_a, for_b;    // sums over columns, over rows
   const int64_t groups;
-  const int64_t block, blocks;  // columns of a block, and their number
-  const int64_t scratch_size;
-  ZeroBuffer<float> w;            // (width,) times 1 - below
-  ZeroBuffer<float> centre;       // (width,)
-  ZeroBuffer<float> row_shift, row_mass, column_mass;  // (n,) (n,) (m,)
-  ZeroBuffer<float> own_ga, own_gb;                    // in place of gradients that only gw needs
+  ZeroBuffer<float> row_mass, column_mass;         // (n,) (m,)
+  ZeroBuffer<float> own_ga, own_gb;                // in place of gradients that only gw needs
   float *const ga, *const gb;                      // unnormalised, without w, until finish()
-  ZeroBuffer<float> panels, negative, column_shift;    // the block at hand
-  ZeroBuffer<float> group_gb, group_column_mass, scratch;
+  ZeroBuffer<float> group_gb, group_column_mass;
   ZeroBuffer<double> group_gw;
   ZeroBuffer<float> block_shift;  // (blocks,) units of gb
   ZeroBuffer<Group> group;
 };
 
 template <class Tile>
-void run(const AdditiveMoments& p, const Tile& tile, float below = 0.0f) {
+void run(const AdditiveMoments& p, const Tile& tile, float below) {
   Sweep<Tile>(p, tile, below).run();
-}
-
-template <class Phi>
-void run_smooth(const AdditiveMoments& p, const Phi& phi) {
-  run(p, Smooth<Phi>{phi});
-}
-
-void fill(float* x, int64_t size, float value) {
-  for (int64_t i = 0; i < size; i++) x[i] = value;
 }
 
 }  // namespace
@@ -401,17 +267,7 @@ void additive_moments(const AdditiveMoments& p) {
     if (p.need_w) fill(p.gw, p.h, NAN);
     return;
   }
-  const float slope = p.slope;
-  switch (static_cast<Activation>(p.activation)) {
-    case Activation::relu: return run(p, Kinked{});
-    case Activation::leaky_relu: return run(p, Kinked{}, slope);
-    case Activation::gelu: return run_smooth(p, [](vf t) { return gelu(t); });
-    case Activation::gelu_tanh: return run_smooth(p, [](vf t) { return gelu_tanh(t); });
-    case Activation::silu: return run_smooth(p, [](vf t) { return silu(t); });
-    case Activation::elu: return run_smooth(p, [slope](vf t) { return elu(t, slope); });
-    case Activation::softplus: return run_smooth(p, [](vf t) { return softplus(t); });
-    case Activation::tanh: return run_smooth(p, [](vf t) { return tanh(t); });
-  }
+  with_tile(p.activation, p.slope, [&p](const auto& tile, float below) { run(p, tile, below); });
 }
 
 }  // namespace CK_ISA

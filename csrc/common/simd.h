@@ -34,6 +34,7 @@ typedef int32_t vi_any __attribute__((vector_size(VL * 4), aligned(4), may_alias
 
 static inline vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 static inline void store(float* p, vf v) { *reinterpret_cast<vf_any*>(p) = v; }
+static inline vi load(const int32_t* p) { return *reinterpret_cast<const vi_any*>(p); }
 static inline vf broadcast(float s) { return s - vf{}; }  // s + 0 would cost an add: it turns -0 into 0
 static inline float neg_inf() { return -__builtin_inff(); }
 static inline vf vmax(vf a, vf b) { return a > b ? a : b; }  // the second operand where either is NaN

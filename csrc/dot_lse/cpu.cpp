@@ -1,4 +1,11 @@
-// dot_lse on the CPU: the sweeps of common/dot.h.
+// dot_lse on the CPU, on the tiles of common/dot.h.
+//
+//     forward    R_i = log sum_j exp l_ij          C_j = log sum_i exp l_ij
+//     backward   G_ij = exp(l_ij - R_i) u_i + exp(l_ij - C_j) v_j
+//
+// One exponential serves rows and columns: exp(l - off) with off = max(0, B - 60), where |l| <= B = scale max|x| max|y|.
+// It cannot overflow; where it could underflow a whole row or column (R < off - 55), and for B > 110, the online mode
+// keeps a maximum for each row and column instead.  (B - 60 alone would cost l its last digits when B is small.)
 #include "dot_lse.h"
 
 #include "common/dot.h"
@@ -6,7 +13,282 @@
 namespace ck {
 namespace CK_ISA {
 
-void dot_lse_forward(const DotForward& p) { dot_forward(p); }
+constexpr float kFixedBound = 110.0f, kHeadroom = 60.0f;
+constexpr float kUnderflow = 55.0f;  // e^-55 of the offset still leaves 30 nats above the smallest float
+
+// ---------------------------------------------------------------- epilogues of the forward
+struct Sums {
+  float *row_max, *row_sum;  // of the tile, (rows,): written
+  float *col_max, *col_sum;  // of the problem, at the tile's columns: added to; col_max is null where nobody wants it
+};
+
+// e = exp(scale s - off), kept at `keep` (which may be s) unless that is null, and its sums; the maxima of scale s where MAX.
+template <bool MAX>
+static void exp_sums(float scale, float off, const TileShape& t, const float* s, float* keep, const Sums& sums) {
+  constexpr int W = kBlock / VL;
+  vf cols[W], tops[W];
+  for (int v = 0; v < W; v++) cols[v] = vf{}, tops[v] = broadcast(neg_inf());
+  for (int64_t r = 0; r < t.rows; r++) {
+    vf row{}, top = broadcast(neg_inf());
+    for (int v = 0; v < W; v++) {
+      const vf l = load(s + r * kBlock + v * VL) * scale;
+      if (MAX) top = vmax(top, l), tops[v] = vmax(tops[v], l);
+      const vf e = vexp(l - off);
+      if (keep) store(keep + r * kBlock + v * VL, e);
+      cols[v] += e;
+      row += e;
+    }
+    sums.row_sum[r] = reduce_add(row);
+    if (MAX) sums.row_max[r] = reduce_max(top);
+  }
+  for (int v = 0; v < W; v++) {
+    float *sum = sums.col_sum + v * VL, *max = sums.col_max + v * VL;
+    store(sum, load(sum) + cols[v]);
+    if (MAX && sums.col_max) store(max, vmax(load(max), tops[v]));
+  }
+}
+
+// Adds log-sum-exp b = (max, sum) into a.
+static inline void merge(float* max, float* sum, float other_max, float other_sum) {
+  if (other_sum == 0) return;
+  if (*sum == 0 || other_max > *max) {
+    const float factor = *sum == 0 ? 0 : ::expf(*max - other_max);
+    *sum = *sum * factor + other_sum;
+    *max = other_max;
+  } else {
+    *sum += other_sum * ::expf(other_max - *max);
+  }
+}
+
+// Sums relative to the maxima; no columns where col_max is null.
+static void online_sums(float scale, const TileShape& t, const float* s, const Sums& sums) {
+  constexpr int W = kBlock / VL;
+  vf top[W];
+  for (int v = 0; v < W; v++) top[v] = broadcast(neg_inf());
+  for (int64_t r = 0; r < t.rows; r++) {
+    vf l[W], m = broadcast(neg_inf());
+    for (int v = 0; v < W; v++) {
+      l[v] = load(s + r * kBlock + v * VL) * scale;
+      m = vmax(m, l[v]);
+      top[v] = vmax(top[v], l[v]);
+    }
+    const float largest = reduce_max(m);
+    vf row{};
+    if (largest > neg_inf())
+      for (int v = 0; v < W; v++) row += vexp(l[v] - largest);
+    sums.row_max[r] = largest;
+    sums.row_sum[r] = reduce_add(row);
+  }
+  if (!sums.col_max) return;
+  vf cols[W];
+  for (int v = 0; v < W; v++) {
+    cols[v] = vf{};
+    top[v] = top[v] > neg_inf() ? top[v] : vf{};  // an empty column: exp(-inf - 0) = 0
+  }
+  for (int64_t r = 0; r < t.rows; r++)
+    for (int v = 0; v < W; v++) cols[v] += vexp(load(s + r * kBlock + v * VL) * scale - top[v]);
+  float tops[kBlock], totals[kBlock];
+  for (int v = 0; v < W; v++) store(tops + v * VL, top[v]), store(totals + v * VL, cols[v]);
+  for (int c = 0; c < kBlock; c++) merge(sums.col_max + c, sums.col_sum + c, tops[c], totals[c]);
+}
+
+static void to_stash(const float* e, int64_t rows, bf16* out) {
+  for (int64_t k = 0; k < rows * kBlock; k++) from_float(e[k], out + k);
+}
+
+// A sum lies so far below the offset that its exponentials lost digits, or all of them: one that is empty does not.
+static bool underflowed(const DotForward& p, float off) {
+  const int64_t groups = p.row_ids ? p.n + p.m : 0;
+  ZeroBuffer<int64_t> in_rows(groups), in_cols(groups);  // members of each group
+  for (int64_t i = 0; groups && i < p.n; i++) in_rows.data[p.row_ids[i]]++;
+  for (int64_t j = 0; groups && j < p.m; j++) in_cols.data[p.col_ids[j]]++;
+  for (int64_t i = 0; i < p.n; i++) {
+    const bool same = groups && p.row_ids[i] == p.col_ids[p.offset + i];
+    const int64_t left_out = (groups ? in_cols.data[p.row_ids[i]] : 0) + (p.mask_positives && !same);
+    if (p.row_lse[i] < off - kUnderflow && left_out < p.m) return true;
+  }
+  for (int64_t j = 0; p.col_lse && j < p.m; j++) {
+    const int64_t i = j - p.offset;
+    const bool positive = i >= 0 && i < p.n, same = positive && groups && p.row_ids[i] == p.col_ids[j];
+    const int64_t left_out = (groups ? in_rows.data[p.col_ids[j]] : 0) + (p.mask_positives && positive && !same);
+    if (p.col_lse[j] < off - kUnderflow && left_out < p.n) return true;
+  }
+  return false;
+}
+
+// T: the engine's operand type; S: the features' dtype.  Returns false where the fixed offset underflowed.
+template <typename T, typename S>
+static bool forward_sweep(const DotForward& p, bool fixed, float off) {
+  const int64_t dp = pad32(p.d), mp = pad32(p.m), panel = Engine<T>::kPanelRows, blocks = mp / kBlock;
+  const int64_t rows_cap = pad32(p.n) < panel ? pad32(p.n) : panel;
+  constexpr int64_t W = Engine<T>::kWidth;
+  const int64_t chunk = blocks < kChunkBlocks ? blocks : kChunkBlocks;
+  const bool row_tops = !fixed || p.row_max, col_tops = p.col_lse && (!fixed || p.col_max);
+  Buffer<T> yt(mp * dp), xa(rows_cap * dp);
+  Buffer<float> col_sum(mp), col_max(col_tops ? mp : 0), part_sum(chunk * rows_cap),
+      part_max(row_tops ? chunk * rows_cap : 0);
+  Buffer<double> row_sum(rows_cap), row_max(rows_cap);
+  const Rows<S> y{static_cast<const S*>(p.y), p.m, p.d, 0, mp};
+
+  if (p.stash) prefer_huge_pages(p.stash, p.n * mp * (p.stash_dtype == kBFloat16 ? sizeof(bf16) : sizeof(float)));
+
+#pragma omp parallel num_threads(p.threads)
+  {
+    Buffer<float> tile(W * rows_cap * kBlock);
+    Engine<T>::enter();
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < blocks; b++) {
+      pack_b_transposed(y, b, b + 1, yt.data, dp);
+      for (int c = 0; c < kBlock; c++) {
+        col_sum.data[b * kBlock + c] = 0;
+        if (col_tops) col_max.data[b * kBlock + c] = neg_inf();
+      }
+    }
+    for (int64_t i0 = 0; i0 < p.n; i0 += panel) {
+      const int64_t valid = p.n - i0 < panel ? p.n - i0 : panel, rows = pad32(valid);
+      const Rows<S> x{static_cast<const S*>(p.x), p.n, p.d, i0, rows};
+#pragma omp for schedule(static)
+      for (int64_t b = 0; b < dp / kBlock; b++) pack_blocked<T>(x, b, b + 1, xa.data, rows);
+      for (int64_t b0 = 0; b0 < blocks; b0 += chunk) {
+        const int64_t b1 = b0 + chunk < blocks ? b0 + chunk : blocks;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t b = b0; b < b1; b += W) {
+          const int64_t width = b1 - b < W ? b1 - b : W;
+          Engine<T>::multiply({xa.data, rows * kBlock}, rows, {yt.data + b * dp * kBlock, dp * kBlock}, width, dp,
+                              {tile.data, rows * kBlock}, false);
+          for (int64_t c = b; c < b + width; c++) {
+            const TileShape t{valid, i0, c * kBlock, rows};
+            float* s = tile.data + (c - b) * rows * kBlock;
+            const Sums sums{row_tops ? part_max.data + (c - b0) * rows : nullptr, part_sum.data + (c - b0) * rows,
+                            col_tops ? col_max.data + c * kBlock : nullptr, col_sum.data + c * kBlock};
+            mask(p, p.mask_positives, true, t, s, p.positives);
+            if (fixed) {
+              const int64_t at = (c * p.n + i0) * kBlock;
+              const bool narrow = p.stash_dtype == kBFloat16;
+              float* keep = !p.stash ? nullptr : narrow ? s : static_cast<float*>(p.stash) + at;
+              if (row_tops)
+                exp_sums<true>(p.scale, off, t, s, keep, sums);
+              else
+                exp_sums<false>(p.scale, off, t, s, keep, sums);
+              if (p.stash && narrow) to_stash(s, valid, static_cast<bf16*>(p.stash) + at);
+            } else {
+              online_sums(p.scale, t, s, sums);
+            }
+          }
+        }
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < valid; r++) {
+          double sum = b0 ? row_sum.data[r] : 0, top = b0 ? row_max.data[r] : neg_inf();
+          for (int64_t b = 0; b < b1 - b0; b++) {
+            const double s = part_sum.data[b * rows + r];
+            if (fixed) {
+              sum += s;
+              if (row_tops) top = part_max.data[b * rows + r] > top ? part_max.data[b * rows + r] : top;
+            } else if (s > 0 || s != s) {
+              const double m = part_max.data[b * rows + r], next = m > top ? m : top;
+              sum = sum * (sum > 0 ? ::exp(top - next) : 0) + s * ::exp(m - next);
+              top = next;
+            }
+          }
+          row_sum.data[r] = sum;
+          row_max.data[r] = top;
+          if (b1 < blocks) continue;
+          p.row_lse[i0 + r] = static_cast<float>(::log(sum) + (fixed ? off : top));
+          if (p.row_max) p.row_max[i0 + r] = static_cast<float>(top);
+        }
+      }
+    }
+    Engine<T>::leave();
+  }
+  for (int64_t j = 0; p.col_lse && j < p.m; j++) {
+    p.col_lse[j] = ::logf(col_sum.data[j]) + (fixed ? off : col_max.data[j]);
+    if (p.col_max) p.col_max[j] = col_max.data[j];
+  }
+  return !fixed || !underflowed(p, off);
+}
+
+static bool forward_any(const DotForward& p, bool fixed, float off) {
+  if (p.dtype == kBFloat16) return forward_sweep<Bf16Operand, bf16>(p, fixed, off);
+  if (p.dtype == kFloat16) return forward_sweep<float, _Float16>(p, fixed, off);
+  return forward_sweep<float, float>(p, fixed, off);
+}
+
+static inline float shared_offset(float bound) { return bound > kHeadroom ? bound - kHeadroom : 0; }
+
+void dot_lse_forward(const DotForward& p) {
+  const float bound = score_bound(p), off = shared_offset(bound);
+  *p.stash_offset = __builtin_nanf("");
+  if (!(bound < 1e37f)) {  // NaN or infinity somewhere, or scores past float32
+    fill_nan(p.row_lse, p.n), fill_nan(p.positives, p.n), fill_nan(p.row_max, p.n);
+    fill_nan(p.col_lse, p.m), fill_nan(p.col_max, p.m);
+    return;
+  }
+  if (bound <= kFixedBound && forward_any(p, true, off)) {
+    if (p.stash) *p.stash_offset = off;
+    return;
+  }
+  DotForward online = p;
+  online.stash = nullptr;
+  forward_any(online, false, 0);
+}
+
+// ---------------------------------------------------------------- backward
+static void from_stash(const bf16* e, int64_t rows, float* out) {
+  for (int64_t k = 0; k < rows * kBlock; k++) out[k] = to_float(e[k]);
+}
+
+// Gradient weights of one backward: G = e (u_i + v_j) with one shared offset, or two exponentials.
+struct Weights {
+  bool fixed;
+  float off;
+  const float *u, *v;              // (n,), (padded m,): weights, times exp(off - lse) when fixed
+  const float *row_lse, *col_lse;  // online only
+};
+
+// G in place of the scores s; from the stashed exponentials e where that is not null.
+static void gradient_tile(const DotProblem& p, const Weights& w, const TileShape& t, float* s, const float* e) {
+  constexpr int W = kBlock / VL;
+  for (int64_t r = 0; r < t.rows; r++) {
+    const int64_t i = t.first_row + r;
+    for (int v = 0; v < W; v++) {
+      float* at = s + r * kBlock + v * VL;
+      const vf col = load(w.v + t.first_col + v * VL);
+      if (w.fixed) {
+        const vf x = e ? load(e + r * kBlock + v * VL) : vexp(load(at) * p.scale - w.off);
+        store(at, x * (col + w.u[i]));
+      } else {
+        const vf l = load(at) * p.scale;
+        vf x = vexp(l - w.row_lse[i]) * w.u[i];
+        if (w.col_lse) x += vexp(l - load(w.col_lse + t.first_col + v * VL)) * col;
+        store(at, x);
+      }
+    }
+  }
+  for (int64_t r = t.rows; r < t.padded_rows; r++)
+    for (int c = 0; c < kBlock; c++) s[r * kBlock + c] = 0;
+}
+
+struct Gradient {
+  static constexpr bool kRowSums = false;
+  const DotBackward& p;
+  const Weights& w;
+  bool needs_scores;
+
+  void tile(const TileShape& t, float* s, float*) const {
+    const int64_t at = (t.first_col / kBlock * p.n + t.first_row) * kBlock;
+    const float* e = nullptr;
+    if (needs_scores) {
+      mask(p, p.mask_positives, true, t, s, nullptr);
+    } else if (p.stash_dtype == kBFloat16) {
+      from_stash(static_cast<const bf16*>(p.stash) + at, t.rows, s);
+      e = s;
+    } else {
+      e = static_cast<const float*>(p.stash) + at;
+    }
+    gradient_tile(p, w, t, s, e);
+  }
+  void add_row(int64_t, double) const {}
+};
 
 // An empty sum has the logarithm -infinity and no gradient: weight 0 beside any finite number.
 static void clean(int64_t count, const float* lse, const float* weight, float* lse_out, float* weight_out) {
@@ -18,16 +300,26 @@ static void clean(int64_t count, const float* lse, const float* weight, float* l
 }
 
 void dot_lse_backward(const DotBackward& p) {
-  const int64_t cols = p.col_lse ? p.m : 0;
-  Buffer<float> row_lse(p.n), row_weight(p.n), col_lse(cols), col_weight(cols);
-  clean(p.n, p.row_lse, p.row_weight, row_lse.data, row_weight.data);
-  clean(cols, p.col_lse, p.col_weight, col_lse.data, col_weight.data);
-  DotBackward q = p;
-  q.row_lse = row_lse.data;
-  q.row_weight = row_weight.data;
-  q.col_lse = col_lse.data;
-  q.col_weight = col_weight.data;
-  dot_backward(q);
+  const int64_t mp = pad32(p.m), given = p.col_lse ? p.m : 0;
+  Buffer<float> rows(p.n), u(p.n);
+  ZeroBuffer<float> cols(mp), v(mp);
+  clean(p.n, p.row_lse, p.row_weight, rows.data, u.data);
+  clean(given, p.col_lse, p.col_weight, cols.data, v.data);
+  // the forward's choice again: fixed where no row or column lies too far below the offset
+  const bool stashed = p.stash && p.stash_offset == p.stash_offset;
+  const float bound = stashed ? 0 : score_bound(p), off = stashed ? p.stash_offset : shared_offset(bound);
+  bool fixed = bound <= kFixedBound;
+  for (int64_t i = 0; i < p.n; i++) fixed &= !(rows.data[i] < off - kUnderflow);
+  for (int64_t j = 0; j < given; j++) fixed &= !(cols.data[j] < off - kUnderflow) || v.data[j] == 0;
+  for (int64_t i = 0; fixed && i < p.n; i++) u.data[i] *= ::expf(off - rows.data[i]);
+  for (int64_t j = 0; j < given; j++) {
+    if (v.data[j] == 0)
+      cols.data[j] = 0;
+    else if (fixed)
+      v.data[j] *= ::expf(off - cols.data[j]);
+  }
+  const Weights w{fixed, off, u.data, v.data, rows.data, p.col_lse ? cols.data : nullptr};
+  gradient_pass(p, Gradient{p, w, !(stashed && fixed)});
 }
 
 }  // namespace CK_ISA

@@ -7,6 +7,8 @@ from mutations import Fault, delete, later
 DOT, ADDITIVE, CUDA = "cibr_kernels/ops/dot_lse/", "cibr_kernels/ops/additive_moments/", "csrc/additive_moments/"
 FORWARD, BACKWARD, TILE = DOT + "triton_forward.py", DOT + "triton_backward.py", DOT + "triton_tile.py"
 KERNELS, LAUNCHER = ADDITIVE + "triton_kernels.py", ADDITIVE + "triton.py"
+SOFTPLUS, SCORES = "cibr_kernels/ops/dot_softplus/", "cibr_kernels/ops/additive_scores/triton_kernels.py"
+PAIRS, PASSES = SOFTPLUS + "triton_kernels.py", SOFTPLUS + "triton.py"
 
 FAULTS = [
     # ---- dot_lse, Triton
@@ -117,8 +119,8 @@ FAULTS = [
         "positives of the transpose",
         "dot_owned",
         BACKWARD,
-        "_without_positives(p, row, col, offset,",
-        "_without_positives(p, row, col, -offset,",
+        "row, col, rows, partners, offset, MASK, IDS,",
+        "row, col, rows, partners, -offset, MASK, IDS,",
     ),
     Fault(
         "online weight of the wrong side",
@@ -133,6 +135,55 @@ FAULTS = [
         BACKWARD,
         "mask=(j < partners)[:, None] & (k < d)[None, :]",
         "mask=(k < d)[None, :]",
+    ),
+    Fault(
+        "ids compared in 32 bits",
+        "dot_groups",
+        TILE,
+        "return own[:, None] == tl.load(col_ids + j, mask=j < m, other=0)[None, :]",
+        "return own.to(tl.int32)[:, None] == tl.load(col_ids + j, mask=j < m, other=0).to(tl.int32)[None, :]",
+    ),
+    Fault(
+        "an underflow taken for the sum of nothing",
+        "dot_groups",
+        FORWARD,
+        "asked = asked & found",
+        "asked = asked & (first < 0)",
+    ),
+    Fault(
+        "padding counted in the maximum",
+        "dot_groups",
+        FORWARD,
+        'height = tl.load(part_max + here, mask=mask, other=-float("inf"))',
+        "height = tl.load(part_max + here, mask=mask, other=0.0)",
+    ),
+    Fault(
+        "maxima without the offset",
+        "dot_groups",
+        FORWARD,
+        "high = (tl.load(top + at, mask=inside, other=0.0) + offset2) * LN2",
+        "high = tl.load(top + at, mask=inside, other=0.0) * LN2",
+    ),
+    Fault(
+        "masked pairs keep their weight",
+        "dot_groups",
+        BACKWARD,
+        "col, n, m, BLOCK_M, BLOCK_N), 0.0, weight)",
+        "col, n, m, BLOCK_M, BLOCK_N), weight, weight)",
+    ),
+    Fault(
+        "columns of one row cannot underflow",
+        "dot_alone",
+        FORWARD,
+        "((others > 1) | (at + shift != 0))",
+        "(others > 1)",
+    ),
+    Fault(
+        "ids of the transpose",
+        "dot_owned_groups",
+        DOT + "triton.py",
+        "_Pairs(self.col_ids, self.row_ids, -self.offset",
+        "_Pairs(self.row_ids, self.col_ids, -self.offset",
     ),
     # ---- additive_moments, Triton
     Fault(
@@ -276,4 +327,128 @@ FAULTS = [
         "column_term[column]",
         "column_term[column0]",
     ),
+    # ---- dot_softplus, Triton
+    Fault(
+        "column mask off by one",
+        "softplus",
+        PAIRS,
+        "(j < m)[None, :] & (j[None, :] !=",
+        "(j <= m)[None, :] & (j[None, :] !=",
+    ),
+    Fault("padding rows not masked", "softplus", PAIRS, "counts = (i < n)[:, None] &", "counts = (i >= 0)[:, None] &"),
+    Fault("padding rows not looked for", "softplus", PAIRS, " | (row + BLOCK_M > n)", ""),
+    Fault("positives at the wrong offset", "softplus", PAIRS, "!= i[:, None] + offset)", "!= i[:, None] + offset + 1)"),
+    Fault(
+        "ids of the wrong rows",
+        "softplus",
+        PAIRS,
+        "tl.load(row_ids + i,",
+        "tl.load(row_ids + top + tl.arange(0, BLOCK_M),",
+    ),
+    Fault(
+        "ids of the high 32 bits",
+        "softplus",
+        PAIRS,
+        "own[:, None] == other[None, :]",
+        "(own >> 32)[:, None] == (other >> 32)[None, :]",
+    ),
+    Fault(
+        "attraction without its sign in G", "softplus", PAIRS, "g = tl.where(same, -g, g)", "g = tl.where(same, g, g)"
+    ),
+    Fault("pairs that attract left out", "softplus", PAIRS, "-t2 if ATTRACT else nothing", "nothing"),
+    Fault("log(1 + u) that cancels", "softplus", PAIRS, "* LN2 + _log1p(u)", "* LN2 + tl.log(1.0 + u)"),
+    Fault("coefficient of the logarithm", "softplus", PAIRS, "q * u + 0.333213225", "q * u + 0.333203225"),
+    Fault("sigmoid of the magnitude", "softplus", PAIRS, "tl.where(t2 > 0.0, 1.0, u) / (1.0 + u)", "1.0 / (1.0 + u)"),
+    Fault(
+        "column weights missing",
+        "softplus",
+        PAIRS,
+        "weight = weight + tl.load(g_cols",
+        "weight = weight + 0.0 * tl.load(g_cols",
+    ),
+    Fault(
+        "bias not in units of log2",
+        "softplus",
+        PAIRS,
+        "(tl.load(bias) + tl.load(poison)) * LOG2E",
+        "(tl.load(bias) + tl.load(poison))",
+    ),
+    Fault("unit of dbias", "softplus", PAIRS, "tl.sum(total, 0) * tl.exp2(-tl.load(exponent))", "tl.sum(total, 0)"),
+    Fault(
+        "sums of another panel's tiles",
+        "softplus",
+        PAIRS,
+        "col_tile.to(tl.int64) * rows",
+        "col_tile.to(tl.int64) * (rows + 1)",
+    ),
+    Fault(
+        "panels before forgotten",
+        "softplus",
+        PASSES,
+        "else part_cols[0], 1 + strips[k])",
+        "else part_cols[0], strips[k])",
+    ),
+    Fault("dy of the last panel only", "softplus", PASSES, "accumulate=k > 0)", "accumulate=False)"),
+    Fault("first part of every panel the same", "softplus", PASSES, "sum(strips[:k]) * col_tiles}", "0}"),
+    Fault(
+        "copies waited for one group late",
+        "softplus_sm80_bf16",
+        kernel="softplus_kernel",
+        ptx=later("cp.async.wait_group"),
+    ),
+    *(
+        Fault(f"bar.sync {k} deleted", "softplus_sm80_bf16", kernel="softplus_kernel", ptx=delete("bar.sync", k))
+        for k in (1, 2)
+    ),
+    # ---- additive_scores, Triton
+    Fault(
+        "columns of another tile",
+        "additive_scores",
+        SCORES,
+        "j = within // height * BLOCK_J",
+        "j = within % height * BLOCK_J",
+    ),
+    Fault(
+        "column mask off by one",
+        "additive_scores",
+        SCORES,
+        "mask=(i < n)[:, None] & (j < m)[None, :])",
+        "mask=(i < n)[:, None] & (j <= m)[None, :])",
+    ),
+    Fault(
+        "rows of S overlap",
+        "additive_scores",
+        SCORES,
+        "tl.store(out + i.to(tl.int64)[:, None] * m +",
+        "tl.store(out + i.to(tl.int64)[:, None] * (m - 1) +",
+    ),
+    Fault(
+        "last features skipped",
+        "additive_scores",
+        SCORES,
+        "for _ in range(0, width_padded, UNROLL)",
+        "for _ in range(UNROLL, width_padded, UNROLL)",
+    ),
+    Fault(
+        "transpose with the wrong stride",
+        "additive_scores",
+        SCORES,
+        "[None, :] * rows_padded + i[:, None], g)",
+        "[None, :] * m_padded + i[:, None], g)",
+    ),
+    Fault(
+        "gradient read in padded rows",
+        "additive_scores",
+        SCORES,
+        "i.to(tl.int64)[:, None] * m + j[None, :], mask=inside",
+        "i.to(tl.int64)[:, None] * m_padded + j[None, :], mask=inside",
+    ),
+    Fault(
+        "gradient past the last column",
+        "additive_scores",
+        SCORES,
+        "inside = (i < rows)[:, None] & (j < m)[None, :]",
+        "inside = (i < rows)[:, None] & (j >= 0)[None, :]",
+    ),
+    Fault("divided by another total", "additive_scores", SCORES, "1.0 + tl.sum(sums, 0)", "2.0 + tl.sum(sums, 0)"),
 ]

@@ -82,7 +82,7 @@ def faulty_modules(op: str, fault: Fault | None) -> Iterator[ModuleType]:
 # ---------------------------------------------------------------- dot_lse
 @dataclass(frozen=True)
 class DotCase:
-    """scale 3 keeps one exponential for all; 200 needs the online maxima."""
+    """scale 3 keeps one exponential for all; 200 needs the online maxima.  With groups: maxima too."""
 
     n: int
     m: int
@@ -93,6 +93,12 @@ class DotCase:
     stash: bool = False
     owned: bool = False  # a backward without P in memory
     dtype: torch.dtype = torch.float32
+    groups: bool = False
+
+    @property
+    def ids(self) -> tuple[Tensor | None, Tensor | None]:
+        """Numbers that differ above their lower 32 bits; the columns of the last group are nobody's."""
+        return (torch.arange(self.n) % 4 << 32, torch.arange(self.m) % 5 << 32) if self.groups else (None, None)
 
 
 class Dot(_Checked):
@@ -125,13 +131,18 @@ class Dot(_Checked):
         t = self.inputs(case)
         shape, dtype = launcher.stash_shape(case.n, case.m, case.dtype)
         stash = torch.full(shape if case.stash else (0,), float("nan"), dtype=dtype)
-        shared = (case.offset, case.mask)
-        rows, cols, positives, offset = launcher.forward(t["x"], t["y"], t["scale"], *shared, True, stash)
-        dx, dy, dscale = launcher.backward(
-            t["g_rows"], t["g_cols"], t["g_positives"], t["x"], t["y"], t["scale"], rows, cols, positives, offset,
-            stash, *shared, True, True,
-        )  # fmt: skip
-        return {"rows": rows, "cols": cols, "positives": positives, "dx": dx, "dy": dy, "dscale": dscale}
+        inputs, shared = (t["x"], t["y"], t["scale"], *case.ids), (case.offset, case.mask)
+        *sums, row_max, col_max, offset = launcher.forward(*inputs, *shared, True, case.groups, stash)
+        grads = launcher.backward(
+            t["g_rows"], t["g_cols"], t["g_positives"], *inputs, *sums, offset, stash, *shared, True, True
+        )
+        maxima = (row_max, col_max) if case.groups else ()
+        return dict(zip(self.names(case), (*sums, *maxima, *grads), strict=True))
+
+    @staticmethod
+    def names(case: DotCase) -> tuple[str, ...]:
+        maxima = ("row_max", "col_max") if case.groups else ()
+        return ("rows", "cols", "positives", *maxima, "dx", "dy", "dscale")
 
     @cached_property
     def expected(self) -> Case:
@@ -146,16 +157,83 @@ class Dot(_Checked):
                     v.to(dtype if dtype == torch.float64 else v.dtype).detach().requires_grad_()
                     for v in (t["x"], t["y"], t["scale"])
                 ]
-                sums = dot_lse(*kept, case.offset, case.mask)
+                found = dot_lse(*kept, *case.ids, offset=case.offset, mask_positives=case.mask, need_max=case.groups)
+                sums = found[:3]
                 weights = [t[g].to(s.dtype) for g, s in zip(("g_rows", "g_cols", "g_positives"), sums, strict=True)]
-                return [*(s.detach() for s in sums), *torch.autograd.grad(sums, kept, weights)]
+                return [*(s.detach() for s in found), *torch.autograd.grad(sums, kept, weights)]
 
             eager, truth = outputs(torch.float32), outputs(torch.float64)
             exponent = case.scale * (t["x"].double() @ t["y"].double().T).abs().max().item()
             options = {"terms": case.n + case.m + case.d, "exponent": exponent, "features": case.dtype}
-            along = (truth[3] * t["x"]).abs().sum().item() / case.scale  # dscale cancels
-            for k, e, v in zip(("rows", "cols", "positives", "dx", "dy", "dscale"), eager, truth, strict=True):
+            along = (truth[-3] * t["x"]).abs().sum().item() / case.scale  # dscale cancels
+            for k, e, v in zip(self.names(case), eager, truth, strict=True):
                 found[f"{name} {k}"] = e, v, options | ({"magnitude": along} if k == "dscale" else {})
+        return found
+
+
+# ---------------------------------------------------------------- dot_softplus
+@dataclass(frozen=True)
+class SoftplusCase:
+    n: int = 38
+    m: int = 53
+    d: int = 24
+    offset: int = 5
+    scale: float = 3.0
+    bias: float = -1.0
+    ids: bool = False
+    attract: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+class Softplus(_Checked):
+    def __init__(
+        self, capability: int, tile: tuple[int, int, int, int, int], panel: int, cases: dict[str, SoftplusCase]
+    ):
+        self.capability, self.tile, self.panel, self.cases = capability, tile, panel, cases
+
+    @staticmethod
+    def arguments(case: SoftplusCase, double: bool = False) -> list[Any]:
+        torch.manual_seed(case.n)
+        x, y = (torch.randn(r, case.d) / math.sqrt(case.d) for r in (case.n, case.m))
+        ids = [torch.arange(r) % k + (1 << 40) for r, k in ((case.n, 7), (case.m, 9))] if case.ids else [None, None]
+        t = [x.to(case.dtype), y.to(case.dtype), torch.tensor(case.scale), torch.tensor(case.bias)]
+        t += [torch.rand(case.n), torch.rand(case.m)]
+        return [*(v.double() if double else v for v in t), *ids, case.offset, case.attract, True, True, True]
+
+    def run(self, fault: Fault | None) -> Iterator[dict[str, Tensor]]:
+        with faulty_modules("dot_softplus", fault) as launcher:
+            configs = importlib.import_module("cibr_kernels.ops.dot_lse.triton_configs")
+            small = configs.Config(*self.tile)
+            table = {key: configs.Configs(small, small, small) for key in configs.CONFIGS}
+            for name, case in self.cases.items():
+                with (
+                    patch.object(configs, "CONFIGS", table),
+                    patch.object(launcher, "CONFIGS", dict.fromkeys(launcher.CONFIGS, small)),
+                    patch.object(launcher, "panels", launcher.Panels(self.panel, self.panel)),
+                    emulated(self.capability, edit_ptx=fault.edit_ptx if fault else None),
+                ):
+                    outputs = launcher.forward(*self.arguments(case))
+                yield {f"{name} {k}": t for k, t in zip(self.names, outputs, strict=True)}
+
+    names = ("rows", "cols", "dx", "dy", "dscale", "dbias")
+
+    @cached_property
+    def expected(self) -> Case:
+        from cibr_kernels.ops.dot_softplus import reference
+
+        found: Case = {}
+        for name, case in self.cases.items():
+            eager, truth = (reference.forward(*self.arguments(case, double)) for double in (False, True))
+            x, y, _, _, u, v, *_ = self.arguments(case, True)
+            products = x @ y.T
+            exponent = case.scale * products.abs().max().item() + abs(case.bias)
+            weight = (u[:, None] + v).sum().item()  # dscale and dbias cancel
+            sizes = {"dbias": weight, "dscale": weight * products.abs().mean().item()}
+            for k, e, t in zip(self.names, eager, truth, strict=True):
+                found[f"{name} {k}"] = e, t, {
+                    "terms": case.n + case.m + case.d, "exponent": exponent, "magnitude": sizes.get(k, 0.0),
+                    "features": torch.float32 if k in ("rows", "cols", "dbias") else case.dtype,
+                }  # fmt: skip
         return found
 
 
@@ -216,6 +294,47 @@ class AdditiveTriton(_Additive):
                     yield {f"{name} {k}": t for k, t in zip(("J", "L", "ga", "gb", "gw"), outputs, strict=True)}
 
 
+class AdditiveScores(_Checked):
+    """Of a case n, m, h, the activation and its slope count."""
+
+    def __init__(self, capability: int, cases: dict[str, AdditiveCase]):
+        self.capability, self.cases = capability, cases
+
+    names = ("S", "da", "db", "dw")
+
+    @staticmethod
+    def outputs(module: Any, case: AdditiveCase, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        inputs, how = [t.to(dtype) for t in _Additive.inputs(case)], (case.activation, case.slope)
+        grad = (torch.randn(case.n, case.m, generator=torch.Generator().manual_seed(1)) / case.m).to(dtype)
+        return [module.forward(*inputs, *how), *module.backward(grad, *inputs, *how, True, True, True)]
+
+    def run(self, fault: Fault | None) -> Iterator[dict[str, Tensor]]:
+        with faulty_modules("additive_scores", fault) as launcher:
+            moments = launcher.moments
+            small = replace(moments.CONFIGS["kinked"], num_warps=2, unroll=2, unroll_gradient=2, block=16, block_h=16)
+            changes = {"CONFIGS": {"kinked": small, "smooth": small}, "PAD": 16, "PANEL_BYTES": 16 * 80 * 2 * 4}
+            with patch.multiple(moments, **changes):
+                for name, case in self.cases.items():
+                    with emulated(self.capability, edit_ptx=fault.edit_ptx if fault else None):
+                        outputs = self.outputs(launcher, case)
+                    yield {f"{name} {k}": t for k, t in zip(self.names, outputs, strict=True)}
+
+    @cached_property
+    def expected(self) -> Case:
+        from cibr_kernels.ops.additive_scores import reference
+
+        found: Case = {}
+        for name, case in self.cases.items():
+            eager, truth = (self.outputs(reference, case, dtype) for dtype in (torch.float32, torch.float64))
+            a, b, w = (t.double() for t in _Additive.inputs(case))
+            t = a[:, None] + b
+            options = {"terms": case.n + case.m + case.h, "exponent": 0.0, "features": torch.float32}
+            sizes = (t.abs() * w.abs()).sum(-1).max().item(), 0.0, 0.0, t.abs().max().item() * case.n
+            for k, e, v, size in zip(self.names, eager, truth, sizes, strict=True):
+                found[f"{name} {k}"] = e, v, {**options, "magnitude": size}
+        return found
+
+
 class AdditiveCuda(_Additive):
     """The launcher is the compiled module's; the fault is in the kernels that it launches."""
 
@@ -259,7 +378,23 @@ SUITES: dict[str, Suite] = {
         "fixed": DotCase(38, 53, 24, 5, 3.0, owned=True, dtype=torch.float16),
         "online": DotCase(38, 53, 24, 5, 200.0, owned=True, dtype=torch.float16),
     }),
+    "dot_groups": Dot(80, (16, 16, 16, 1, 2), 32, {
+        "low": DotCase(1, 4, 8, 0, 140.0, groups=True),  # the first column is empty, the last one underflows
+        "fixed": DotCase(38, 53, 24, 5, 40.0, groups=True), "online": DotCase(38, 53, 24, 5, 200.0, groups=True),
+    }),
+    "dot_alone": Dot(80, (16, 16, 16, 1, 2), 32, {"low": DotCase(1, 4, 8, 0, 140.0)}),  # one row: a column underflows
+    "dot_owned_groups": Dot(80, (16, 16, 16, 1, 2), 64, {
+        "fixed": DotCase(38, 53, 24, 5, 3.0, owned=True, dtype=torch.float16, groups=True),
+    }),
     "additive": AdditiveTriton(80, {"relu": AdditiveCase("relu"), "gelu": AdditiveCase("gelu", size=30.0)}),
+    "softplus": Softplus(80, (16, 16, 16, 1, 2), 32, {
+        "plain": SoftplusCase(), "left out": SoftplusCase(ids=True), "attract": SoftplusCase(ids=True, attract=True),
+        "low": SoftplusCase(scale=1.0, bias=-30.0),
+    }),
+    "softplus_sm80_bf16": Softplus(80, (32, 32, 16, 2, 3), 64, {
+        "bf16": SoftplusCase(70, 100, 64, 5, dtype=torch.bfloat16),
+    }),
+    "additive_scores": AdditiveScores(80, {"relu": AdditiveCase("relu"), "gelu": AdditiveCase("gelu", size=30.0)}),
     "additive_cuda": AdditiveCuda("80", {"relu": AdditiveCase("relu", n=130, m=140, offset=7)}),
 }  # fmt: skip
 

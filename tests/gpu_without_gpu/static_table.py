@@ -52,6 +52,44 @@ def _contrastive(dtype: torch.dtype, d: int, stash: bool) -> None:
         ck.set_stash_budget(before)
 
 
+def _sums(dtype: torch.dtype, d: int, stash: bool = False, ids: bool = False, maxima: bool = False) -> None:
+    from cibr_kernels.ops.dot_lse.op import dot_lse
+
+    x, y = (torch.empty(4096, d, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+    scale = torch.empty((), device="cuda", requires_grad=True)
+    groups = torch.empty(4096, device="cuda", dtype=torch.int64) if ids else None
+    before = ck.stash_budget()
+    ck.set_stash_budget(1 << 40 if stash else 0)
+    try:
+        found = dot_lse(x, y, scale, row_ids=groups, col_ids=groups, need_max=maxima, backend="triton")
+        record.backward(found[0].mean() + found[1].mean() - found[2].mean())
+    finally:
+        ck.set_stash_budget(before)
+
+
+def _softplus(dtype: torch.dtype, ids: bool = False, attract: bool = False, sums: bool = False) -> None:
+    from cibr_kernels.ops.dot_softplus.op import dot_softplus, dot_softplus_sums
+
+    x, y = (torch.empty(4096, 512, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+    scale, bias = (torch.empty((), device="cuda", requires_grad=True) for _ in range(2))
+    weights = torch.empty(4096, device="cuda")
+    groups = torch.empty(4096, device="cuda", dtype=torch.int64) if ids else None
+    how = {"row_ids": groups, "col_ids": groups, "attract": attract, "backend": "triton"}
+    if sums:
+        rows, cols = dot_softplus_sums(x, y, scale, bias, **how)
+        record.backward(rows.mean() + cols.mean())
+    else:
+        record.backward(dot_softplus(x, y, scale, bias, weights, **how))
+
+
+def _scores(activation: str) -> None:
+    from cibr_kernels.ops.additive_scores.op import additive_scores
+
+    a, b = (torch.empty(4096, 512, device="cuda", requires_grad=True) for _ in range(2))
+    w = torch.empty(512, device="cuda", requires_grad=True)
+    record.backward(additive_scores(a, b, w, activation=activation, backend="triton").mean())
+
+
 def _critic(activation: str) -> None:
     from cibr_kernels.ops.additive_moments.op import additive_moments
 
@@ -79,8 +117,21 @@ CASES: dict[str, Callable[[], None]] = {
     "clip_loss bf16 D=512 stash": lambda: _contrastive(torch.bfloat16, 512, True),
     "clip_loss bf16 D=100": lambda: _contrastive(torch.bfloat16, 100, False),
     "clip_loss fp32 D=512": lambda: _contrastive(torch.float32, 512, False),
+    "dot_lse bf16 D=512 ids": lambda: _sums(torch.bfloat16, 512, ids=True),
+    "dot_lse bf16 D=512 maxima": lambda: _sums(torch.bfloat16, 512, maxima=True),
+    "dot_lse bf16 D=512 ids maxima stash": lambda: _sums(torch.bfloat16, 512, stash=True, ids=True, maxima=True),
+    "dot_lse bf16 D=100 ids": lambda: _sums(torch.bfloat16, 100, ids=True),
+    "dot_lse fp32 D=512 ids maxima": lambda: _sums(torch.float32, 512, ids=True, maxima=True),
+    "dot_softplus bf16 D=512": lambda: _softplus(torch.bfloat16),
+    "dot_softplus bf16 D=512 attract": lambda: _softplus(torch.bfloat16, ids=True, attract=True),
+    "dot_softplus bf16 D=512 sums": lambda: _softplus(torch.bfloat16, sums=True),
+    "dot_softplus bf16 D=512 ids sums": lambda: _softplus(torch.bfloat16, ids=True, sums=True),
+    "dot_softplus fp32 D=512": lambda: _softplus(torch.float32),
+    "dot_softplus fp32 D=512 ids sums": lambda: _softplus(torch.float32, ids=True, sums=True),
     "additive_moments relu H=512": lambda: _critic("relu"),
     "additive_moments gelu H=512": lambda: _critic("gelu"),
+    "additive_scores relu H=512": lambda: _scores("relu"),
+    "additive_scores gelu H=512": lambda: _scores("gelu"),
     "additive_shifts relu H=512": lambda: _shifts("relu"),
     "additive_shifts gelu H=512": lambda: _shifts("gelu"),
     "log_mean_exp fp32": lambda: _log_mean_exp(torch.float32),

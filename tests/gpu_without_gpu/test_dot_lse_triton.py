@@ -13,9 +13,9 @@ from executor import emulated
 from torch import Tensor
 
 from cibr_kernels.ops import triton_call
-from cibr_kernels.ops.dot_lse import reference
+from cibr_kernels.ops.dot_lse import reference, triton_configs
 from cibr_kernels.ops.dot_lse import triton as backend
-from cibr_kernels.ops.dot_lse.triton_configs import Tiles
+from cibr_kernels.ops.dot_lse.triton_configs import CONFIGS, Config, Configs, Tiles
 from cibr_kernels.testing import assert_close
 
 CAPABILITIES = (80, 90, 100, 120)
@@ -34,6 +34,11 @@ class Case(NamedTuple):
     owned: bool = False  # the backward without P in memory
     need_dx: bool = True
     need_dy: bool = True
+    groups: str = ""  # ids(); where there are groups, maxima too
+
+    @property
+    def maxima(self) -> bool:
+        return self.groups != ""
 
 
 RAGGED = Case()
@@ -56,6 +61,23 @@ RUNS = [(capability, dtype, RAGGED) for capability in CAPABILITIES for dtype in 
     (CAPABILITIES[i % 4], DTYPES[i % 3], case) for i, case in enumerate(CASES)
 ]
 ALL = [(c, dtype, case) for c in CAPABILITIES for dtype in DTYPES for case in CASES if (c, dtype, case) not in RUNS]
+SMALL = Case(n=37, m=70, d=32, offset=17)
+GROUPED = [  # (mask, cols, stash) everywhere, the groups in turn
+    *(SMALL._replace(groups="few", kind=kind) for kind in ("unit", "raw")),
+    *(SMALL._replace(groups="few", kind=kind, owned=True) for kind in ("unit", "opposed")),
+    SMALL._replace(groups="few", stash=True, mask=False),
+    SMALL._replace(groups="few", cols=False, mask=False, kind="raw"),
+    SMALL._replace(groups="rows"),
+    SMALL._replace(groups="columns", stash=True),
+    SMALL._replace(groups="rows", kind="opposed"),  # rows that underflow among rows that are empty
+    SMALL._replace(groups="columns", kind="raw", mask=False),
+    SMALL._replace(groups="last"),  # a row's only column is the last: some underflow
+    SMALL._replace(groups="one", scale=1.0),
+    SMALL._replace(groups="one", kind="raw", mask=False),
+    SMALL._replace(groups="one", cols=False, owned=True),
+    SMALL._replace(groups="apart", mask=False, stash=True),  # nothing but maxima
+    Case(n=1, m=1, d=1, offset=0, groups="apart"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -74,22 +96,46 @@ def problem(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, lis
     return x.to(dtype), y.to(dtype), torch.tensor(case.scale), gradients
 
 
+def ids(case: Case) -> tuple[Tensor | None, Tensor | None]:
+    """(n,) and (m,), or None twice.  Numbers whose lower 32 bits are all the same.
+
+    "few": groups of several rows and columns.  "rows", "columns": one group has all columns (rows) and every third row
+    (column), whose sums are empty.  "last": one group has all but the last column.  "one": a single group, no sum has
+    a term.  "apart": no two are alike.
+    """
+    i, j = torch.arange(case.n), torch.arange(case.m)
+    if not case.groups:
+        return None, None
+    rows, cols = {
+        "few": (i % 4, j % 5),
+        "rows": ((i % 3 > 0).long(), 0 * j),
+        "columns": (0 * i, (j % 3 > 0).long()),
+        "last": (0 * i, (j == case.m - 1).long()),
+        "one": (0 * i, 0 * j),
+        "apart": (i, case.n + j),
+    }[case.groups]
+    return rows << 32, cols << 32
+
+
 def run(module, case: Case, x: Tensor, y: Tensor, scale: Tensor, gradients: list[Tensor]) -> dict[str, Tensor]:
     """Every output of a backend by name, `stash_offset` among them."""
+    groups = ids(case)
     owned_width = 128 if case.owned else 0
     backend.panels = dataclasses.replace(backend.panels, owned_width=owned_width)
     stash = x.new_empty(0)
     if case.stash:
         shape, dtype = module.stash_shape(case.n, case.m, x.dtype)
         stash = torch.empty(shape, dtype=dtype)
-    out = module.forward(x, y, scale, case.offset, case.mask, case.cols, stash)
+    out = module.forward(x, y, scale, *groups, case.offset, case.mask, case.cols, case.maxima, stash)
     grads = module.backward(
-        *gradients, x, y, scale, *out, stash, case.offset, case.mask, case.need_dx, case.need_dy
+        *gradients, x, y, scale, *groups, *out[:3], out[5], stash, case.offset, case.mask, case.need_dx, case.need_dy
     )  # fmt: skip
-    return dict(zip(("rows", "cols", "positives", "stash_offset", "dx", "dy", "dscale"), (*out, *grads), strict=True))
+    names = ("rows", "cols", "positives", "row_max", "col_max", "stash_offset", "dx", "dy", "dscale")
+    return dict(zip(names, (*out, *grads), strict=True))
 
 
 def check(case: Case, dtype: torch.dtype, actual: dict[str, Tensor], inputs: tuple) -> None:
+    """Holds every output to the rule, and the mode to what the sums need."""
     x, y, scale, gradients = inputs
     eager = run(reference, case, x, y, scale, gradients)
     truth = run(reference, case, x.double(), y.double(), scale.double(), [g.double() for g in gradients])
@@ -107,6 +153,10 @@ def check(case: Case, dtype: torch.dtype, actual: dict[str, Tensor], inputs: tup
             name, actual[name][finite], eager[name][finite], t[finite], terms=max(case.n, case.m),
             exponent=logits.abs().max().item(), features=dtype, magnitude=magnitudes.get(name, 0.0),
         )  # fmt: skip
+    bound = case.scale * math.prod(t.double().norm(dim=1).max().item() for t in (x, y))
+    sums = torch.cat([truth["rows"], truth["cols"]])
+    underflow = (sums.isfinite() & (sums < max(0.0, bound - 60) - 55)).any().item()
+    assert actual["stash_offset"].isnan().item() == (bound > 110 or underflow)  # NaN: the online mode
 
 
 def expected_kernels(case: Case, dtype: torch.dtype) -> set[str]:
@@ -127,7 +177,6 @@ def compare(capability: int, dtype: torch.dtype, case: Case) -> list[str]:
     with emulated(capability) as gpu:
         actual = run(backend, case, x, y, scale, gradients)
     check(case, dtype, actual, inputs)
-    assert actual["stash_offset"].isnan().item() == (case.kind != "unit")  # NaN: the online mode
     return [name for name, _ in gpu.launches]
 
 
@@ -140,6 +189,19 @@ def test_matches_float64(capability, dtype, case):
 @pytest.mark.parametrize(("capability", "dtype", "case"), ALL, ids=str)
 def test_matches_float64_everywhere(capability, dtype, case):
     assert GRADIENT_KERNELS.intersection(compare(capability, dtype, case)) == expected_kernels(case, dtype)
+
+
+@pytest.mark.parametrize(("number", "case"), list(enumerate(GROUPED)), ids=str)
+def test_groups_and_maxima(number, case, monkeypatch):
+    """Tiles of 16 x 16 make a few of the small problem."""
+    small = Config(16, 16, 16, 1, 2)
+    monkeypatch.setattr(triton_configs, "CONFIGS", dict.fromkeys(CONFIGS, Configs(small, small, small)))
+    compare(80, torch.float16 if case.owned else DTYPES[number % 3], case)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_groups_and_maxima_on_every_target(capability):
+    compare(capability, torch.bfloat16, RAGGED._replace(groups="few", mask=capability < 100, stash=capability == 90))
 
 
 @pytest.mark.parametrize("stash", [False, True])
@@ -216,13 +278,13 @@ def test_float16_keeps_the_digits_of_small_and_large_gradients(size):
     case = RAGGED._replace(scale=2.0)
     x, y, scale, gradients = problem(case, torch.float16)
     with emulated(90):
-        forward = backend.forward(x, y, scale, case.offset, True, True, x.new_empty(0))
-        args = (x, y, scale, *forward, x.new_empty(0), case.offset, True, True, True)
+        forward = backend.forward(x, y, scale, None, None, case.offset, True, True, False, x.new_empty(0))
+        args = (x, y, scale, None, None, *forward[:3], forward[5], x.new_empty(0), case.offset, True, True, True)
         scaled = backend.backward(*(g * size for g in gradients), *args)
     weights = [g.double() * size for g in gradients]
     doubles = [t.double() for t in (x, y, scale, *forward[:3])]
     truth = reference.backward(
-        *weights, *doubles, forward[3], x.new_empty(0), case.offset, True, True, True
+        *weights, *doubles[:3], None, None, *doubles[3:], forward[5], x.new_empty(0), case.offset, True, True, True
     )  # fmt: skip
     error = (scaled[2] - truth[2]).abs() / truth[2].abs()
     assert error < 2 * torch.finfo(torch.float16).eps, error

@@ -29,20 +29,57 @@ def features(n: int = 5, m: int = 7, d: int = 3) -> list[Tensor]:
 
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ids", [False, True])  # with ids also the maxima
 @pytest.mark.parametrize(
     ("mask", "need_cols", "budget"), [(True, True, 0), (True, False, 0), (True, True, LARGE), (False, True, 0)]
 )
-def test_dot_lse(mask, need_cols, budget, dtype, backend):
+def test_dot_lse(mask, need_cols, budget, ids, dtype, backend):
     x, y = leaves(*features(), dtype=dtype)
     scale = torch.tensor(3.0, requires_grad=True)
     # without kept exponentials their offset is NaN, which the last check takes for a difference
     checks = CHECKS if budget and backend == "native" else CHECKS[:3]
-    opcheck(OPS.dot_lse_forward, (x, y, scale, 1, mask, need_cols, budget, backend), test_utils=checks)
-    saved = OPS.dot_lse_forward(x, y, scale, 1, mask, need_cols, budget, backend)
+    groups = (torch.arange(5) % 3, torch.arange(7) % 4) if ids else (None, None)
+    arguments = x, y, scale, *groups, 1, mask, need_cols, ids, budget, backend
+    opcheck(OPS.dot_lse_forward, arguments, test_utils=checks)
+    saved = OPS.dot_lse_forward(*arguments)
     grads = [torch.ones_like(t) for t in saved[:3]]
     for need_dx, need_dy in ((True, True), (True, False), (False, True)):
-        arguments = *grads, x, y, scale, *saved, 1, mask, need_dx, need_dy, backend
+        arguments = *grads, x, y, scale, *groups, *saved[:3], *saved[5:], 1, mask, need_dx, need_dy, backend
         opcheck(OPS.dot_lse_backward, tuple(detached(arguments)), test_utils=CHECKS)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("cols", [False, True])
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)])
+def test_dot_softplus(needs, cols, ids, dtype, backend):
+    x, y = (t.requires_grad_(need) for t, need in zip(leaves(*features(), dtype=dtype), needs, strict=True))
+    scale, bias, u = leaves(torch.tensor(3.0), torch.tensor(-1.0), torch.rand(5))
+    v = leaves(torch.rand(7))[0] if cols else None
+    if needs == (False, False):
+        scale, bias = scale.detach(), bias.detach()
+    groups = (torch.arange(5) % 3, torch.arange(7) % 4) if ids else (None, None)
+    options = *groups, 1, ids
+    opcheck(OPS.dot_softplus_total, (x, y, scale, bias, u, v, *options, *needs, backend), test_utils=CHECKS)
+    opcheck(OPS.dot_softplus_forward, (x, y, scale, bias, *options, cols, backend), test_utils=CHECKS)
+    if any(needs):
+        arguments = torch.ones(5), torch.ones(7 if cols else 0), x, y, scale, bias, *options, *needs, backend
+        opcheck(OPS.dot_softplus_backward, tuple(detached(arguments)), test_utils=CHECKS)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "needs", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
+)
+def test_additive_scores(needs, dtype, backend):
+    inputs = [
+        t.requires_grad_(need) for t, need in zip(leaves(*features(), torch.randn(3), dtype=dtype), needs, strict=True)
+    ]
+    opcheck(OPS.additive_scores_forward, (*inputs, "gelu", 0.0, backend), test_utils=CHECKS)
+    arguments = torch.ones(5, 7), *inputs, "gelu", 0.0, *needs, backend
+    opcheck(OPS.additive_scores_backward, tuple(detached(arguments)), test_utils=CHECKS)
 
 
 @each_backend

@@ -45,5 +45,5 @@ def forward(
             processors=found.processors, score_budget=SCORE_BUDGET,
         )  # fmt: skip
     else:
-        call("additive_moments", "AdditiveMoments", **fields)
+        call("additive_moments", "AdditiveMoments", a.numel() * b.shape[0], **fields)
     return moments[0].clone(), moments[1].clone(), ga, gb, gw

@@ -22,7 +22,7 @@ def _gelu_tanh_slope(t: Tensor) -> Tensor:
     return (1 + u) / 2 + t * (1 - u * u) / 2 * GELU_C * (1 + 3 * 0.044715 * t * t)
 
 
-# name: (phi(t, slope), phi'(t, slope)); the order is `enum Activation` of csrc/additive_moments/additive_moments.h
+# name: (phi(t, slope), phi'(t, slope)); the order is `enum Activation` of csrc/common/activation_names.h
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], Callable[[Tensor, float], Tensor]]] = {
     "relu": (lambda t, s: t.relu(), lambda t, s: (t > 0).to(t.dtype)),
     "leaky_relu": (lambda t, s: F.leaky_relu(t, s), lambda t, s: torch.where(t > 0, 1.0, s).to(t.dtype)),

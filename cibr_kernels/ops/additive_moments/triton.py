@@ -49,6 +49,7 @@ def forward(
     for panel in range(sweep.panels):
         sweep.scores(panel)
         if sweep.side_a or sweep.side_b:
+            sweep.weigh(panel)
             sweep.gradients(panel)
     return sweep.j, sweep.el, *sweep.finish()
 
@@ -130,16 +131,22 @@ class _Sweep:
             {"LAST": panel == self.panels - 1, "BLOCK": 512},
         )  # fmt: skip
 
+    def weigh(self, panel: int) -> None:
+        """S of the panel's pairs to their weights, in the panel's unit, in both orders where both are needed."""
+        first, end = self._rows_of(panel)
+        block, stride = self.config.block, _up(end - first, self.config.block)
+        triton_call.launch(
+            _kernels().weigh, (stride // block * (self.m_padded // block),),
+            {"s": self.s, "s_transposed": self.s_transposed, "run": self.run, "panel": panel, "rows_padded": stride,
+             "m_padded": self.m_padded},
+            {"KEEP": self.side_b, "TRANSPOSE": self.side_a, "BLOCK": block},
+        )  # fmt: skip
+
     def gradients(self, panel: int) -> None:
         """Adds the panel's pairs to the unscaled gradients."""
         first, end = self._rows_of(panel)
         block, stride = self.config.block, _up(end - first, self.config.block)
         state = {"run": self.run, "panel": panel}
-        triton_call.launch(
-            _kernels().weigh, (stride // block * (self.m_padded // block),),
-            {"s": self.s, "s_transposed": self.s_transposed, **state, "rows_padded": stride, "m_padded": self.m_padded},
-            {"KEEP": self.side_b, "TRANSPOSE": self.side_a, "BLOCK": block},
-        )  # fmt: skip
         here = self.inputs["a"][first:end]
         if self.side_a:
             self._gradient(

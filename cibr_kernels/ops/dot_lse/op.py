@@ -1,8 +1,8 @@
 """Row and column log-sum-exp of all-pairs dot products: what every loss of the dot family is an O(n) function of.
 
     l_ij = scale <x_i, y_j>        positives_i = l_i,offset+i
-    rows_i = log sum_j exp l_ij    cols_j = log sum_i exp l_ij, both without the positives when they are masked
-
+    rows_i = log sum_j exp l_ij    cols_j = log sum_i exp l_ij, both without the positives when they are masked, and
+                                   without pairs of one group where rows and columns have ids
     G_ij = exp(l_ij - rows_i) g_rows_i + exp(l_ij - cols_j) g_cols_j,  and g_positives_i at the positives, in float32
     dx = scale G y    dy = scale G^T x    dscale = sum_ij G_ij <x_i, y_j> = sum_i <x_i, dx_i> / scale
 
@@ -44,41 +44,55 @@ def dot_lse(
     y: Tensor,  # (m, d)
     scale: Tensor,  # ()
     *,
+    row_ids: Tensor | None = None,  # (n,) int64
+    col_ids: Tensor | None = None,  # (m,) int64
     offset: int = 0,
     mask_positives: bool = True,
     need_cols: bool = True,
+    need_max: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """-> rows (n,), cols (m,) ((0,) unless needed), positives (n,), float32, differentiable in all three.  No checks.
 
-    Row i's positive is column offset + i <= m.  The log of an empty sum is -inf and has no gradient.
+    Row i's positive is column offset + i < m.  The log of an empty sum is -inf and has no gradient.
+    Pairs with row_ids_i = col_ids_j take no part in the sums either, whether positives or not.
+    need_max: two more, the largest l_ij of each sum, (n,) and (m,) ((0,) unless cols are needed), without gradient.
     """
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad)
     budget = _STASH_BYTES if needs_grad else 0
     x, y = x.contiguous(), y.contiguous()
-    return dot_lse_forward(x, y, scale, offset, mask_positives, need_cols, budget, backend)[:3]
+    rows, cols, positives, *maxima, _, _ = dot_lse_forward(
+        x, y, scale, row_ids, col_ids, offset, mask_positives, need_cols, need_max, budget, backend
+    )
+    return (rows, cols, positives, *maxima) if need_max else (rows, cols, positives)
 
 
 @torch.library.custom_op("cibr_kernels::dot_lse_forward", mutates_args=())
 def dot_lse_forward(
-    x: Tensor, y: Tensor, scale: Tensor, offset: int, mask_positives: bool, need_cols: bool, budget: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> rows (n,), cols (m,) or (0,), positives (n,), stash offset (), stash (empty where it exceeds the budget).
+    x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, offset: int,
+    mask_positives: bool, need_cols: bool, need_max: bool, budget: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> rows (n,), cols (m,) or (0,), positives (n,), row maxima (n,) or (0,), column maxima (m,) or (0,), stash
+    offset (), stash (empty where it exceeds the budget).
 
     The stash offset is that of the exponentials in the stash, NaN where it was not written; without a stash it is what
     the backend's own backward wants.
     """
     checks.positive("logit_scale", scale)
     stash = _stash(x, y, budget, backend)
-    outputs = backends.run("dot_lse", "forward", backend, (x, y), x, y, scale, offset, mask_positives, need_cols, stash)
+    outputs = backends.run(
+        "dot_lse", "forward", backend, (x, y), x, y, scale, row_ids, col_ids, offset, mask_positives, need_cols,
+        need_max, stash,
+    )  # fmt: skip
     return *outputs, stash
 
 
 @dot_lse_forward.register_fake
-def _(x, y, scale, offset, mask_positives, need_cols, budget, backend):
-    n, m = x.shape[0], y.shape[0]
+def _(x, y, scale, row_ids, col_ids, offset, mask_positives, need_cols, need_max, budget, backend):
+    n, m = x.shape[0], y.shape[0] if need_cols else 0
     new = scale.new_empty
-    return new((n,)), new((m if need_cols else 0,)), new((n,)), new(()), _stash(x, y, budget, backend)
+    maxima = (new((n,)), new((m,))) if need_max else (new((0,)), new((0,)))
+    return new((n,)), new((m,)), new((n,)), *maxima, new(()), _stash(x, y, budget, backend)
 
 
 def _stash(x: Tensor, y: Tensor, budget: int, backend: str) -> Tensor:
@@ -89,14 +103,15 @@ def _stash(x: Tensor, y: Tensor, budget: int, backend: str) -> Tensor:
 
 @torch.library.custom_op("cibr_kernels::dot_lse_backward", mutates_args=())
 def dot_lse_backward(
-    g_rows: Tensor, g_cols: Tensor, g_positives: Tensor, x: Tensor, y: Tensor, scale: Tensor, rows: Tensor,
-    cols: Tensor, positives: Tensor, stash_offset: Tensor, stash: Tensor, offset: int, mask_positives: bool,
-    need_dx: bool, need_dy: bool, backend: str,
+    g_rows: Tensor, g_cols: Tensor, g_positives: Tensor, x: Tensor, y: Tensor, scale: Tensor,
+    row_ids: Tensor | None, col_ids: Tensor | None, rows: Tensor, cols: Tensor, positives: Tensor,
+    stash_offset: Tensor, stash: Tensor, offset: int, mask_positives: bool, need_dx: bool, need_dy: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx (n, d), dy (m, d), each empty unless needed, and dscale ()."""
     return backends.run(
         "dot_lse", "backward", backend, (x, y), g_rows.contiguous(), g_cols.contiguous(), g_positives.contiguous(),
-        x, y, scale, rows, cols, positives, stash_offset, stash, offset, mask_positives, need_dx, need_dy,
+        x, y, scale, row_ids, col_ids, rows, cols, positives, stash_offset, stash, offset, mask_positives, need_dx,
+        need_dy,
     )  # fmt: skip
 
 
@@ -109,8 +124,10 @@ def _(g_rows, g_cols, g_positives, x, y, scale, *rest):
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, y, scale, ctx.offset, ctx.mask_positives, _, _, ctx.backend = inputs
-    ctx.save_for_backward(x, y, scale, *output)
+    *tensors, ctx.offset, ctx.mask_positives, _, _, _, ctx.backend = inputs
+    rows, cols, positives, row_max, col_max, *stash = output
+    ctx.mark_non_differentiable(row_max, col_max)
+    ctx.save_for_backward(*tensors, rows, cols, positives, *stash)
 
 
 def _backward(ctx, g_rows, g_cols, g_positives, *_):
@@ -120,7 +137,7 @@ def _backward(ctx, g_rows, g_cols, g_positives, *_):
         g_rows, g_cols, g_positives, *ctx.saved_tensors, ctx.offset, ctx.mask_positives, need_x or not need_y, need_y,
         ctx.backend,
     )  # fmt: skip
-    return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, *(None,) * 5
+    return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, *(None,) * 8
 
 
 dot_lse_forward.register_autograd(_backward, setup_context=_setup)

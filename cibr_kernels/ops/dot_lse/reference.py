@@ -13,17 +13,31 @@ NONE = float("-inf")
 
 
 def dot_lse(
-    x: Tensor, y: Tensor, scale: Tensor, offset: int = 0, mask_positives: bool = True, need_cols: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None = None, col_ids: Tensor | None = None, offset: int = 0,
+    mask_positives: bool = True, need_cols: bool = True, need_max: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """x (n, d), y (m, d), scale () -> rows (n,), cols (m,) or (0,), positives (n,), differentiable in all three.
 
-    With `mask_positives` they take no part in the sums; the sum of nothing is -inf.
+    With `mask_positives` they take no part in the sums, nor do pairs with row_ids_i = col_ids_j; the sum of nothing is
+    -inf.  `need_max`: also the largest logit of each sum, (n,) and (m,) or (0,).
     """
     logits = scale * (_promote(x) @ _promote(y).T)  # (n, m)
     positives = logits.diagonal(offset)[: len(x)]
-    if mask_positives:
-        logits = logits.masked_fill(is_positive(len(x), len(y), offset, x.device), NONE)
-    return _logsumexp(logits, 1), _logsumexp(logits, 0) if need_cols else logits.new_empty(0), positives
+    logits = logits.masked_fill(is_masked(len(x), len(y), row_ids, col_ids, offset, mask_positives, x.device), NONE)
+    cols = _logsumexp(logits, 0) if need_cols else logits.new_empty(0)
+    if not need_max:
+        return _logsumexp(logits, 1), cols, positives
+    col_max = logits.detach().amax(0) if need_cols else cols
+    return _logsumexp(logits, 1), cols, positives, logits.detach().amax(1), col_max
+
+
+def is_masked(
+    n: int, m: int, row_ids: Tensor | None, col_ids: Tensor | None, offset: int, mask_positives: bool,
+    device: torch.device,
+) -> Tensor:  # fmt: skip
+    """(n, m) bool: True at the pairs that take no part in the sums."""
+    masked = is_positive(n, m, offset, device) & mask_positives
+    return masked if row_ids is None or col_ids is None else masked | (row_ids[:, None] == col_ids)
 
 
 def is_positive(n: int, m: int, offset: int, device: torch.device) -> Tensor:
@@ -51,24 +65,25 @@ def stash_shape(n: int, m: int, dtype: torch.dtype) -> tuple[tuple[int, ...], to
 
 
 def forward(
-    x: Tensor, y: Tensor, scale: Tensor, offset: int, mask_positives: bool, need_cols: bool, stash: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> rows (n,), cols (m,) or (0,), positives (n,), stash offset () (NaN: not written)."""
-    rows, cols, positives = dot_lse(x, y, scale, offset, mask_positives, need_cols)
-    return rows, cols, positives.clone(), torch.full_like(scale, float("nan"), dtype=rows.dtype)
+    x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, offset: int,
+    mask_positives: bool, need_cols: bool, need_max: bool, stash: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """-> rows (n,), cols (m,) or (0,), positives (n,), maxima of both or (0,), stash offset () (NaN: no stash)."""
+    rows, cols, positives, *maxima = dot_lse(x, y, scale, row_ids, col_ids, offset, mask_positives, need_cols, need_max)
+    row_max, col_max = (t.clone() for t in maxima) if need_max else (rows.new_empty(0), rows.new_empty(0))
+    return rows, cols, positives.clone(), row_max, col_max, torch.full_like(scale, float("nan"), dtype=rows.dtype)
 
 
 def backward(
-    g_rows: Tensor, g_cols: Tensor, g_positives: Tensor, x: Tensor, y: Tensor, scale: Tensor, rows: Tensor,
-    cols: Tensor, positives: Tensor, stash_offset: Tensor, stash: Tensor, offset: int, mask_positives: bool,
-    need_dx: bool, need_dy: bool,
+    g_rows: Tensor, g_cols: Tensor, g_positives: Tensor, x: Tensor, y: Tensor, scale: Tensor,
+    row_ids: Tensor | None, col_ids: Tensor | None, rows: Tensor, cols: Tensor, positives: Tensor,
+    stash_offset: Tensor, stash: Tensor, offset: int, mask_positives: bool, need_dx: bool, need_dy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx (n, d), dy (m, d), each empty unless needed, dscale ()."""
     n, m = len(x), len(y)
     cosines = _promote(x) @ _promote(y).T
-    logits = scale * cosines
-    if mask_positives:
-        logits = logits.masked_fill(is_positive(n, m, offset, x.device), NONE)
+    masked = is_masked(n, m, row_ids, col_ids, offset, mask_positives, x.device)
+    logits = (scale * cosines).masked_fill(masked, NONE)
     g = (logits - rows.masked_fill(rows == NONE, 0.0)[:, None]).exp() * g_rows[:, None]
     if cols.numel():
         g += (logits - cols.masked_fill(cols == NONE, 0.0)).exp() * g_cols

@@ -7,6 +7,10 @@ tiles are folded into the totals.  Backward, 3 passes: panels of `backward_rows`
 dtype, then two of the vendor's matmuls, dx = P y and dy += P^T x, with float32 sums.  With a stash the scores are not
 made again: 2 passes.  The online mode's launches always happen, and return at once where the mode is another.
 Half-precision features of up to `owned_width` have a backward without P in memory: 2 passes for dx and 2 for dy.
+Ids are read as they are, int64, by every kernel that makes scores; a stash holds 0 at the pairs that they mask.  The
+maxima are found in the tiles, folded like sums, and cost no pass.  On sm_100 either takes the registers that strips of
+tiles need, so that a program makes one tile.  A sum that looks like an underflow may be that of nothing: only then are
+ids searched for a pair that takes part, n m comparisons where every sum is empty.
 
 Workspace in bytes, with 128 x 128 tiles:
     forward     forward_rows / 128 * 12 m + O(n + m)            384 m by default (640 m on sm_100, 64 columns online)
@@ -29,6 +33,7 @@ from cibr_kernels.ops.triton_call import unsupported  # noqa: F401
 
 BLOCK_R = 16  # rows of features that a program of an elementwise kernel takes
 BLOCK_L = 128  # elements of (n,) and (m,)
+BLOCK_T = 32  # tiles that are folded, or ids that are looked at, at a time
 ALIGNMENT = 32  # divides the features' width, or they are copied
 # addmm of half precision onto float32: PyTorch 2.8 and 2.9 refuse it (pytorch#167931), on ROCm float32 results at all.
 ADDS_TO_FLOAT32 = torch.__version__ >= "2.11"
@@ -55,21 +60,22 @@ def stash_shape(n: int, m: int, dtype: torch.dtype) -> tuple[tuple[int, ...], to
 
 
 def forward(
-    x: Tensor, y: Tensor, scale: Tensor, offset: int, mask_positives: bool, need_cols: bool, stash: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> rows (n,), cols (m,) or (0,), positives (n,), stash offset (); fills the stash.
+    x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, offset: int,
+    mask_positives: bool, need_cols: bool, need_max: bool, stash: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """-> rows (n,), cols (m,) or (0,), positives (n,), row and column maxima or (0,), stash offset (); fills the stash.
 
     The stash offset is that of the exponentials, stashed or not: NaN where there is none, in the online mode.
     """
     from cibr_kernels.ops.dot_lse import triton_forward as kernels
 
-    x, y = _aligned(x), _aligned(y)
+    x, y, pairs = _aligned(x), _aligned(y), _Pairs.of(row_ids, col_ids, offset, mask_positives)
     n, d, m = x.shape[0], x.shape[1], y.shape[0]
     new = scale.new_empty
     rows, cols, positives, stash_offset = new(n), new(m if need_cols else 0), new(n), new(())
     mode, offset2 = _choose_mode(x, y, scale, offset, positives)
     height = min(panels.forward_rows, n)
-    tiles, online = Tiles.of("scores", x), Tiles.of("online", x)
+    tiles, online = Tiles.of("scores", x, strips=not (need_max or pairs.grouped)), Tiles.of("online", x)
     strip = tiles.strip_tiles(height, m) * tiles.config.block_m  # rows of a program
     online_strip = 4 * online.config.block_m
     most_tiles = max(blocks(m, t.config.block_n) for t in (tiles, online))
@@ -77,28 +83,29 @@ def forward(
     part_rows, part_cols = new((2, most_tiles, height)), new((2, most_strips, cols.numel()))  # maxima and sums
     sums = {"row_sum": part_rows[1], "col_sum": part_cols[1]}
     maxima = {"row_max": part_rows[0], "col_max": part_cols[0]}
+    kept = maxima if need_max else dict.fromkeys(maxima)
     totals = {"row_max": new(n), "row_sum": rows, "col_max": new(cols.shape), "col_sum": cols}
     vectors = blocks(n, BLOCK_L) + blocks(cols.numel(), BLOCK_L)
     finish = {
-        "mode": mode, "offset2": offset2, "row_max": totals["row_max"], "rows": rows, "col_max": totals["col_max"],
-        "cols": cols, "positives": positives, "stash_offset": stash_offset, "n": n, "m": m,
-        "row_blocks": blocks(n, BLOCK_L),
+        "mode": mode, "offset2": offset2, **pairs.args, "row_max": totals["row_max"], "rows": rows,
+        "col_max": totals["col_max"], "cols": cols, "positives": positives, "stash_offset": stash_offset, "n": n,
+        "m": m, "row_blocks": blocks(n, BLOCK_L),
     }  # fmt: skip
 
     for wanted, t, strip_rows in ((kernels.FIXED, tiles, strip), (kernels.ONLINE, online, online_strip)):
         wanted, col_tiles = wanted.value, blocks(m, t.config.block_n)
-        operands, constants = t.operands(x, y), {"MASK": mask_positives, "COLS": need_cols, **t.constants}
+        operands, constants = t.operands(x, y), {**pairs.constants, "COLS": need_cols, **t.constants}
         for first in range(0, n, height):
             end = min(first + height, n)
             strips = blocks(end - first, strip_rows)
             problem = {
-                **operands, "scale": scale, "mode": mode, **sums, "first_row": first, "n": end, "m": m, "d": d,
-                "offset": offset, "panel": height, "strips": strips, "strip_tiles": strip_rows // t.config.block_m,
+                **operands, "scale": scale, "mode": mode, **pairs.args, **sums, "first_row": first, "n": end, "m": m,
+                "d": d, "panel": height, "strips": strips, "strip_tiles": strip_rows // t.config.block_m,
             }  # fmt: skip
             if t is tiles:
-                problem |= {"offset2": offset2, "stash": t.output(stash[first:end]), "pitch": _pitch(m)}
-                kept = {"STASH": stash.numel() > 0, "STRIPS": t.strips}
-                triton_call.launch(kernels.scores_kernel, (strips * col_tiles,), problem, constants | kept, **t.options)
+                problem |= {**kept, "offset2": offset2, "stash": t.output(stash[first:end]), "pitch": _pitch(m)}
+                choices = {"MAX": need_max, "STASH": stash.numel() > 0, "STRIPS": t.strips, **constants}
+                triton_call.launch(kernels.scores_kernel, (strips * col_tiles,), problem, choices, **t.options)
             else:
                 grid = (min(strips * col_tiles, t.few),)
                 triton_call.launch(kernels.online_scores_kernel, grid, problem | maxima, constants, **t.options)
@@ -107,29 +114,32 @@ def forward(
                 kernels.fold_kernel, (blocks(end - first, BLOCK_L) + blocks(cols.numel(), BLOCK_L),),
                 {"mode": mode, **parts, **totals, "first_row": first, "rows": end - first, "m": m, "panel": height,
                  "strips": strips, "col_tiles": col_tiles, "row_blocks": blocks(end - first, BLOCK_L)},
-                {"WANTED": wanted, "BLOCK_T": 32, "BLOCK_L": BLOCK_L},
+                {"WANTED": wanted, "MAX": need_max or t is online, "BLOCK_T": BLOCK_T, "BLOCK_L": BLOCK_L},
             )  # fmt: skip
         triton_call.launch(
-            kernels.finish_kernel, (vectors,), finish, {"WANTED": wanted, "MASK": mask_positives, "BLOCK_L": BLOCK_L}
-        )
-    return rows, cols, positives, stash_offset
+            kernels.finish_kernel, (vectors,), finish,
+            {"WANTED": wanted, **pairs.constants, "MAX": need_max, "BLOCK_T": BLOCK_T, "BLOCK_L": BLOCK_L},
+        )  # fmt: skip
+    found = (totals["row_max"], totals["col_max"]) if need_max else (new(0), new(0))
+    return rows, cols, positives, *found, stash_offset
 
 
 def backward(
-    g_rows: Tensor, g_cols: Tensor, g_positives: Tensor, x: Tensor, y: Tensor, scale: Tensor, rows: Tensor,
-    cols: Tensor, positives: Tensor, stash_offset: Tensor, stash: Tensor, offset: int, mask_positives: bool,
-    need_dx: bool, need_dy: bool,
+    g_rows: Tensor, g_cols: Tensor, g_positives: Tensor, x: Tensor, y: Tensor, scale: Tensor,
+    row_ids: Tensor | None, col_ids: Tensor | None, rows: Tensor, cols: Tensor, positives: Tensor,
+    stash_offset: Tensor, stash: Tensor, offset: int, mask_positives: bool, need_dx: bool, need_dy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx (n, d), dy (m, d), each empty unless needed, dscale ()."""
     if not (_is_aligned(x) and _is_aligned(y)):
         dx, dy, dscale = backward(
-            g_rows, g_cols, g_positives, _aligned(x), _aligned(y), scale, rows, cols, positives, stash_offset, stash,
-            offset, mask_positives, need_dx, need_dy,
+            g_rows, g_cols, g_positives, _aligned(x), _aligned(y), scale, row_ids, col_ids, rows, cols, positives,
+            stash_offset, stash, offset, mask_positives, need_dx, need_dy,
         )  # fmt: skip
         d = x.shape[1]
         return dx[:, :d].contiguous() if need_dx else dx, dy[:, :d].contiguous() if need_dy else dy, dscale
     n, d, m = x.shape[0], x.shape[1], y.shape[0]
     new = scale.new_empty
+    pairs = _Pairs.of(row_ids, col_ids, offset, mask_positives)
     with_dx = need_dx or not need_dy  # dscale needs one of the two
     weights = _Weights.of(g_rows, g_cols, rows, cols, stash_offset)
     dx = torch.empty_like(x) if with_dx else x.new_empty(0)
@@ -140,17 +150,17 @@ def backward(
     if stash.numel() == 0 and x.element_size() == 2 and d <= panels.owned_width:
         flipped = _Weights(weights.v, weights.u, weights.cols2, weights.rows2, weights.exponent, stash_offset)
         if with_dx:
-            sums = _owned_gradient(x, y, scale, weights, offset, mask_positives)
+            sums = _owned_gradient(x, y, scale, weights, pairs)
             _features_gradient(sums, x, y, dx, along_x, **finish_x, shift=offset, g_shift=0)
         if need_dy:
-            sums = _owned_gradient(y, x, scale, flipped, -offset, mask_positives)
+            sums = _owned_gradient(y, x, scale, flipped, pairs.flipped())
             _features_gradient(sums, y, x, dy, along_y, **finish_y)
         return dx if need_dx else x.new_empty(0), dy, _total(along_x if with_dx else along_y)
 
     height = min(panels.backward_rows, n)
     panel = x.new_empty((height, _pitch(m)))
     dx_sums, dy_sums = new((height, d) if with_dx else 0), new((m, d) if need_dy else 0)
-    make_panel = _panels(x, y, scale, weights, stash, offset, mask_positives)
+    make_panel = _panels(x, y, scale, weights, stash, pairs)
     for first in range(0, n, height):
         end = min(first + height, n)
         make_panel(panel, first, end)
@@ -204,6 +214,38 @@ def _choose_mode(x: Tensor, y: Tensor, scale: Tensor, offset: int, positives: Te
 
 
 @dataclass(frozen=True)
+class _Pairs:
+    """Which pairs take part in the sums, and how kernels are told."""
+
+    row_ids: Tensor | None  # (n,) int64: pairs with equal ids take no part
+    col_ids: Tensor | None  # (m,) int64
+    offset: int  # row i's positive is column i + offset
+    mask_positives: bool
+
+    @staticmethod
+    def of(row_ids: Tensor | None, col_ids: Tensor | None, offset: int, mask_positives: bool) -> _Pairs:
+        if row_ids is None or col_ids is None:
+            return _Pairs(None, None, offset, mask_positives)
+        return _Pairs(row_ids.contiguous(), col_ids.contiguous(), offset, mask_positives)
+
+    def flipped(self) -> _Pairs:
+        """Those of the transpose."""
+        return _Pairs(self.col_ids, self.row_ids, -self.offset, self.mask_positives)
+
+    @property
+    def grouped(self) -> bool:
+        return self.row_ids is not None
+
+    @property
+    def args(self) -> dict[str, Any]:
+        return {"row_ids": self.row_ids, "col_ids": self.col_ids, "offset": self.offset}
+
+    @property
+    def constants(self) -> dict[str, bool]:
+        return {"MASK": self.mask_positives, "IDS": self.grouped}
+
+
+@dataclass(frozen=True)
 class _Weights:
     """What P is made of besides the scores: triton_backward.weights_kernel."""
 
@@ -231,15 +273,15 @@ class _Weights:
         return w
 
 
-def _panels(x: Tensor, y: Tensor, scale: Tensor, w: _Weights, stash: Tensor, offset: int, mask_positives: bool) -> Any:
+def _panels(x: Tensor, y: Tensor, scale: Tensor, w: _Weights, stash: Tensor, pairs: _Pairs) -> Any:
     """-> f(panel, first, end), which writes P of rows [first, end) to panel (at least end - first, pitch)."""
     from cibr_kernels.ops.dot_lse import triton_backward as kernels
 
     m, pitch = y.shape[0], _pitch(y.shape[0])
-    tiles, online = Tiles.of("gradient", x), Tiles.of("online", x)
-    constants: dict[str, Any] = {"MASK": mask_positives, "COLS": w.v.numel() > 0}
+    tiles, online = Tiles.of("gradient", x, strips=not pairs.grouped), Tiles.of("online", x)
+    constants: dict[str, Any] = {**pairs.constants, "COLS": w.v.numel() > 0}
     weights = {"stash_offset": w.stash_offset, "u": w.u, "v": w.v, "m": m, "pitch": pitch}
-    scores = {**weights, "scale": scale, "d": x.shape[1], "offset": offset}
+    scores = {**weights, "scale": scale, "d": x.shape[1], **pairs.args}
 
     def make(panel: Tensor, first: int, end: int) -> None:
         """From the stash or from the features; online where the mode is that."""
@@ -269,18 +311,18 @@ def _panels(x: Tensor, y: Tensor, scale: Tensor, w: _Weights, stash: Tensor, off
     return make
 
 
-def _owned_gradient(own: Tensor, partner: Tensor, scale: Tensor, w: _Weights, offset: int, mask: bool) -> Tensor:
-    """-> P partner (rows, d) float32; u of the weights belongs to own, v to partner."""
+def _owned_gradient(own: Tensor, partner: Tensor, scale: Tensor, w: _Weights, pairs: _Pairs) -> Tensor:
+    """-> P partner (rows, d) float32; u of the weights and rows of the pairs are own's, v and columns partner's."""
     from cibr_kernels.ops.dot_lse import triton_backward as kernels
 
     config, (rows, d) = OWNED[target_name(own.device)], own.shape
     sums = scale.new_empty(own.shape)
     triton_call.launch(
         kernels.owned_gradient_kernel, (blocks(rows, config.block_m),),
-        {"own": own, "partner": partner, "scale": scale, "stash_offset": w.stash_offset, "a": w.u, "b": w.v,
-         "a2": w.rows2, "b2": w.cols2, "sums": sums, "rows": rows, "partners": partner.shape[0], "d": d,
-         "offset": offset},
-        {"MASK": mask, "OWN_WEIGHT": w.u.numel() > 0, "PARTNER_WEIGHT": w.v.numel() > 0, "BLOCK_M": config.block_m,
+        {"own": own, "partner": partner, "scale": scale, "stash_offset": w.stash_offset, "own_ids": pairs.row_ids,
+         "partner_ids": pairs.col_ids, "a": w.u, "b": w.v, "a2": w.rows2, "b2": w.cols2, "sums": sums, "rows": rows,
+         "partners": partner.shape[0], "d": d, "offset": pairs.offset},
+        {**pairs.constants, "OWN_WEIGHT": w.u.numel() > 0, "PARTNER_WEIGHT": w.v.numel() > 0, "BLOCK_M": config.block_m,
          "BLOCK_N": config.block_n, "BLOCK_D": max(16, 1 << (d - 1).bit_length())},
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

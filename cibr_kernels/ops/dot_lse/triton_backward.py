@@ -2,7 +2,7 @@
 
     P_ij = exp(l_ij - rows_i) g_rows_i + exp(l_ij - cols_j) g_cols_j,  times 2^exponent so that float16 keeps its digits
 
-P of a panel is a matrix (rows, pitch) in the features' dtype, zero at masked positives; the vendor's matmuls follow.
+P of a panel is a matrix (rows, pitch) in the features' dtype, zero at masked pairs; the vendor's matmuls follow.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cibr_kernels.ops.dot_lse.triton_tile import LOG2E, multiply, on_diagonal, rounded, store_panel
+from cibr_kernels.ops.dot_lse.triton_tile import LOG2E, multiply, on_diagonal, rounded, same_group, store_panel
 
 
 @triton.jit
@@ -65,8 +65,13 @@ def weights_kernel(
 
 
 @triton.jit
-def _without_positives(weight, row, col, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    if on_diagonal(row, col, offset, BLOCK_M, BLOCK_N):
+def _without_masked(
+    weight, row_ids, col_ids, row, col, n, m, offset, MASK: tl.constexpr, IDS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    if IDS:
+        weight = tl.where(same_group(row_ids, col_ids, row, col, n, m, BLOCK_M, BLOCK_N), 0.0, weight)
+    if MASK and on_diagonal(row, col, offset, BLOCK_M, BLOCK_N):
         i, j = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
         weight = tl.where(j[None, :] == i[:, None] + offset, 0.0, weight)
     return weight
@@ -74,9 +79,9 @@ def _without_positives(weight, row, col, offset, BLOCK_M: tl.constexpr, BLOCK_N:
 
 @triton.jit
 def _gradient(
-    x, y, scale2, shift, u, v, p, top, col, first_row, n, m, d, offset, pitch,
-    MASK: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    x, y, scale2, shift, row_ids, col_ids, u, v, p, top, col, first_row, n, m, d, offset, pitch,
+    MASK: tl.constexpr, IDS: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The tile of P at row `top` of the panel."""
     row = first_row + top
@@ -86,20 +91,20 @@ def _gradient(
     if COLS:
         weight = weight + tl.load(v + j, mask=j < m, other=0.0)[None, :]
     weight = tl.exp2(acc * scale2 - shift) * weight
-    if MASK:
-        weight = _without_positives(weight, row, col, offset, BLOCK_M, BLOCK_N)
+    weight = _without_masked(weight, row_ids, col_ids, row, col, n, m, offset, MASK, IDS, BLOCK_M, BLOCK_N)
     store_panel(p, weight, top, col, first_row, n, pitch, BLOCK_M, BLOCK_N, TMA)
 
 
 @triton.jit(do_not_specialize=["first_row", "n", "strips", "strip_tiles"])
 def gradient_kernel(
-    x, y, scale, stash_offset, u, v, p, first_row, n, m, d, offset, pitch, strips, strip_tiles,
-    MASK: tl.constexpr, COLS: tl.constexpr, STRIPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    x, y, scale, stash_offset, row_ids, col_ids, u, v, p, first_row, n, m, d, offset, pitch, strips, strip_tiles,
+    MASK: tl.constexpr, IDS: tl.constexpr, COLS: tl.constexpr, STRIPS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """p (panel, pitch) = exp2(l2 - offset2) (u_i + v_j) of rows [first_row, n), zero at masked positives.
+    """p (panel, pitch) = exp2(l2 - offset2) (u_i + v_j) of rows [first_row, n), zero at masked pairs.
 
-    Nothing where there is no fixed offset.  One tile a program, or strips: scores_kernel.
+    row_ids (n,) and col_ids (m,): where IDS.  Nothing where there is no fixed offset.  One tile a program, or strips:
+    scores_kernel.
     """
     fixed = tl.load(stash_offset)
     if fixed == fixed:
@@ -109,18 +114,18 @@ def gradient_kernel(
             first = strip * strip_tiles * BLOCK_M
             last = tl.minimum(first + strip_tiles * BLOCK_M, n - first_row)
             for top in tl.range(first, last, BLOCK_M, warp_specialize=True):
-                _gradient(x, y, scale2, shift, u, v, p, top, col, first_row, n, m, d, offset, pitch,
-                          MASK, COLS, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION)  # fmt: skip
+                _gradient(x, y, scale2, shift, row_ids, col_ids, u, v, p, top, col, first_row, n, m, d, offset, pitch,
+                          MASK, IDS, COLS, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION)  # fmt: skip
         else:
-            _gradient(x, y, scale2, shift, u, v, p, strip * BLOCK_M, col, first_row, n, m, d, offset, pitch,
-                      MASK, COLS, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION)  # fmt: skip
+            _gradient(x, y, scale2, shift, row_ids, col_ids, u, v, p, strip * BLOCK_M, col, first_row, n, m, d, offset,
+                      pitch, MASK, IDS, COLS, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_row", "n"])
 def online_gradient_kernel(
-    x, y, scale, stash_offset, u, v, rows2, cols2, p, first_row, n, m, d, offset, pitch,
-    MASK: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    x, y, scale, stash_offset, row_ids, col_ids, u, v, rows2, cols2, p, first_row, n, m, d, offset, pitch,
+    MASK: tl.constexpr, IDS: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """p (panel, pitch) = exp2(l2 - rows2_i) u_i + exp2(l2 - cols2_j) v_j, where there is no fixed offset.
 
@@ -140,8 +145,7 @@ def online_gradient_kernel(
         if COLS:
             high = tl.load(cols2 + j, mask=j < m, other=float("inf"))[None, :]
             weight += tl.exp2(l2 - high) * tl.load(v + j, mask=j < m, other=0.0)[None, :]
-        if MASK:
-            weight = _without_positives(weight, row, col, offset, BLOCK_M, BLOCK_N)
+        weight = _without_masked(weight, row_ids, col_ids, row, col, n, m, offset, MASK, IDS, BLOCK_M, BLOCK_N)
         store_panel(p, weight, top, col, first_row, n, pitch, BLOCK_M, BLOCK_N, TMA)
 
 
@@ -204,14 +208,15 @@ def total_kernel(parts, out, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def owned_gradient_kernel(
-    own, partner, scale, stash_offset, a, b, a2, b2, sums, rows, partners, d, offset,
-    MASK: tl.constexpr, OWN_WEIGHT: tl.constexpr, PARTNER_WEIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    own, partner, scale, stash_offset, own_ids, partner_ids, a, b, a2, b2, sums, rows, partners, d, offset,
+    MASK: tl.constexpr, IDS: tl.constexpr, OWN_WEIGHT: tl.constexpr, PARTNER_WEIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """sums (rows, d) float32 = P partner for BLOCK_M rows: P stays in registers, d <= BLOCK_D, 2 passes instead of 1.
 
-    own (rows, d) and partner (partners, d) are x and y for dx, y and x for dy; a, a2 and b, b2 the weights of their
-    rows, where they have any (weights_kernel).  The positive of row i is partner i + offset.
+    own (rows, d) and partner (partners, d) are x and y for dx, y and x for dy; own_ids and partner_ids, where IDS, the
+    groups of their rows; a, a2 and b, b2 the weights, where they have any (weights_kernel).  The positive of row i is
+    partner i + offset.
     """
     fixed = tl.load(stash_offset)
     scale2, shift = tl.load(scale) * LOG2E, rounded(fixed * LOG2E)
@@ -242,8 +247,7 @@ def owned_gradient_kernel(
             if PARTNER_WEIGHT:
                 high = tl.load(b2 + j, mask=j < partners, other=float("inf"))
                 p += tl.exp2(l2 - high[None, :]) * weight_j
-        if MASK:
-            p = _without_positives(p, row, col, offset, BLOCK_M, BLOCK_N)
+        p = _without_masked(p, own_ids, partner_ids, row, col, rows, partners, offset, MASK, IDS, BLOCK_M, BLOCK_N)
         if col + BLOCK_N > partners:  # scores of padding are zero, which may be far above every other: infinity * 0
             p = tl.where((j < partners)[None, :], p, 0.0)
         acc = tl.dot(p.to(t.dtype), t, acc)

@@ -75,8 +75,8 @@ class Tiles:
     constants: dict[str, Any]
 
     @staticmethod
-    def of(kernel: str, x: Tensor) -> Tiles:
-        """kernel: a field of Configs; x (n, d), whose dtype matters."""
+    def of(kernel: str, x: Tensor, strips: bool = True) -> Tiles:
+        """kernel: a field of Configs; x (n, d), whose dtype matters; strips: whether there are registers for them."""
         name = target_name(x.device)
         config: Config = getattr(CONFIGS[name, x.element_size()], kernel)
         tma = name in TMA_TARGETS and x.element_size() == 2
@@ -84,7 +84,7 @@ class Tiles:
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "TMA": tma,
             "PRECISION": "tf32" if x.dtype == torch.float32 and tf32_allowed() else "ieee",
         }  # fmt: skip
-        strips = tma and name == "sm_100" and kernel != "online"
+        strips = strips and tma and name == "sm_100" and kernel != "online"
         return Tiles(config, tma, strips, triton_call.target(x.device).processors, constants)
 
     def operands(self, x: Tensor, y: Tensor) -> dict[str, Any]:

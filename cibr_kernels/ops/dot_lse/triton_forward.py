@@ -13,6 +13,7 @@ from cibr_kernels.ops.dot_lse.triton_tile import (
     REFUSED,
     multiply,
     on_diagonal,
+    same_group,
     store_panel,
 )  # fmt: skip
 
@@ -78,34 +79,45 @@ def choose_kernel(largest, scale, mode, offset2, x_blocks, blocks, BLOCK: tl.con
 
 @triton.jit
 def _scores(
-    x, y, row, col, scale2, shift, n, m, d, offset,
-    MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, y, row, col, scale2, shift, row_ids, col_ids, n, m, d, offset,
+    MASK: tl.constexpr, IDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """l2 - shift of one tile, -inf at padding and masked positives."""
+    """l2 - shift of one tile, -inf at padding and masked pairs."""
     acc = multiply(x, y, row, col, n, m, d, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION)
     l2 = acc * scale2 - shift
     has_positive = MASK and on_diagonal(row, col, offset, BLOCK_M, BLOCK_N)
-    if has_positive | (row + BLOCK_M > n) | (col + BLOCK_N > m):
+    if IDS or (has_positive | (row + BLOCK_M > n) | (col + BLOCK_N > m)):
         i, j = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
         keep = (i < n)[:, None] & (j < m)[None, :]
         if MASK:
             keep = keep & (j[None, :] != i[:, None] + offset)
         l2 = tl.where(keep, l2, -float("inf"))
+    if IDS:
+        l2 = tl.where(same_group(row_ids, col_ids, row, col, n, m, BLOCK_M, BLOCK_N), -float("inf"), l2)
     return l2
 
 
 @triton.jit
 def _exponentials(
-    x, y, scale2, shift, row_sum, stash, top, col, first_row, n, m, d, offset, pitch,
-    MASK: tl.constexpr, STASH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    x, y, scale2, shift, row_ids, col_ids, row_max, row_sum, col_max, stash, top, col, first_row, n, m, d, offset,
+    pitch,
+    MASK: tl.constexpr, IDS: tl.constexpr, COLS: tl.constexpr, MAX: tl.constexpr, STASH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """exp2(l2 - shift) of the tile at row `top` of the panel; writes its row sums and, where STASH, itself."""
-    l2 = _scores(x, y, first_row + top, col, scale2, shift, n, m, d, offset,
-                 MASK, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION)  # fmt: skip
-    e = tl.exp2(l2)
+    """exp2(l2 - shift) of the tile at row `top` of the panel; writes its row sums and, where STASH, itself.
+
+    Where MAX the largest l2 - shift of rows and columns too, before the exponentials take the registers.
+    """
+    l2 = _scores(x, y, first_row + top, col, scale2, shift, row_ids, col_ids, n, m, d, offset,
+                 MASK, IDS, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION)  # fmt: skip
     i = top + tl.arange(0, BLOCK_M)
+    if MAX:
+        tl.store(row_max + i, tl.max(l2, 1), mask=first_row + i < n)
+        if COLS:
+            j = col + tl.arange(0, BLOCK_N)
+            tl.store(col_max + j, tl.max(l2, 0), mask=j < m)
+    e = tl.exp2(l2)
     tl.store(row_sum + i, tl.sum(e, 1), mask=first_row + i < n)
     if STASH:
         store_panel(stash, e, top, col, first_row, n, pitch, BLOCK_M, BLOCK_N, TMA)
@@ -114,34 +126,46 @@ def _exponentials(
 
 @triton.jit(do_not_specialize=["first_row", "n", "strips", "strip_tiles"])
 def scores_kernel(
-    x, y, scale, mode, offset2, row_sum, col_sum, stash, first_row, n, m, d, offset, panel, pitch, strips, strip_tiles,
-    MASK: tl.constexpr, COLS: tl.constexpr, STASH: tl.constexpr, STRIPS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    x, y, scale, mode, offset2, row_ids, col_ids, row_max, row_sum, col_max, col_sum, stash, first_row, n, m, d,
+    offset, panel, pitch, strips, strip_tiles,
+    MASK: tl.constexpr, IDS: tl.constexpr, COLS: tl.constexpr, MAX: tl.constexpr, STASH: tl.constexpr,
+    STRIPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of exp2(l2 - offset2) over tiles of rows [first_row, n) and all m columns, where mode is FIXED.
 
-    row_sum (column tiles, panel) and col_sum (strips, m) get the sums of each tile; first_row + panel >= n.
-    stash: where STASH, the exponentials, (panel, pitch); zero at masked positives.
+    row_sum (column tiles, panel) and col_sum (strips, m) get the sums of each tile; first_row + panel >= n.  row_max
+    and col_max: where MAX, the largest l2 - offset2 likewise.  row_ids (n,) and col_ids (m,): where IDS.
+    stash: where STASH, the exponentials, (panel, pitch); zero at masked pairs.
 
-    A program makes one tile or, where STRIPS, strip_tiles tiles below one another, adding them up before their rows:
-    tcgen05 gives a thread one row of the tile, and adding up 128 threads costs more than the exponentials.  The tensor
-    core, the loads and the epilogue then have their own warps, and the next tile is multiplied while one is summed.
+    A program makes one tile or, where STRIPS (then neither MAX nor IDS), strip_tiles tiles below one another, adding
+    them up before their rows: tcgen05 gives a thread one row of the tile, and adding up 128 threads costs more than the
+    exponentials.  The tensor core, the loads and the epilogue then have their own warps, and the next tile is
+    multiplied while one is summed.
     """
     if tl.load(mode) == FIXED:
         strip, col_tile = tl.program_id(0) % strips, tl.program_id(0) // strips
         scale2, shift = tl.load(scale) * LOG2E, tl.load(offset2)
         col = col_tile * BLOCK_N
         row_at = row_sum + col_tile.to(tl.int64) * panel
+        if MAX:
+            row_max += col_tile.to(tl.int64) * panel
+            col_max += strip.to(tl.int64) * m
         if STRIPS:
             e = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             first = strip * strip_tiles * BLOCK_M
             last = tl.minimum(first + strip_tiles * BLOCK_M, n - first_row)
             for top in tl.range(first, last, BLOCK_M, warp_specialize=True):
-                e += _exponentials(x, y, scale2, shift, row_at, stash, top, col, first_row, n, m, d, offset, pitch,
-                                   MASK, STASH, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION)  # fmt: skip
+                e += _exponentials(
+                    x, y, scale2, shift, row_ids, col_ids, row_max, row_at, col_max, stash, top, col, first_row, n, m,
+                    d, offset, pitch, MASK, IDS, COLS, False, STASH, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
+                )  # fmt: skip
         else:
-            e = _exponentials(x, y, scale2, shift, row_at, stash, strip * BLOCK_M, col, first_row, n, m, d, offset,
-                              pitch, MASK, STASH, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION)  # fmt: skip
+            e = _exponentials(
+                x, y, scale2, shift, row_ids, col_ids, row_max, row_at, col_max, stash, strip * BLOCK_M, col,
+                first_row, n, m, d, offset, pitch, MASK, IDS, COLS, MAX, STASH, BLOCK_M, BLOCK_N, BLOCK_K, TMA,
+                PRECISION,
+            )  # fmt: skip
         if COLS:
             j = col + tl.arange(0, BLOCK_N)
             tl.store(col_sum + strip.to(tl.int64) * m + j, tl.sum(e, 0), mask=j < m)
@@ -165,9 +189,10 @@ def _merge(top, total, other_top, other_total):
 
 @triton.jit(do_not_specialize=["first_row", "n", "strips", "strip_tiles"])
 def online_scores_kernel(
-    x, y, scale, mode, row_max, row_sum, col_max, col_sum, first_row, n, m, d, offset, panel, strips, strip_tiles,
-    MASK: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    x, y, scale, mode, row_ids, col_ids, row_max, row_sum, col_max, col_sum, first_row, n, m, d, offset, panel, strips,
+    strip_tiles,
+    MASK: tl.constexpr, IDS: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """scores_kernel where mode is ONLINE: sums of exp2(l2 - max), and the maxima, for each tile or strip.
 
@@ -184,8 +209,8 @@ def online_scores_kernel(
         last = tl.minimum(first + strip_tiles * BLOCK_M, n - first_row)
         for top in range(first, last, BLOCK_M):
             row = first_row + top
-            l2 = _scores(x, y, row, col, scale2, 0.0, n, m, d, offset,
-                         MASK, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION)  # fmt: skip
+            l2 = _scores(x, y, row, col, scale2, 0.0, row_ids, col_ids, n, m, d, offset,
+                         MASK, IDS, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION)  # fmt: skip
             i = top + tl.arange(0, BLOCK_M)
             at = col_tile.to(tl.int64) * panel + i
             row_top, row_total = _shifted_sum(l2, 1)
@@ -201,28 +226,34 @@ def online_scores_kernel(
 
 @triton.jit
 def _fold(part_max, part_sum, out_max, out_sum, block, tiles, length, pitch, fresh,
-          WANTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr):  # fmt: skip
-    """out[l] = (0 if fresh else out[l]) + sum_t part[t, l] for one block of l; with maxima where WANTED = ONLINE."""
+          WANTED: tl.constexpr, MAX: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr):  # fmt: skip
+    """out[l] = (0 if fresh else out[l]) + sum_t part[t, l] for one block of l; where MAX the maxima likewise.
+
+    WANTED = ONLINE: with maxima, which the sums are in units of.
+    """
     at = block * BLOCK_L + tl.arange(0, BLOCK_L)
     inside = at < length
     old = inside & (fresh == 0)
     total = tl.load(out_sum + at, mask=old, other=0.0)
-    if WANTED == ONLINE:
+    if MAX:
         top = tl.load(out_max + at, mask=old, other=-float("inf"))
     for first in range(0, tiles, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         mask = (t < tiles)[:, None] & inside[None, :]
         here = t.to(tl.int64)[:, None] * pitch + at[None, :]
         part = tl.load(part_sum + here, mask=mask, other=0.0)
-        if WANTED == ONLINE:
+        if MAX:
             height = tl.load(part_max + here, mask=mask, other=-float("inf"))
             highest = tl.max(height, 0)
+        if WANTED == ONLINE:
             finite = tl.where(highest == -float("inf"), 0.0, highest)
             top, total = _merge(top, total, highest, tl.sum(part * tl.exp2(height - finite[None, :]), 0))
         else:
             total += tl.sum(part, 0)
+            if MAX:
+                top = tl.maximum(top, highest)
     tl.store(out_sum + at, total, mask=inside)
-    if WANTED == ONLINE:
+    if MAX:
         tl.store(out_max + at, top, mask=inside)
 
 
@@ -230,45 +261,85 @@ def _fold(part_max, part_sum, out_max, out_sum, block, tiles, length, pitch, fre
 def fold_kernel(
     mode, part_row_max, part_row_sum, part_col_max, part_col_sum, row_max, row_sum, col_max, col_sum,
     first_row, rows, m, panel, strips, col_tiles, row_blocks,
-    WANTED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr,
+    WANTED: tl.constexpr, MAX: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """One panel's sums of tiles into row_sum[first_row:] and, added to the panels before, col_sum (m,)."""
+    """One panel's sums of tiles into row_sum[first_row:] and, added to the panels before, col_sum (m,).
+
+    Where MAX the maxima too.
+    """
     if tl.load(mode) == WANTED:
         pid = tl.program_id(0)
         if pid < row_blocks:
             _fold(part_row_max, part_row_sum, row_max + first_row, row_sum + first_row, pid, col_tiles, rows, panel, 1,
-                  WANTED, BLOCK_T, BLOCK_L)  # fmt: skip
+                  WANTED, MAX, BLOCK_T, BLOCK_L)  # fmt: skip
         else:
             _fold(part_col_max, part_col_sum, col_max, col_sum, pid - row_blocks, strips, m, m, first_row == 0,
-                  WANTED, BLOCK_T, BLOCK_L)  # fmt: skip
+                  WANTED, MAX, BLOCK_T, BLOCK_L)  # fmt: skip
 
 
 @triton.jit
-def _finish(lse, top, mode, state, shift, block, length, others, WANTED: tl.constexpr, MASK: tl.constexpr,
+def _is_in_a_sum(asked, at, own_ids, other_ids, length, others, shift, MASK: tl.constexpr, IDS: tl.constexpr,
+                 BLOCK_T: tl.constexpr):  # fmt: skip
+    """Where asked: does a pair of row `at` and any of `others` columns take part in a sum?  Its positive is at + shift.
+
+    With ids it looks at columns until all that asked have found one: all columns only for a row without any.
+    """
+    if IDS:
+        found = asked == 0
+        own = tl.load(own_ids + at, mask=at < length, other=0)[:, None]
+        first = 0
+        while (first < others) & (tl.min(found.to(tl.int32), 0) == 0):
+            j = first + tl.arange(0, BLOCK_T)
+            keep = own != tl.load(other_ids + j, mask=j < others, other=0)[None, :]
+            keep = keep & (j < others)[None, :]
+            if MASK:
+                keep = keep & (j[None, :] != at[:, None] + shift)
+            found = found | (tl.max(keep.to(tl.int32), 1) > 0)
+            first += BLOCK_T
+        asked = asked & found
+    elif MASK:  # only a row whose one column is its positive has none
+        asked = asked & ((others > 1) | (at + shift != 0))
+    return asked
+
+
+@triton.jit
+def _finish(lse, top, mode, state, offset2, own_ids, other_ids, block, length, others, shift,
+            WANTED: tl.constexpr, MASK: tl.constexpr, IDS: tl.constexpr, MAX: tl.constexpr, BLOCK_T: tl.constexpr,
             BLOCK_L: tl.constexpr):  # fmt: skip
-    """Sums to log-sum-exp, in place, for one block of rows (or columns) with `others` columns (or rows)."""
+    """Sums to log-sum-exp, in place, for one block of rows (or columns) with `others` columns (or rows).
+
+    Where MAX the maxima from units of log2 to nats, too.
+    """
     at = block * BLOCK_L + tl.arange(0, BLOCK_L)
     inside = at < length
     if WANTED == FIXED:
-        value = (tl.log2(tl.load(lse + at, mask=inside, other=1.0)) + shift) * LN2
-        empty = MASK and others == 1  # a row whose only column is its positive is rightly -inf
-        low = inside & (value < shift * LN2 - UNDERFLOW)
-        if (empty == 0) & (tl.sum(low.to(tl.int32), 0) > 0):
-            tl.store(mode, ONLINE)  # every writer writes the same
+        value = (tl.log2(tl.load(lse + at, mask=inside, other=1.0)) + offset2) * LN2
+        if MAX:
+            high = (tl.load(top + at, mask=inside, other=0.0) + offset2) * LN2
+        low = inside & (value < offset2 * LN2 - UNDERFLOW)
+        if tl.sum(low.to(tl.int32), 0) > 0:  # underflowed, unless it is the sum of nothing, rightly -inf
+            low = _is_in_a_sum(low, at, own_ids, other_ids, length, others, shift, MASK, IDS, BLOCK_T)
+            if tl.sum(low.to(tl.int32), 0) > 0:
+                tl.store(mode, ONLINE)  # every writer writes the same
     else:
         value = float("nan") + tl.zeros((BLOCK_L,), tl.float32)
+        high = value
         if state == ONLINE:
             height = tl.load(top + at, mask=inside, other=0.0)
             value = (tl.log2(tl.load(lse + at, mask=inside, other=1.0)) + height) * LN2
+            high = height * LN2
     tl.store(lse + at, value, mask=inside)
+    if MAX:
+        tl.store(top + at, high, mask=inside)
 
 
 @triton.jit
 def finish_kernel(
-    mode, offset2, row_max, rows, col_max, cols, positives, stash_offset, n, m, row_blocks,
-    WANTED: tl.constexpr, MASK: tl.constexpr, BLOCK_L: tl.constexpr,
+    mode, offset2, row_ids, col_ids, row_max, rows, col_max, cols, positives, stash_offset, n, m, offset, row_blocks,
+    WANTED: tl.constexpr, MASK: tl.constexpr, IDS: tl.constexpr, MAX: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """rows (n,) and cols (m,) from sums to log-sum-exp, in place.
+    """rows (n,) and cols (m,) from sums to log-sum-exp, in place; where MAX row_max (n,) and col_max (m,) to nats.
 
     WANTED = FIXED: where something underflowed it sets mode to ONLINE, and what it wrote will be written again.
     WANTED = ONLINE, the last word: stash_offset, and NaN everywhere if the mode is REFUSED.
@@ -284,6 +355,8 @@ def finish_kernel(
             tl.store(positives + at, float("nan") + tl.zeros((BLOCK_L,), tl.float32), mask=at < n)
     if (state == FIXED) == (WANTED == FIXED):
         if pid < row_blocks:
-            _finish(rows, row_max, mode, state, shift, pid, n, m, WANTED, MASK, BLOCK_L)
+            _finish(rows, row_max, mode, state, shift, row_ids, col_ids, pid, n, m, offset,
+                    WANTED, MASK, IDS, MAX, BLOCK_T, BLOCK_L)  # fmt: skip
         else:
-            _finish(cols, col_max, mode, state, shift, pid - row_blocks, m, n, WANTED, MASK, BLOCK_L)
+            _finish(cols, col_max, mode, state, shift, col_ids, row_ids, pid - row_blocks, m, n, -offset,
+                    WANTED, MASK, IDS, MAX, BLOCK_T, BLOCK_L)  # fmt: skip

@@ -61,6 +61,14 @@ def on_diagonal(row, col, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def same_group(row_ids, col_ids, row, col, n, m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(BLOCK_M, BLOCK_N): the pairs at (row, col) whose ids are equal.  Past n and m it holds anything."""
+    i, j = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    own = tl.load(row_ids + i, mask=i < n, other=0)
+    return own[:, None] == tl.load(col_ids + j, mask=j < m, other=0)[None, :]
+
+
+@triton.jit
 def store_panel(
     p, weight, top, col, first_row, n, pitch, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr
 ):

@@ -1,5 +1,17 @@
-// One tile of pairs of the additive critic: its scores, and its share of the gradients.  What the letters mean and the
-// strategy stand at the top of cpu.cpp.
+// One tile of pairs of an additive critic: its scores S_ij = sum_h w_h phi(a_ih + b_jh), and from weights e_ij of its pairs
+// its share of the gradients.
+//
+// ReLU and leaky ReLU (slope s below 0) are phi(t) = s t + (1-s) max(t, 0), and max(a + b, 0) = max(a, -b) + b, so
+//   S_ij = (1-s) [ sum_h w_h max(a_ih, -b_jh) + sum_h w_h b_jh ] + s [ sum_h w_h a_ih + sum_h w_h b_jh ]
+// takes two instructions per vector of products (max, fma), and phi' = s + (1-s) [b_jh > -a_ih] three (compare to a mask, add
+// e_ij under the mask to the row's sum and to the column's).  The scores run with columns in the lanes, and need no sum over
+// lanes; the gradients run with h in the lanes, for the same reason.  phi = t phi' gives gw for nothing:
+//   gw_h = sum_i a_ih U_ih + sum_j b_jh V_jh,    U_ih = sum_j e_ij phi'(t_ijh),  V_jh = sum_i e_ij phi'(t_ijh)
+// max(a, -b) + b loses digits where a and b are large together (a unit dead behind a large bias), so a + centre_h and
+// b - centre_h stand in their place, with centre_h = -max(a, -b) for an a and a b typical of unit h.
+//
+// The other activations compute phi and phi' together, once, keep those of one small tile in cache until its e_ij are known,
+// and sum gw as they go.
 #pragma once
 
 #include <math.h>
@@ -13,10 +25,6 @@ namespace CK_ISA {
 namespace {
 
 constexpr int CHUNK = 64;            // products summed in one accumulator before joining S: keeps its rounding error low
-constexpr int64_t MAX_GROUPS = 64;   // also the most threads that can help
-constexpr int64_t TILES_PER_GROUP = 8;      // at least, to keep the merging of their sums for gb near 2% of the time
-constexpr int64_t BLOCK_FLOATS = 32 << 10;  // b's block, its transpose and a group's sum for gb (128 KiB each) share L2
-constexpr float HEADROOM = 40.0f;           // e^40 times the number of pairs stays far inside float
 constexpr float NOTHING = -INFINITY;  // the score of a pair outside P
 
 int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
@@ -44,10 +52,6 @@ void add_rows(const float* panel, int64_t count, int64_t h, int64_t rows, float*
       const float* chunk = panel + chunked(rows, k0) + i * CHUNK;
       for (int64_t k = k0; k < smaller(k0 + CHUNK, h); k++) x[i * h + k] += chunk[k - k0];
     }
-}
-
-void scale(float* x, int64_t size, float factor) {
-  for (int64_t i = 0; i < size; i++) x[i] *= factor;
 }
 
 bool all_finite(const float* x, int64_t size, int threads) {

@@ -1,0 +1,105 @@
+// dot_softplus on the CPU: one pass of common/dot.h, whose epilogue turns scores into softplus, its sums, and G.
+//
+//     t_ij = +-(scale s_ij + bias)     R_i = sum_j softplus(t_ij)     C_j = sum_i softplus(t_ij)
+//     G_ij = +-sigmoid(t_ij) (u_i + v_j)
+//
+// Pairs that take no part have the score -infinity: softplus and sigmoid of it are 0, without a mask in the sums.
+#include "dot_softplus.h"
+
+#include "common/activations.h"
+#include "common/dot.h"
+
+namespace ck {
+namespace CK_ISA {
+
+struct Softplus {
+  static constexpr bool kRowSums = true;
+  static constexpr bool needs_scores = true;
+  const DotSoftplus& p;
+  const float* col_weight;     // (padded m,)
+  double *row_sum, *col_sum;   // (n,), (padded m,)
+  double* block_bias;          // (blocks of columns,) sum of G
+
+  void tile(const TileShape& t, float* s, float* row_sums) const {
+    const bool attract = p.row_ids && p.attract;
+    mask(p, true, !attract, t, s, nullptr);
+    if (p.row_weight)
+      attract ? reduce<true, true>(t, s, row_sums) : reduce<true, false>(t, s, row_sums);
+    else
+      attract ? reduce<false, true>(t, s, row_sums) : reduce<false, false>(t, s, row_sums);
+  }
+
+  void add_row(int64_t i, double sum) const { row_sum[i] += sum; }
+
+ private:
+  template <bool GRADIENTS, bool ATTRACT>
+  void reduce(const TileShape& t, float* s, float* row_sums) const {
+    constexpr int W = kBlock / VL;
+    const float scale = p.scale, shift = p.bias;
+    int32_t ids[kBlock];
+    if (ATTRACT) column_ids(p, t, ids);
+    vf sums[W], bias[W], weight[W];
+    for (int v = 0; v < W; v++) sums[v] = bias[v] = vf{}, weight[v] = load(col_weight + t.first_col + v * VL);
+    for (int64_t r = 0; r < t.rows; r++) {
+      const int64_t i = t.first_row + r;
+      vf row{};
+      for (int v = 0; v < W; v++) {
+        float* at = s + r * kBlock + v * VL;
+        const vf l = load(at) * scale + shift;
+        vi same{};
+        if (ATTRACT) same = (load(ids + v * VL) == p.row_ids[i]) & (l > neg_inf());
+        const ValueAndSlope e = softplus(ATTRACT ? select(same, -l, l) : l);
+        sums[v] += e.value;
+        row += e.value;
+        if (GRADIENTS) {
+          const vf g = e.slope * (p.row_weight[i] + weight[v]);
+          const vf signed_g = ATTRACT ? select(same, -g, g) : g;
+          store(at, signed_g);
+          bias[v] += signed_g;
+        }
+      }
+      row_sums[r] = reduce_add(row);
+    }
+    float lanes[kBlock];
+    for (int v = 0; v < W; v++) store(lanes + v * VL, sums[v]);
+    for (int c = 0; c < kBlock; c++) col_sum[t.first_col + c] += lanes[c];
+    if (!GRADIENTS) return;
+    for (int v = 0; v < W; v++) store(lanes + v * VL, bias[v]);
+    for (int c = 0; c < kBlock; c++) block_bias[t.first_col / kBlock] += lanes[c];
+    for (int64_t k = t.rows * kBlock; k < t.padded_rows * kBlock; k++) s[k] = 0;
+  }
+};
+
+static void fill_nan(void* out, int32_t dtype, int64_t count) {
+  const float nan = __builtin_nanf("");
+  for (int64_t k = 0; out && k < count; k++) {
+    if (dtype == kBFloat16)
+      from_float(nan, static_cast<bf16*>(out) + k);
+    else if (dtype == kFloat16)
+      from_float(nan, static_cast<_Float16*>(out) + k);
+    else
+      from_float(nan, static_cast<float*>(out) + k);
+  }
+}
+
+void dot_softplus(const DotSoftplus& p) {
+  if (!(score_bound(p) + ::fabsf(p.bias) < 1e37f)) {  // NaN or infinity somewhere, or logits past float32
+    fill_nan(p.row_sum, p.n), fill_nan(p.col_sum, p.m);
+    fill_nan(p.dx, p.dtype, p.n * p.d), fill_nan(p.dy, p.dtype, p.m * p.d);
+    if (p.row_weight) *p.dscale = *p.dbias = __builtin_nan("");
+    return;
+  }
+  const int64_t mp = pad32(p.m);
+  ZeroBuffer<double> row_sum(p.n), col_sum(mp), block_bias(mp / kBlock);
+  ZeroBuffer<float> col_weight(mp);
+  if (p.col_weight) std::memcpy(col_weight.data, p.col_weight, p.m * sizeof(float));
+  gradient_pass(p, Softplus{p, col_weight.data, row_sum.data, col_sum.data, block_bias.data});
+  for (int64_t i = 0; i < p.n; i++) p.row_sum[i] = static_cast<float>(row_sum.data[i]);
+  for (int64_t j = 0; p.col_sum && j < p.m; j++) p.col_sum[j] = static_cast<float>(col_sum.data[j]);
+  if (!p.row_weight) return;
+  *p.dbias = 0;
+  for (int64_t b = 0; b < mp / kBlock; b++) *p.dbias += block_bias.data[b];
+}
+
+}  // namespace CK_ISA
+}  // namespace ck

@@ -1,0 +1,282 @@
+"""dot_softplus in Triton, compiled for each GPU and executed without one, against float64."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from cases import DTYPES, towers
+from executor import emulated
+from torch import Tensor
+
+from cibr_kernels.ops import triton_call
+from cibr_kernels.ops.dot_lse.triton_configs import Tiles
+from cibr_kernels.ops.dot_softplus import reference
+from cibr_kernels.ops.dot_softplus import triton as backend
+from cibr_kernels.ops.dot_softplus.op import dot_softplus, dot_softplus_sums
+from cibr_kernels.testing import assert_close
+
+CAPABILITIES = (80, 90, 100, 120)
+NAMES = ("rows", "cols", "dx", "dy", "dscale", "dbias")
+
+
+class Case(NamedTuple):
+    n: int = 140
+    m: int = 190
+    d: int = 96
+    offset: int = 16
+    scale: float = 10.0
+    bias: float = -10.0
+    kind: str = "unit"  # cases.towers
+    ids: bool = False
+    attract: bool = False
+    weights: str = "both"  # of the gradients: "both", "rows" or "none"
+    cols: bool = True
+    need_dx: bool = True
+    need_dy: bool = True
+    size: float = 1.0  # of the weights
+
+
+RAGGED = Case()
+CASES = [
+    RAGGED._replace(ids=True),
+    RAGGED._replace(ids=True, attract=True, scale=30.0, bias=3.0),
+    RAGGED._replace(ids=True, attract=True, weights="none"),
+    RAGGED._replace(kind="opposed", scale=20.0, bias=-60.0),  # logits near -80: G of float16 is 0
+    RAGGED._replace(kind="opposed", scale=-20.0, bias=40.0),  # near 60
+    RAGGED._replace(scale=75.0, bias=-15.0, weights="rows"),  # from -90 to 60
+    RAGGED._replace(weights="none", d=70),  # a width that is copied to 96
+    RAGGED._replace(weights="none", cols=False, ids=True, scale=75.0, bias=-15.0),
+    RAGGED._replace(need_dx=False, cols=False, d=70),
+    RAGGED._replace(need_dy=False, weights="rows", d=200),
+    RAGGED._replace(need_dx=False, need_dy=False, scale=1.0),
+    Case(n=128, m=256, d=128, offset=128),
+    Case(n=1, m=1, d=1, offset=0),
+    Case(n=3, m=5, d=7, offset=2, ids=True, attract=True),
+    Case(n=5, m=5, d=16, offset=0, scale=-3.0, bias=0.5, ids=True),
+]
+RUNS = [(capability, torch.bfloat16, RAGGED) for capability in CAPABILITIES] + [
+    (CAPABILITIES[i % 4], DTYPES[i % 3], case) for i, case in enumerate(CASES)
+]
+EVERY = [(c, dtype, case) for c in CAPABILITIES for dtype in DTYPES for case in (RAGGED, *CASES)]
+ALL = [run for run in EVERY if run not in RUNS and (run[1] != torch.float16 or run[2].bias > -60)]
+Inputs = dict[str, Tensor | None]
+
+
+@pytest.fixture(autouse=True)
+def small_panels(monkeypatch):
+    monkeypatch.setattr(backend, "panels", backend.Panels(rows=128, gradient_rows=128))
+
+
+def problem(case: Case, dtype: torch.dtype) -> Inputs:
+    x, y = towers(case.n, case.m, case.d, case.offset, case.kind)
+    row_ids = torch.randint(0, 9, (case.n,)) + (1 << 40)
+    col_ids = torch.randint(0, 9, (case.m,)) + (1 << 40)
+    col_ids[case.offset : case.offset + case.n] = row_ids
+    return {
+        "x": x.to(dtype), "y": y.to(dtype), "scale": torch.tensor(case.scale), "bias": torch.tensor(case.bias),
+        "row_weights": case.size * torch.rand(case.n) / case.n if case.weights != "none" else None,
+        "col_weights": case.size * torch.rand(case.m) / case.m if case.weights == "both" else None,
+        "row_ids": row_ids if case.ids else None, "col_ids": col_ids if case.ids else None,
+    }  # fmt: skip
+
+
+def run(module, case: Case, inputs: Inputs) -> dict[str, Tensor]:
+    needs = (case.need_dx and case.weights != "none", case.need_dy and case.weights != "none")
+    return dict(zip(NAMES, module.forward(*inputs.values(), case.offset, case.attract, case.cols, *needs), strict=True))
+
+
+def double(inputs: Inputs) -> Inputs:
+    return {k: t.double() if t is not None and t.dtype.is_floating_point else t for k, t in inputs.items()}
+
+
+def check(case: Case, actual: dict[str, Tensor], inputs: Inputs) -> None:
+    eager, truth = run(reference, case, inputs), run(reference, case, double(inputs))
+    products = inputs["x"].double() @ inputs["y"].double().T
+    exponent = abs(case.scale) * products.abs().max().item() + abs(case.bias)
+    magnitudes = {}
+    if case.weights != "none" and case.ids and case.attract:  # G has both signs
+        terms = double(inputs) | {"row_ids": None, "col_ids": None}
+        both = [run(reference, case, terms | {"scale": s * terms["scale"], "bias": s * terms["bias"]}) for s in (1, -1)]
+        magnitudes["dbias"] = sum(g["dbias"].item() for g in both)
+        magnitudes["dscale"] = magnitudes["dbias"] * products.abs().max().item()
+    elif case.weights != "none":
+        magnitudes["dscale"] = truth["dbias"].item() * products.abs().max().item()
+    for name, t in truth.items():
+        features = torch.float32 if name in ("rows", "cols", "dbias") else inputs["x"].dtype
+        assert_close(
+            name, actual[name], eager[name], t, terms=max(case.n, case.m), exponent=exponent, features=features,
+            magnitude=magnitudes.get(name, 0.0),
+        )  # fmt: skip
+
+
+def compare(capability: int, dtype: torch.dtype, case: Case) -> list[str]:
+    """Holds every output to the rule -> the names of the kernels launched."""
+    inputs = problem(case, dtype)
+    with emulated(capability) as gpu:
+        actual = run(backend, case, inputs)
+    check(case, actual, inputs)
+    return [name for name, _ in gpu.launches]
+
+
+@pytest.mark.parametrize(("capability", "dtype", "case"), RUNS, ids=str)
+def test_matches_float64(capability, dtype, case):
+    compare(capability, dtype, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dtype", "case"), ALL, ids=str)
+def test_matches_float64_everywhere(capability, dtype, case):
+    compare(capability, dtype, case)
+
+
+def test_launches():
+    """One pass without weights, three with; nothing else of n x m."""
+    start, panel = ["poison_kernel", "total_kernel"], ["softplus_kernel", "reduce", "reduce"]
+    assert compare(90, torch.bfloat16, RAGGED._replace(weights="none")) == [*start, *panel * 2]
+    expected = [
+        "exponent_kernel", *start, *[*panel, "features_gradient_kernel"] * 2, "features_gradient_kernel",
+        *["total_kernel"] * 2,
+    ]  # fmt: skip
+    assert compare(90, torch.bfloat16, RAGGED) == expected
+
+
+def test_strips_of_several_tiles(monkeypatch):
+    monkeypatch.setattr(Tiles, "strip_tiles", lambda self, rows, cols: 2)
+    monkeypatch.setattr(backend, "panels", backend.Panels(rows=384, gradient_rows=256))
+    grids = []
+    launch = triton_call.launch
+
+    def keep(kernel, grid, args, constants, **options):
+        if constants.get("STRIPS"):
+            grids.append((grid, args["strips"]))
+        launch(kernel, grid, args, constants, **options)
+
+    monkeypatch.setattr(triton_call, "launch", keep)
+    case = Case(n=300, m=310, offset=0)
+    compare(100, torch.bfloat16, case)
+    compare(100, torch.bfloat16, case._replace(weights="none"))
+    assert grids == [((5,), 1), ((5,), 1), ((6,), 2)]  # tiles of 128 x 64, then of 128 x 128
+
+
+def test_features_that_start_anywhere_and_weights_of_one_number():
+    """TMA wants 16 bytes, and a contiguous view may start at any element; weights may be expanded."""
+    case = Case(n=20, m=30, d=32, offset=3)
+    inputs = problem(case, torch.bfloat16)
+    inputs["row_weights"] = torch.tensor(0.25).expand(case.n)
+    moved = {k: torch.cat([inputs[k].new_zeros(1), inputs[k].flatten()])[1:].view(inputs[k].shape) for k in ("x", "y")}
+    assert all(t.data_ptr() % 16 and t.is_contiguous() for t in moved.values())
+    with emulated(90):
+        ours, expected = (run(backend, case, features) for features in (inputs | moved, inputs))
+    assert all(torch.equal(ours[name], expected[name]) for name in NAMES)
+    check(case, expected, inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("x", math.nan), ("x", -math.inf), ("y", math.inf), ("bias", -math.inf), ("scale", math.inf)]
+)
+def test_what_is_not_finite_reaches_everything(name, value):
+    """Also where infinite logits would have softplus 0, and where no pair counts."""
+    for case in (Case(n=20, m=30, d=32, offset=3), Case(n=1, m=1, d=1, offset=0)):
+        inputs = problem(case, torch.bfloat16)
+        inputs[name].view(-1)[-1] = value
+        with emulated(80):
+            actual = run(backend, case, inputs)
+        assert all(t.isnan().all() for t in actual.values()), {k: t.isnan().float().mean() for k, t in actual.items()}
+
+
+def test_same_bits_whatever_the_panels(monkeypatch):
+    case = RAGGED._replace(weights="rows", need_dy=False)
+    inputs, out = problem(case, torch.bfloat16), []
+    for rows in (128, 256):
+        monkeypatch.setattr(backend, "panels", backend.Panels(rows, rows))
+        with emulated(80):
+            out.append(run(backend, case, inputs))
+    for name in ("rows", "dx"):
+        assert torch.equal(out[0][name], out[1][name]), name
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e6])
+def test_float16_keeps_the_digits_of_small_and_large_weights(size):
+    """G of float16 features is float16 too, and a weight times a probability is often below its smallest number."""
+    case = RAGGED._replace(size=size, need_dy=False)
+    inputs = problem(case, torch.float16)
+    with emulated(90):
+        actual = run(backend, case, inputs)
+    truth = run(reference, case, double(inputs))
+    for name in ("dscale", "dbias"):
+        error = (actual[name] - truth[name]).abs() / truth[name].abs()
+        assert error < 2 * torch.finfo(torch.float16).eps, (name, error)
+
+
+@pytest.mark.parametrize("bias", [-80.0, -20.0, -3.0, 0.0, 3.0, 60.0])
+def test_softplus_and_sigmoid_to_their_own_size(bias):
+    """Every pair by itself (m = 1), from logits of `bias` - 5 to `bias` + 5."""
+    n = 64
+    x, y = torch.linspace(-5, 5, n)[:, None], torch.ones(1, 1)
+    inputs = [
+        x,
+        y,
+        torch.tensor(1.0),
+        torch.tensor(bias),
+        torch.ones(n),
+        None,
+        None,
+        None,
+        -1,
+        False,
+        False,
+        True,
+        False,
+    ]
+    with emulated(80):
+        rows, _, dx, *_ = backend.forward(*inputs)
+    t = x[:, 0].double() + bias
+    for name, found, expected in (
+        ("softplus", rows, torch.logaddexp(t, torch.zeros(()))),
+        ("G", dx[:, 0], t.sigmoid()),
+    ):
+        kept = torch.arange(n) != 1  # row 1's positive is column 0
+        error = ((found - expected).abs() / expected)[kept].max()
+        assert error < (4 + abs(bias) + 5) * torch.finfo(torch.float32).eps, (name, error)
+        assert found[1] == 0, name
+
+
+@pytest.mark.parametrize("sums", [False, True])
+def test_the_operators(sums):
+    case = Case(n=40, m=50, d=32, offset=5, ids=True, attract=True)
+    inputs = problem(case, torch.bfloat16)
+    how = {k: inputs[k] for k in ("row_ids", "col_ids")} | {"offset": case.offset, "attract": True}
+    found = []
+    for name in ("triton", "reference"):
+        own = [inputs[k].clone().requires_grad_() for k in ("x", "y", "scale", "bias", "row_weights", "col_weights")]
+        *features, u, v = own
+        with emulated(90):
+            if sums:
+                rows, cols = dot_softplus_sums(*features, **how, backend=name)
+                total = (rows * u).sum() + (cols * v).sum()
+            else:
+                total = dot_softplus(*own, **how, backend=name)
+            found.append([total.detach(), *torch.autograd.grad(total, own)])
+    for got, expected in zip(*found, strict=True):
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
+
+
+def test_uses_the_tensor_cores():
+    """Compiled for what it should be: warp-group and fifth-generation instructions, fed by the TMA unit."""
+    expected = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+    for capability, instruction in expected.items():
+        code: dict[str, str] = {}
+
+        def keep(name: str, ptx: str, code: dict[str, str] = code) -> str:
+            code[name] = ptx
+            return ptx
+
+        case = RAGGED._replace(n=10, m=30)
+        with emulated(capability, edit_ptx=keep):
+            run(backend, case, problem(case, torch.bfloat16))
+        assert instruction in code["softplus_kernel"], capability
+        assert ("cp.async.bulk.tensor" in code["softplus_kernel"]) == (capability >= 90), capability
