@@ -12,10 +12,16 @@ from cibr_kernels import backends, distributed, nn
 from cibr_kernels.backends import native_available
 from cibr_kernels.ops.cibr_loss.op import cibr_loss
 from cibr_kernels.ops.clip_loss.op import clip_loss
-from cibr_kernels.ops.critic_moments.op import critic_moments, shifts
+from cibr_kernels.ops.critic_moments.op import critic_moments, derangement, permutation, shifts
 from cibr_kernels.ops.dot_lse.op import set_stash_budget, stash_budget
 from cibr_kernels.ops.log_mean_exp.op import log_mean_exp
-from cibr_kernels.ops.mutual_information.op import bound, conditional_mutual_information, mutual_information
+from cibr_kernels.ops.mutual_information.op import (
+    bound,
+    conditional_mutual_information,
+    gaussian_log_likelihood,
+    mutual_information,
+)
+from cibr_kernels.ops.siglip_loss.op import siglip_loss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,13 +30,17 @@ __all__ = [
     "clip_loss",
     "conditional_mutual_information",
     "critic_moments",
+    "derangement",
     "distributed",
+    "gaussian_log_likelihood",
     "log_mean_exp",
     "mutual_information",
     "native_available",
     "nn",
+    "permutation",
     "set_stash_budget",
     "shifts",
+    "siglip_loss",
     "stash_budget",
 ]
 

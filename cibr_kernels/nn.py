@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,20 +13,25 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from cibr_kernels.distributed import Shards, merge
+from cibr_kernels.ops import checks
 from cibr_kernels.ops.additive_moments.reference import ACTIVATIONS
 from cibr_kernels.ops.cibr_loss.op import TERMS, agree, cibr_loss
 from cibr_kernels.ops.clip_loss.op import clip_loss
-from cibr_kernels.ops.critic_moments.op import Shifts
+from cibr_kernels.ops.critic_moments.op import Negatives
+from cibr_kernels.ops.siglip_loss.op import siglip_loss
 
-__all__ = ["CIBRLoss", "ClipLoss", "ConcatCritic", "LogEMA", "SeparableCritic", "Standardize"]
+__all__ = ["CIBRLoss", "ClipLoss", "ConcatCritic", "LogEMA", "SeparableCritic", "SigLipLoss", "Standardize"]
 
 
 class ConcatCritic(nn.Module):
-    """T(x, z) = w . phi(Wx x + Wz z + c) + c2: an MLP on [x, z] with one hidden layer, split so that pairs add.
+    """T(x, z) of an MLP on [x, z] whose first layer is split so that pairs add, with one or two hidden layers.
+
+        layers 1    w . phi(a + b) + c2    a = Wx x, b = Wz z + c    all pairs without n x n x hidden
+        layers 2    w . phi(W2 phi(a + b) + b2) + c2    shifts(k) in O(n hidden); all pairs in panels of rows: slow
 
     Args: x_dim, z_dim and hidden widths; activation, one of relu, leaky_relu, gelu, gelu_tanh, silu, elu, softplus,
-    tanh; slope, leaky_relu's negative slope or elu's alpha (defaults: torch's); layers, the number of hidden layers, of
-    which this version has one.  Raises ValueError for other names, layers and non-positive widths.
+    tanh; slope, leaky_relu's negative slope or elu's alpha (defaults: torch's); layers, the number of hidden layers.
+    Raises ValueError for other names, layers and non-positive widths.
     """
 
     def __init__(
@@ -33,8 +39,8 @@ class ConcatCritic(nn.Module):
         slope: float | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        if layers != 1:
-            raise ValueError(f"ConcatCritic has one hidden layer in this version, got layers={layers}")
+        if layers not in (1, 2):
+            raise ValueError(f"ConcatCritic has one or two hidden layers, got layers={layers}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; known are {', '.join(map(repr, ACTIVATIONS))}")
         if min(x_dim, z_dim, hidden) < 1:
@@ -43,18 +49,45 @@ class ConcatCritic(nn.Module):
         self.slope = (1.0 if activation == "elu" else 0.01) if slope is None else slope
         self.x_proj = nn.Linear(x_dim, hidden, bias=False)
         self.z_proj = nn.Linear(z_dim, hidden)
+        self.inner = nn.Linear(hidden, hidden) if layers == 2 else None
         self.out = nn.Linear(hidden, 1)
         limit = 1 / math.sqrt(x_dim + z_dim)  # the layer nn.Linear(x_dim + z_dim, hidden) would have been
         for p in (self.x_proj.weight, self.z_proj.weight, self.z_proj.bias):
             nn.init.uniform_(p, -limit, limit)
 
-    def additive_parts(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, str, float]:
-        """x (n, x_dim), z (m, z_dim) -> a (n, hidden), b (m, hidden), w (hidden,), c2 (), activation, slope."""
+    @property
+    def additive_parts(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor, str, float]]:
+        """x (n, x_dim), z (m, z_dim) -> a (n, hidden), b (m, hidden), w (hidden,), c2 (), activation, slope.
+
+        There for one hidden layer only: the scores of two are no function of this kind (AttributeError).
+        """
+        if self.inner is not None:
+            raise AttributeError("a ConcatCritic with two hidden layers has pair_parts, but no additive_parts")
+        return self._additive_parts
+
+    def _additive_parts(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, str, float]:
+        w, bias = self.out.weight.squeeze(0), self.out.bias.squeeze(0)
+        return *self.pair_parts(x, z), w, bias, self.activation, self.slope
+
+    @property
+    def pair_width(self) -> int:
+        """Numbers that `score_parts` holds per pair for its backward."""
+        return self.out.in_features * (2 if self.inner is None else 4)
+
+    def pair_parts(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """x (..., x_dim), z (..., z_dim) -> a (..., hidden), b (..., hidden)."""
         for name, t, layer in (("x", x, self.x_proj), ("z", z, self.z_proj)):
             if t.shape[-1] != layer.in_features:
                 raise ValueError(f"{name} has width {t.shape[-1]} but the critic was made for {layer.in_features}")
-        w, bias = self.out.weight.squeeze(0), self.out.bias.squeeze(0)
-        return self.x_proj(x), self.z_proj(z), w, bias, self.activation, self.slope
+        return self.x_proj(x), self.z_proj(z)
+
+    def score_parts(self, a: Tensor, b: Tensor) -> Tensor:
+        """a, b (..., hidden), which broadcast -> scores (...)."""
+        phi = ACTIVATIONS[self.activation][0]
+        hidden = phi(a + b, self.slope)
+        if self.inner is not None:
+            hidden = phi(self.inner(hidden), self.slope)
+        return self.out(hidden).squeeze(-1)
 
     def pairwise(self, x: Tensor, z: Tensor) -> Tensor:
         """x (n, x_dim), z (m, z_dim) -> (n, m): the eager definition, which builds (n, m, hidden)."""
@@ -62,8 +95,7 @@ class ConcatCritic(nn.Module):
 
     def paired(self, x: Tensor, z: Tensor) -> Tensor:
         """x (..., x_dim), z (..., z_dim) -> (...): the critic on matching rows."""
-        phi = ACTIVATIONS[self.activation][0]
-        return self.out(phi(self.x_proj(x) + self.z_proj(z), self.slope)).squeeze(-1)
+        return self.score_parts(*self.pair_parts(x, z))
 
 
 class SeparableCritic(nn.Module):
@@ -96,7 +128,30 @@ class SeparableCritic(nn.Module):
         return (self.embed_x(x) * self.embed_z(z)).sum(-1)
 
 
-class ClipLoss(nn.Module):
+class _OnRanks(nn.Module):
+    """A loss with open_clip's rank and world_size, or a process_group."""
+
+    def __init__(self, rank: int, world_size: int, process_group: ProcessGroup | None, strategy: str) -> None:
+        super().__init__()
+        self.rank, self.world_size = rank, world_size
+        self.process_group, self.strategy = process_group, strategy
+
+    def _group(self) -> ProcessGroup | None:
+        if self.process_group is not None or self.world_size == 1:
+            return self.process_group
+        name = type(self).__name__
+        if not dist.is_initialized():
+            raise ValueError(f"{name} has world_size={self.world_size}, but torch.distributed is not initialised")
+        found = dist.get_rank(), dist.get_world_size()
+        if found != (self.rank, self.world_size):
+            raise ValueError(
+                f"{name} has rank={self.rank}, world_size={self.world_size}, but this process is rank {found[0]} of "
+                f"{found[1]}"
+            )
+        return dist.group.WORLD
+
+
+class ClipLoss(_OnRanks):
     """Drop-in for `open_clip.loss.ClipLoss`: same constructor, same call, same dictionary, on any number of ranks.
 
     rank, world_size: of torch.distributed's default group, whose ranks' rows make one batch where world_size > 1; or
@@ -112,23 +167,9 @@ class ClipLoss(nn.Module):
         world_size: int = 1, use_horovod: bool = False, *, process_group: ProcessGroup | None = None,
         strategy: str = "gather",
     ) -> None:  # fmt: skip
-        super().__init__()
+        super().__init__(rank, world_size, process_group, strategy)
         self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
-        self.rank, self.world_size, self.use_horovod = rank, world_size, use_horovod
-        self.process_group, self.strategy = process_group, strategy
-
-    def _group(self) -> ProcessGroup | None:
-        if self.process_group is not None or self.world_size == 1:
-            return self.process_group
-        if not dist.is_initialized():
-            raise ValueError(f"ClipLoss has world_size={self.world_size}, but torch.distributed is not initialised")
-        found = dist.get_rank(), dist.get_world_size()
-        if found != (self.rank, self.world_size):
-            raise ValueError(
-                f"ClipLoss has rank={self.rank}, world_size={self.world_size}, but this process is rank {found[0]} of "
-                f"{found[1]}"
-            )
-        return dist.group.WORLD
+        self.use_horovod = use_horovod
 
     def forward(
         self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
@@ -141,6 +182,34 @@ class ClipLoss(nn.Module):
         )
         if group is not None and not self.local_loss:
             loss = loss + (merge.mean_of_ranks(loss.detach(), group) - loss.detach())
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SigLipLoss(_OnRanks):
+    """Drop-in for `open_clip.loss.SigLipLoss`: same constructor, same call, same dictionary, on any number of ranks.
+
+    rank, world_size, process_group, strategy: as in `ClipLoss`; on several ranks the result is this rank's part, whose
+    mean over ranks is the loss, as open_clip's.  cache_labels and dist_impl are accepted and change nothing: the sum
+    does not depend on the order in which texts arrive.
+    Raises ValueError for an unknown dist_impl, and at the call where rank and world_size are not the default group's.
+    """
+
+    def __init__(
+        self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None, *,
+        process_group: ProcessGroup | None = None, strategy: str = "gather",
+    ) -> None:  # fmt: skip
+        super().__init__(rank, world_size, process_group, strategy)
+        checks.choice("dist_impl", dist_impl or "bidir", ("bidir", "shift", "reduce", "gather"))
+        self.cache_labels, self.dist_impl = cache_labels, dist_impl
+
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None, output_dict: bool = False,
+    ) -> Any:  # fmt: skip
+        """-> the loss, or {"contrastive_loss": loss}.  Arguments as in `cibr_kernels.siglip_loss`."""
+        loss = siglip_loss(
+            image_features, text_features, logit_scale, logit_bias, process_group=self._group(), strategy=self.strategy
+        )
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -237,7 +306,7 @@ class CIBRLoss(nn.Module):
     def __init__(
         self, embed_dim: int, image_input_dim: int, text_input_dim: int, *, hidden: int = 512, activation: str = "relu",
         lam: float = 0.5, noise_std: float = 0.25, warmup_steps: int = 0, ramp_steps: int = 0, estimator: str = "mine",
-        negatives: str | Shifts = "all", diagonal: str = "exclude", ema_decay: float | None = None,
+        negatives: Negatives = "all", diagonal: str = "exclude", ema_decay: float | None = None,
         one_way: bool = False, process_group: ProcessGroup | None = None, strategy: str = "gather",
     ) -> None:  # fmt: skip
         super().__init__()
@@ -299,8 +368,8 @@ class CIBRLoss(nn.Module):
         return {"loss": loss, "lam": lam, **parts} if output_dict else loss
 
     def _warn_if_saturated(self, parts: dict[str, Tensor], n: int) -> None:
-        if torch.compiler.is_compiling() or parts["image_own"].device.type != "cpu":
-            return  # reading the values would stall an accelerator
+        if torch.compiler.is_compiling() or parts["image_own"].device.type != "cpu" or self.estimator == "js":
+            return  # reading the values would stall an accelerator; js is no information
         limit = math.log(n) - 1
         for name in TERMS:
             if name not in self._warned and parts[name].item() > limit:

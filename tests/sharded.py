@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cibr_kernels as ck
+from bench import sharded as measured
 from cibr_kernels.distributed import Shards, merge, set_header_check, traffic
 from cibr_kernels.ops.cibr_loss.op import noisy
 
@@ -61,11 +63,12 @@ Loss = Callable[..., Tensor]  # (leaves, modules, group or None) -> loss
 
 def compare(
     group: Group, rows: Sequence[int], loss: Loss, leaves: dict[str, Tensor], shared: dict[str, Tensor],
-    modules: nn.Module | None = None, dtype: torch.dtype = torch.float32,
+    modules: nn.Module | None = None, dtype: torch.dtype = torch.float32, unit: Sequence[str] = (),
 ) -> Errors:  # fmt: skip
     """Errors of the mean loss and of each gradient, by name.
 
-    leaves: (total, ...) in float64, split over ranks; shared: numbers that every rank has.
+    leaves: (total, ...) in float64, split over ranks; shared: numbers that every rank has; unit: ends of the names of
+    gradients that are sums of terms near 1 which cancel.
     """
 
     def run(dtype: torch.dtype, group: Group | None) -> dict[str, Tensor]:
@@ -84,7 +87,7 @@ def compare(
         split = name in leaves
         t = t / dist.get_world_size(group) if split else averaged(t, group)
         expected, single = (mine(v[name], rows, group) if split else v[name] for v in (truth, one))
-        magnitude = 1.0 if name == "loss" or name.endswith("out.bias") else 0.0  # nats; 1 less another 1
+        magnitude = 1.0 if name == "loss" or name.endswith(("out.bias", *unit)) else 0.0  # nats; 1 less another 1
         errors[name] = error(t, expected, magnitude), error(single, expected, magnitude)
     return errors
 
@@ -105,6 +108,60 @@ def clip(group: Group, rows: Sequence[int], dtype: torch.dtype, frozen: Sequence
     return compare(group, rows, loss, trained, shared, dtype=dtype)
 
 
+def contrastive(
+    group: Group, rows: Sequence[int], dtype: torch.dtype, name: str, groups: int = 0, weighted: bool = False,
+    temperatures: bool = False, queues: Sequence[str] = (), **options: Any,
+) -> Errors:  # fmt: skip
+    """clip_loss or siglip_loss (by `name`) with the options of one process; queues are the same on every rank."""
+    total = sum(rows)
+    data, g = batch(total), torch.Generator().manual_seed(3)
+    leaves = {"zv": data["zv"], "zt": data["zt"]}
+    if weighted:
+        leaves["weights"] = torch.rand(total, generator=g, dtype=torch.float64)
+    scale = torch.tensor(4.0, dtype=torch.float64)
+    shared = {"bias": torch.tensor(-2.0, dtype=torch.float64)}
+    if temperatures:
+        leaves["scale"] = 1 + 3 * torch.rand(total, generator=g, dtype=torch.float64)
+    else:
+        shared["scale"] = scale
+    for queue in queues:
+        shared[queue] = F.normalize(torch.randn(4, D, generator=g, dtype=torch.float64), dim=1)
+    ids = torch.randint(0, groups, (total,), generator=g) if groups else None
+    if options.get("strategy") == "ring" and weighted and name == "siglip_loss":
+        fixed = leaves.pop("weights")  # a ring has no gradient for them
+    upstream = torch.rand(total, generator=g, dtype=torch.float64)
+
+    def loss(t: dict[str, Tensor], _: Any, group: Group | None) -> Tensor:
+        part = (lambda v: v) if group is None else (lambda v: mine(v, rows, group))
+        weights = t.get("weights")
+        if weighted and weights is None:
+            weights = part(fixed).to(t["zv"].dtype)
+        value = getattr(ck, name)(
+            t["zv"], t["zt"], t["scale"], t["bias"], group_ids=None if ids is None else part(ids), weights=weights,
+            process_group=group, **{queue: t[queue] for queue in queues}, **options,
+        )  # fmt: skip
+        if value.dim():  # each rank's own rows: weighted so that the ranks' mean is the sum over all rows
+            value = (value * part(upstream)).sum() * (1 if group is None else len(rows))
+        return value
+
+    return compare(group, rows, loss, leaves, shared, dtype=dtype)
+
+
+def metrics(group: Group, rows: Sequence[int], name: str, groups: int, strategy: str) -> list[dict[str, float]]:
+    """What return_metrics gives on this rank, and in one process."""
+    data = {k: t.float() for k, t in batch(sum(rows)).items()}
+    data["zv"][0] = data["zt"][-1]
+    ids = torch.arange(sum(rows)) % groups if groups else None
+
+    def found(part: Callable[[Tensor], Tensor], **options: Any) -> dict[str, float]:
+        zv, zt = part(data["zv"]).contiguous(), part(data["zt"]).contiguous()
+        own = None if ids is None else part(ids)
+        _, values = getattr(ck, name)(zv, zt, 4.0, -2.0, group_ids=own, return_metrics=True, **options)
+        return {key: value.item() for key, value in values.items()}
+
+    return [found(lambda t: mine(t, rows, group), process_group=group, strategy=strategy), found(lambda t: t)]
+
+
 def some(group: Group, strategy: str) -> Errors | str:
     """Errors in a group of ranks 1 and 3 of the four, and what the others say, who are not in it."""
     pair: Any = dist.new_group([1, 3])
@@ -114,10 +171,27 @@ def some(group: Group, strategy: str) -> Errors | str:
     return said(lambda: ck.clip_loss(x, x, 5.0, process_group=pair, strategy=strategy))
 
 
+class Product(nn.Module):
+    """A critic of matching rows and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(DV + D, 1)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh(self.out(torch.cat([x, z], 1))).squeeze(1)
+
+
 def critic(kind: str) -> nn.Module:
     torch.manual_seed(1)
     if kind == "separable":
         return ck.nn.SeparableCritic(DV, D, HIDDEN, 4)
+    if kind == "two layers":
+        return ck.nn.ConcatCritic(DV, D, HIDDEN, layers=2, activation="silu")
+    if kind == "callable":
+        return Product()
+    if kind == "gaussian":
+        return nn.Linear(DV, D)  # the mean of z given x
     return ck.nn.ConcatCritic(DV, D, HIDDEN, activation=kind)
 
 
@@ -132,16 +206,43 @@ def moments(group: Group, rows: Sequence[int], dtype: torch.dtype, kind: str, **
     return compare(group, rows, loss, {"xv": data["xv"], "zv": data["zv"]}, {}, critic(kind), dtype)
 
 
-def information(group: Group, rows: Sequence[int], dtype: torch.dtype, ema: bool = False, **options: Any) -> Errors:
-    data = batch(sum(rows))
+def information(
+    group: Group, rows: Sequence[int], dtype: torch.dtype, kind: str = "relu", ema: bool = False, queue: bool = False,
+    unit: Sequence[str] = (), **options: Any,
+) -> Errors:  # fmt: skip
+    """queue: marginals that every rank has."""
+    data, g = batch(sum(rows)), torch.Generator().manual_seed(2)
+    shared = {"marginals": torch.randn(4, D, generator=g, dtype=torch.float64)} if queue else {}
 
     def loss(t: dict[str, Tensor], modules: Any, group: Group | None) -> Tensor:
         average = ck.nn.LogEMA(0.5).to(t["xv"].dtype) if ema else None
         if average is not None:
             average.update(torch.tensor(0.7))
-        return ck.mutual_information(t["xv"], t["zv"], modules, ema=average, process_group=group, **options)
+        return ck.mutual_information(
+            t["xv"], t["zv"], modules, ema=average, marginals=t.get("marginals"), process_group=group, **options
+        )
 
-    return compare(group, rows, loss, {"xv": data["xv"], "zv": data["zv"]}, {}, critic("relu"), dtype)
+    return compare(group, rows, loss, {"xv": data["xv"], "zv": data["zv"]}, shared, critic(kind), dtype, unit)
+
+
+def estimates(group: Group, rows: Sequence[int], kinds: Sequence[str], estimators: Sequence[str]) -> list[bytes]:
+    """The bits of every estimate on this rank."""
+    x, z = (mine(batch(sum(rows))[name], rows, group).float() for name in ("xv", "zv"))
+    return [
+        ck.mutual_information(x, z, critic(kind), estimator=estimator, process_group=group).detach().numpy().tobytes()
+        for kind in kinds
+        for estimator in estimators
+    ]
+
+
+def random_partners(group: Group) -> list[str]:
+    """What random negatives say on several ranks."""
+    pairs = torch.ones(3, DV), torch.ones(3, D), critic("relu")
+    return [
+        said(partial(ck.mutual_information, *pairs, negatives=n, estimator=estimator, process_group=group))
+        for n in (ck.derangement(2), ck.permutation(1))
+        for estimator in ("dv", "js")
+    ]
 
 
 def conditional(group: Group, rows: Sequence[int], dtype: torch.dtype, estimator: str, **options: Any) -> Errors:
@@ -195,7 +296,7 @@ def cibr(group: Group, rows: Sequence[int], dtype: torch.dtype, **options: Any) 
 class Model(nn.Module):
     """Two linear towers, a temperature and the CIBR objective: inputs -> loss."""
 
-    def __init__(self, group: Group | None) -> None:
+    def __init__(self, group: Group | None, _: str = "gather") -> None:
         super().__init__()
         self.loss = objective(group, ema_decay=0.9, warmup_steps=1, noise_std=1e-9)
         self.image, self.text = nn.Linear(DV, D), nn.Linear(DT, D)
@@ -206,7 +307,21 @@ class Model(nn.Module):
         return self.loss(zv, zt, self.log_scale.exp(), xv, xt)
 
 
-def _averaged_by(wrapper: str | None, model: Model, group: Group) -> tuple[nn.Module, Callable[[bool], Any]]:
+class Sigmoid(nn.Module):
+    """Two linear towers, a temperature, a bias and the sigmoid loss: inputs -> loss."""
+
+    def __init__(self, group: Group | None, strategy: str) -> None:
+        super().__init__()
+        self.options = {"process_group": group, "strategy": strategy}
+        self.image, self.text = nn.Linear(DV, D), nn.Linear(DT, D)
+        self.log_scale, self.logit_bias = nn.Parameter(torch.tensor([1.4])), nn.Parameter(torch.tensor([-2.0]))
+
+    def forward(self, xv: Tensor, xt: Tensor) -> Tensor:
+        zv, zt = F.normalize(self.image(xv), dim=1), F.normalize(self.text(xt), dim=1)
+        return ck.siglip_loss(zv, zt, self.log_scale.exp(), self.logit_bias, **self.options)
+
+
+def _averaged_by(wrapper: str | None, model: Model | Sigmoid, group: Group) -> tuple[nn.Module, Callable[[bool], Any]]:
     """The model to call, and a context for the micro-batches: gradients are averaged in the last one only."""
     if wrapper == "ddp":
         ddp = DistributedDataParallel(model, process_group=group)
@@ -221,14 +336,17 @@ def _averaged_by(wrapper: str | None, model: Model, group: Group) -> tuple[nn.Mo
     return model, lambda last: nullcontext()
 
 
-def training(group: Group, steps: Sequence[Sequence[int]], wrapper: str) -> Errors:
+def training(
+    group: Group, steps: Sequence[Sequence[int]], wrapper: str, made: type[Model | Sigmoid] = Model,
+    strategy: str = "gather",
+) -> Errors:  # fmt: skip
     """Errors of the gradients accumulated over the steps (rows of each rank), of the losses and of every buffer."""
     torch.manual_seed(4)
-    start = Model(group).state_dict()
+    start = made(group, strategy).state_dict()
     data = [batch(sum(rows)) for rows in steps]
 
     def run(dtype: torch.dtype, wrapper: str | None) -> dict[str, Tensor]:
-        model = Model(None if wrapper is None else group).to(dtype)
+        model = made(None if wrapper is None else group, strategy).to(dtype)
         model.load_state_dict(start)
         called, context = _averaged_by(wrapper, model, group)
         found: dict[str, Tensor] = {}
@@ -278,12 +396,23 @@ def meters(group: Group, n: int, d: int, dtype: torch.dtype, strategy: str, loss
     with traffic() as forward:
         if loss == "clip":
             out = ck.clip_loss(x, y, 5.0, process_group=group, strategy=strategy)
+        elif loss == "siglip":
+            out = ck.siglip_loss(x, y, 5.0, -2.0, process_group=group, strategy=strategy)
         else:
             module = ck.nn.ConcatCritic(d, d, HIDDEN)
             out = ck.mutual_information(x, y, module, process_group=group)
     with traffic() as backward:
         out.backward()
     return [{kind: (meter.calls[kind], meter.bytes[kind]) for kind in meter.calls} for meter in (forward, backward)]
+
+
+def side_by_side(group: Group, name: str, n: int, d: int) -> tuple[dict[str, float], dict[str, float]]:
+    """What bench/sharded.py finds of an implementation, on all processes: gradients and bytes."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    budget = ck.stash_budget()
+    found = measured.ratios(rank, world, name, n, d), measured.measure(rank, world, name, n, d, torch.float32)
+    ck.set_stash_budget(budget)
+    return found
 
 
 class Largest(TorchDispatchMode):
@@ -444,7 +573,9 @@ def refusal(group: Group, fault: str) -> str:
         options = {"strategy": "ring"}
     if last and fault == "gradient":
         y.requires_grad_()
-    scale = -5.0 if last and fault == "scale" else 5.0
+    scale: Any = -5.0 if last and fault == "scale" else 5.0
+    if fault == "scales" and not last:
+        scale = torch.full((len(x),), 5.0)
     if fault == "cibr width":
         z = torch.randn(3, DV + last)
         call = lambda: objective(group)(x, y, 5.0, z, w)  # noqa: E731

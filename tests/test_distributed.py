@@ -19,6 +19,7 @@ from test_readme import BLOCKS
 
 import cibr_kernels as ck
 from bench import scale
+from bench import sharded as measured
 
 F32, F64 = torch.float32, torch.float64
 LIMIT = {F32: 1e-6, F64: 1e-12}  # relative, in the Euclidean norm
@@ -67,6 +68,46 @@ def test_clip_loss_of_frozen_towers(ranks, frozen, strategy):
     check(ranks.run(sharded.clip, 3, (3, 8, 1), F32, frozen=frozen, strategy=strategy), F32)
 
 
+CONTRASTIVE: list[tuple[str, dict]] = [
+    ("clip_loss", {"groups": 5}),
+    ("clip_loss", {"groups": 5, "one_way": True}),
+    ("clip_loss", {"groups": 5, "group_mode": "positives", "label_smoothing": 0.1}),
+    ("clip_loss", {"groups": 5, "label_smoothing": 0.1, "queues": ["text_negatives"]}),
+    ("clip_loss", {"label_smoothing": 0.1, "weighted": True}),
+    ("clip_loss", {"temperatures": True, "queues": ["text_negatives", "image_negatives"], "reduction": "sum"}),
+    ("clip_loss", {"temperatures": True, "groups": 3}),
+    ("clip_loss", {"reduction": "none", "weighted": True, "groups": 4}),
+    ("siglip_loss", {}),
+    ("siglip_loss", {"groups": 5}),
+    ("siglip_loss", {"groups": 5, "group_mode": "positives", "weighted": True}),
+    ("siglip_loss", {"reduction": "sum", "weighted": True, "queues": ["text_negatives", "image_negatives"]}),
+    ("siglip_loss", {"reduction": "none", "groups": 4}),
+]
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+@pytest.mark.parametrize("rows", [(5, 5), (3, 8, 2), (4, 4, 4, 4)], ids=str)
+@pytest.mark.parametrize(("name", "options"), CONTRASTIVE, ids=lambda v: str(v))
+def test_contrastive_options(ranks, name, options, rows, strategy, dtype):
+    if strategy == "ring":
+        if options.get("queues") or (name, options.get("group_mode")) == ("clip_loss", "positives"):
+            return  # refused: test_clip_options.py
+        if name == "siglip_loss" and options.get("reduction") == "none":
+            return  # refused: test_siglip_loss.py
+    check(ranks.run(sharded.contrastive, len(rows), rows, dtype, name, strategy=strategy, **options), dtype)
+
+
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+@pytest.mark.parametrize("groups", [0, 4])
+@pytest.mark.parametrize("name", ["clip_loss", "siglip_loss"])
+@pytest.mark.parametrize("rows", [(5, 5), (3, 8, 1)], ids=str)
+def test_metrics_are_those_of_all_rows(ranks, rows, name, groups, strategy):
+    answers = ranks.run(sharded.metrics, len(rows), rows, name, groups, strategy)
+    for ours, one in answers:
+        assert ours == pytest.approx(one, rel=1e-5) and ours == answers[0][0]
+
+
 @pytest.mark.parametrize("strategy", ["gather", "ring"])
 def test_a_group_of_some_ranks(ranks, strategy):
     """Whose ranks are not numbered as the processes are."""
@@ -102,6 +143,45 @@ def test_mutual_information(ranks, options):
         check(ranks.run(sharded.information, 3, (3, 8, 1), dtype, **options), dtype)
 
 
+# every family of critic by every estimator; DV and the bounds of critic_moments are above
+ESTIMATES: list[tuple[str, dict]] = [
+    (kind, {"estimator": estimator} | more)
+    for kind in ("relu", "separable", "two layers", "callable")
+    for estimator in ("dv", "js", "smile", "infonce")
+    for more in ({}, {"queue": True}, {"negatives": ck.shifts(3)})
+]
+ESTIMATES += [
+    ("separable", {"estimator": estimator, "strategy": "ring", "diagonal": diagonal})
+    for estimator in ("dv", "js", "infonce")
+    for diagonal in ("exclude", "include")
+]
+ESTIMATES += [
+    ("gaussian", {"estimator": "club", "queue": queue, "diagonal": diagonal})
+    for queue in (False, True)
+    for diagonal in ("exclude", "include")
+]
+
+
+@pytest.mark.parametrize("rows", [(5, 5), (3, 8, 1), (9, 2, 5, 4)], ids=str)
+@pytest.mark.parametrize(("kind", "options"), ESTIMATES, ids=lambda v: str(v))
+def test_estimates(ranks, kind, options, rows):
+    unit = {"separable": (".2.bias",), "gaussian": ("bias",)}.get(kind, ())  # added to every row or column: they cancel
+    check(ranks.run(sharded.information, len(rows), rows, F32, kind, unit=unit, **options), F32)
+
+
+@pytest.mark.parametrize("rows", [(5, 3), (3, 8, 1), (6, 6, 6, 6)], ids=str)
+def test_estimates_have_the_same_bits_on_every_rank(ranks, rows):
+    kinds, estimators = ("relu", "separable", "callable"), ("dv", "js", "smile", "infonce")
+    answers = ranks.run(sharded.estimates, len(rows), rows, kinds, estimators)
+    assert len(answers[0]) == 12 and all(answer == answers[0] for answer in answers)
+
+
+def test_random_partners_are_of_one_process(ranks):
+    for answer in ranks.run(sharded.random_partners, 2):
+        for text, name in zip(answer, ["derangement"] * 2 + ["permutation"] * 2, strict=True):
+            assert text.startswith("ValueError: ") and f"{name} would need rows of every rank on every rank" in text
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -132,6 +212,18 @@ def test_cibr_loss(ranks, rows):
 def test_training_under_averaged_gradients(ranks, steps, wrapper):
     """Linear towers, a temperature, four critics; statistics, moving averages and the step, over micro-batches."""
     check(ranks.run(sharded.training, len(steps[0]), steps, wrapper), F32)
+
+
+@pytest.mark.parametrize(
+    ("steps", "strategy"),
+    [([(6, 6)], "gather"), ([(6, 6)], "ring"), ([(9, 2, 5, 40)], "gather"), ([(8, 8), (8, 8)], "gather"),
+     ([(3, 8, 4), (5, 5, 5), (2, 9, 4)], "ring")],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("wrapper", ["ddp", "loop"])
+def test_sigmoid_training_under_averaged_gradients(ranks, steps, strategy, wrapper):
+    """Linear towers, a temperature and a bias, over micro-batches."""
+    check(ranks.run(sharded.training, len(steps[0]), steps, wrapper, sharded.Sigmoid, strategy), F32)
 
 
 # ------------------------------------------------------------------------------------- properties
@@ -240,6 +332,7 @@ def test_headers_are_exchanged_at_every_call_or_at_the_first(ranks):
         ("cibr width", "CIBRLoss: ranks disagree on the width of image_inputs: 7 on rank 0, 8 on rank 2", None),
         ("3-d", "clip_loss: rank 2 refused its arguments", "image_features must be 2-d (rows, features), got shape"),
         ("scale", "clip_loss: rank 2 refused its arguments", "logit_scale must be positive"),
+        ("scales", "clip_loss: rank 2 has another number of logit_scales than rank 0", None),
         ("rows", "clip_loss: rank 2 refused its arguments", "image_features has 3 rows but text_features has 2"),
     ],
 )
@@ -274,13 +367,32 @@ def test_a_dead_rank_is_an_error(tmp_path: Path):
 
 
 # ------------------------------------------------------------------------------------- the cost model
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
 @pytest.mark.parametrize("strategy", ["gather", "ring"])
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_the_cost_models_bytes_are_those_of_the_ranks(ranks, world, strategy):
-    for forward, backward in ranks.run(sharded.meters, world, 8, 16, torch.float32, strategy, "clip"):
+def test_the_cost_models_bytes_are_those_of_the_ranks(ranks, world, strategy, loss):
+    for forward, backward in ranks.run(sharded.meters, world, 8, 16, torch.float32, strategy, loss):
         counted = [sum(size for _, size in meter.values()) for meter in (forward, backward)]
-        expected = scale.bytes_of(strategy, 8, world, 16, 4)
+        expected = scale.bytes_of(strategy, 8, world, 16, 4, loss=loss)
         assert counted == [expected[0] + scale.header_bytes(world), expected[1]]
+
+
+@pytest.mark.parametrize("name", [name for name, i in measured.IMPLEMENTATIONS.items() if not i.environment])
+def test_the_side_by_side_measures_gradients_and_bytes(ranks, name):
+    """Of ours, and of others: open_clip's losses without gather_with_grad are known to be wrong, and inf_cl's scale."""
+    pytest.importorskip(measured.IMPLEMENTATIONS[name].package)
+    for ratios, moved in ranks.run(sharded.side_by_side, 4, name, 8, 4):
+        exact = {what: ratio for what, ratio in ratios.items() if not what.endswith("off")}
+        assert len(exact) == {"clip": 3, "siglip": 4}[measured.IMPLEMENTATIONS[name].loss]
+        if "no grad" in name:
+            assert exact["image"] < 0.6 and exact["text"] < 0.6
+        elif name != "inf_cl cal_ring_loss":
+            assert exact == pytest.approx(dict.fromkeys(exact, 1.0), abs=2e-6), exact
+            assert max(ratios["image off"], ratios["text off"]) < 1e-5
+        if name.startswith(("clip_loss", "siglip_loss")):
+            loss, strategy = name.split("_")[0], name.split(", ")[1]
+            assert [moved["forward"], moved["backward"]] == list(scale.bytes_of(strategy, 8, 4, 4, 4, loss=loss))
+            assert moved["counted"] == moved["wire"]
 
 
 def test_the_cost_model_knows_what_each_strategy_is_for():

@@ -59,6 +59,25 @@ def test_concat_critic_is_one_hidden_layer_on_the_concatenation(activation):
     assert (name, slope, a.shape, b.shape, w.shape, bias.shape) == (activation, 0.3, (9, 16), (7, 16), (16,), ())
 
 
+@pytest.mark.parametrize("activation", ["relu", "elu", "gelu"])
+def test_concat_critic_of_two_layers_is_an_mlp_on_the_concatenation(activation):
+    critic = ck.nn.ConcatCritic(DV, D, 16, layers=2, activation=activation, slope=0.3)
+    x, z = torch.randn(9, DV), torch.randn(7, D)
+    first = F.linear(
+        torch.cat([x[:, None].expand(9, 7, DV), z[None].expand(9, 7, D)], -1),
+        torch.cat([critic.x_proj.weight, critic.z_proj.weight], 1), critic.z_proj.bias,
+    )  # fmt: skip
+    phi = {"relu": F.relu, "elu": lambda t: F.elu(t, 0.3), "gelu": F.gelu}[activation]
+    assert critic.inner is not None
+    expected = critic.out(phi(critic.inner(phi(first)))).squeeze(-1)
+    torch.testing.assert_close(critic.pairwise(x, z), expected)
+    torch.testing.assert_close(critic.paired(x[:7], z), expected.diagonal())
+    assert not hasattr(critic, "additive_parts") and hasattr(ck.nn.ConcatCritic(2, 2, 2), "additive_parts")
+    copied = copy.deepcopy(critic)
+    copied.load_state_dict(critic.state_dict())
+    assert torch.equal(copied.pairwise(x, z), critic.pairwise(x, z))
+
+
 def test_concat_critic_starts_like_the_linear_layer_it_splits():
     critic = ck.nn.ConcatCritic(300, 100, 64)
     limit = 1 / math.sqrt(400)
@@ -83,7 +102,7 @@ def test_separable_critic_is_a_dot_product_of_embeddings():
     [
         (lambda: ck.nn.ConcatCritic(2, 2, activation="swish"), "activation is 'swish'; known are 'relu'"),
         (lambda: ck.nn.ConcatCritic(0, 2), "widths must be positive, got x_dim=0"),
-        (lambda: ck.nn.ConcatCritic(2, 2, layers=2), "one hidden layer in this version, got layers=2"),
+        (lambda: ck.nn.ConcatCritic(2, 2, layers=3), "one or two hidden layers, got layers=3"),
         (lambda: ck.nn.SeparableCritic(2, 2, 0), "widths must be positive, got 2, 2, 0, 128"),
         (lambda: ck.nn.LogEMA(1.0), r"decay must lie in \[0, 1\), got 1.0"),
         (lambda: objective(lam=-1.0), "must not be negative: lam=-1.0"),

@@ -28,14 +28,24 @@ def sharded_dot_lse(
     scale: Tensor,  # ()
     shards: Shards,
     *,
+    row_ids: Tensor | None = None,  # (n,)
+    col_ids: Tensor | None = None,  # (N,), of the columns of all ranks
     strategy: str = "gather",
     mask_positives: bool = True,
     need_cols: bool = True,
+    need_max: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> rows (n,), cols (n,) ((0,) unless needed), positives (n,) of this rank's rows of x and y.  No checks."""
-    options: dict[str, Any] = {"mask_positives": mask_positives, "need_cols": need_cols, "backend": backend}
+) -> tuple[Tensor, ...]:
+    """`dot_lse` of this rank's rows: rows (n,), cols (n,) of its own columns ((0,) unless needed), positives (n,), and
+    with need_max the largest logits (n,) and (n,) or (0,).  No checks."""
+    options: dict[str, Any] = {
+        "row_ids": row_ids, "col_ids": col_ids, "mask_positives": mask_positives, "need_cols": need_cols,
+        "need_max": need_max, "backend": backend,
+    }  # fmt: skip
     if strategy == "ring" and shards.world > 1:
         return ring_dot_lse(x, y, scale, shards, **options)
-    rows, cols, positives = dot_lse(x, gather(y, shards), scale, offset=shards.offset, **options)
-    return rows, merge.columns(cols, shards) if need_cols else cols, positives
+    rows, cols, positives, *maxima = dot_lse(x, gather(y, shards), scale, offset=shards.offset, **options)
+    if need_cols:
+        cols = merge.columns(cols, shards)
+        maxima[1:] = [merge.largest(t, shards) for t in maxima[1:]]
+    return rows, cols, positives, *maxima

@@ -24,6 +24,17 @@ def columns(partial: Tensor, shards: Shards) -> Tensor:
     return parts.view(shards.world, shards.local).logsumexp(0)
 
 
+def largest(partial: Tensor, shards: Shards) -> Tensor:
+    """partial (total,), this rank's largest number of every column -> (local,), that of its own columns over all ranks.
+
+    Without gradient.
+    """
+    if shards.world == 1:
+        return partial
+    parts = exchange(partial.detach(), shards.rows, (shards.local,) * shards.world, shards.group)
+    return parts.view(shards.world, shards.local).amax(0)
+
+
 def moments(j: Tensor, el: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
     """A mean j () and a log-mean-exp el () over this rank's rows -> those over the rows of all ranks.
 
@@ -43,6 +54,18 @@ def mean(values: Tensor, shards: Shards) -> Tensor:
         return values.mean()
     own = values.double().sum() / shards.total
     return _of_all_ranks(own[None], shards).sum().to(values.dtype)
+
+
+def total(value: Tensor, shards: Shards) -> Tensor:
+    """A number () of this rank -> the sum over ranks, the same bits on each; differentiable."""
+    return vector_total(value[None], shards)[0]
+
+
+def vector_total(values: Tensor, shards: Shards) -> Tensor:
+    """values (d,) of this rank -> the sum over ranks, the same bits on each; differentiable."""
+    if shards.world == 1:
+        return values
+    return _of_all_ranks(values.double(), shards).sum(0).to(values.dtype)
 
 
 def gather_rows(t: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -27,13 +27,16 @@ _WEIGHTLESS = 1e30  # the log-sum-exp of rows that have no gradient: exp(l - 1e3
 
 
 def ring_dot_lse(
-    x: Tensor, y: Tensor, scale: Tensor, shards: Shards, *, mask_positives: bool, need_cols: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `sharded_dot_lse`, for more than one rank."""
-    return _Ring.apply(x.contiguous(), y.contiguous(), scale, shards, mask_positives, need_cols, backend)
+    x: Tensor, y: Tensor, scale: Tensor, shards: Shards, *, row_ids: Tensor | None, col_ids: Tensor | None,
+    mask_positives: bool, need_cols: bool, need_max: bool, backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As `sharded_dot_lse`, for more than one rank.  The ids of all columns are on every rank: O(total) numbers."""
+    options = (mask_positives, need_cols, need_max, backend)
+    outputs = _Ring.apply(x.contiguous(), y.contiguous(), scale, row_ids, col_ids, shards, options)
+    return outputs if need_max else outputs[:3]
 
 
-class _Hop:
+class Hop:
     """Tensors on their way to the rank before this one, and those of the rank after it on their way here."""
 
     def __init__(self, kind: str, tensors: tuple[Tensor, ...], rows: int, shards: Shards) -> None:
@@ -64,27 +67,40 @@ class _Blocks:
 
     x: Tensor  # (n, d)
     scale: Tensor
+    row_ids: Tensor | None  # (n,)
+    col_ids: Tensor | None  # (N,)
+    shards: Shards
     mask_positives: bool
     need_cols: bool
+    need_max: bool
     backend: str
 
-    def forward(self, y: Tensor, own: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """y (m, d) -> rows (n,), cols (m,) or (0,), positives (n,) if it is the own shard, the stash offset () that the
-        block's backward wants; sums in float64."""
-        mask, swap = own and self.mask_positives, len(y) < len(self.x)
+    def _ids(self, step: int, swap: bool) -> tuple[Tensor | None, Tensor | None]:
+        """The ids of this rank's rows and of the shard that is here at `step`."""
+        if self.row_ids is None or self.col_ids is None:
+            return None, None
+        owner, rows = (self.shards.rank + step) % self.shards.world, self.shards.rows
+        ids = self.row_ids, self.col_ids.split(rows)[owner].contiguous()
+        return ids[::-1] if swap else ids
+
+    def forward(self, y: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """y (m, d) -> rows (n,), cols (m,) or (0,), positives (n,) if it is the own shard, maxima (n,), (m,) or (0,),
+        the stash offset () that the block's backward wants; sums in float64."""
+        mask, swap = step == 0 and self.mask_positives, len(y) < len(self.x)
         a, b = (y, self.x) if swap else (self.x, y)
-        rows, cols, positives, stash_offset, _ = dot_lse_forward(
-            a, b, self.scale, 0, mask, self.need_cols or swap, 0, self.backend
+        rows, cols, positives, row_max, col_max, stash_offset, _ = dot_lse_forward(
+            a, b, self.scale, *self._ids(step, swap), 0, mask, self.need_cols or swap, self.need_max, 0, self.backend
         )
-        rows, cols = (cols, rows) if swap else (rows, cols)
-        return rows.double(), cols.double(), positives, stash_offset
+        if swap:
+            rows, cols, row_max, col_max = cols, rows, col_max, row_max
+        return rows.double(), cols.double(), positives, row_max, col_max, stash_offset
 
     def backward(
-        self, y: Tensor, own: bool, rows: Tensor, g_rows: Tensor, cols: Tensor, g_cols: Tensor, positives: Tensor,
+        self, y: Tensor, step: int, rows: Tensor, g_rows: Tensor, cols: Tensor, g_cols: Tensor, positives: Tensor,
         g_positives: Tensor, stash_offset: Tensor, need_dx: bool, need_dy: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """-> dx (n, d), dy (m, d), each empty unless needed, dscale ()."""
-        mask, swap, none = own and self.mask_positives, len(y) < len(self.x), rows.new_empty(0)
+        own, swap, none = step == 0, len(y) < len(self.x), rows.new_empty(0)
         a, b, needs = (y, self.x, (need_dy, need_dx)) if swap else (self.x, y, (need_dx, need_dy))
         if swap:
             if not self.need_cols:
@@ -95,8 +111,8 @@ class _Blocks:
         if not own:
             positives = g_positives = rows.new_zeros(len(a))
         da, db, dscale = dot_lse_backward(
-            g_rows, g_cols, g_positives, a, b, self.scale, rows, cols, positives, stash_offset, none, 0, mask, *needs,
-            self.backend,
+            g_rows, g_cols, g_positives, a, b, self.scale, *self._ids(step, swap), rows, cols, positives, stash_offset,
+            none, 0, own and self.mask_positives, *needs, self.backend,
         )  # fmt: skip
         return (db, da, dscale) if swap else (da, db, dscale)
 
@@ -104,41 +120,51 @@ class _Blocks:
 class _Ring(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, shards: Shards, mask_positives: bool, need_cols: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, shards: Shards,
+        options: tuple[bool, bool, bool, str],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """As `ring_dot_lse`; keeps the inputs, the results and a number per step."""
-        blocks = _Blocks(x, scale, mask_positives, need_cols, backend)
+        blocks = _Blocks(x, scale, row_ids, col_ids, shards, *options)
+        need_cols, need_max = blocks.need_cols, blocks.need_max
         shard, behind = y, None
-        rows = cols = positives = x.new_empty(0)
+        rows = cols = positives = row_max = col_max = x.new_empty(0)
         stash_offsets = []
         for step in range(shards.world):
             coming = shards.rows[(shards.rank + step + 1) % shards.world]
-            ahead = _Hop("ahead", (shard,), coming, shards) if step + 1 < shards.world else None
-            more_rows, more_cols, own_positives, stash_offset = blocks.forward(shard, step == 0)
+            ahead = Hop("ahead", (shard,), coming, shards) if step + 1 < shards.world else None
+            more_rows, more_cols, own_positives, more_row_max, more_col_max, stash_offset = blocks.forward(shard, step)
             stash_offsets.append(stash_offset)
             if step == 0:
-                rows, cols, positives = more_rows, more_cols, own_positives
+                rows, positives, row_max = more_rows, own_positives, more_row_max
             else:
                 rows = torch.logaddexp(rows, more_rows)
-            if behind is not None:
-                cols = torch.logaddexp(behind.wait()[0], more_cols)
-            behind = _Hop("behind", (cols,), coming, shards) if need_cols else None
+                row_max = torch.maximum(row_max, more_row_max) if need_max else row_max
+            if need_cols:
+                if behind is None:
+                    cols, col_max = more_cols, more_col_max
+                else:
+                    earlier, *earlier_max = behind.wait()
+                    cols = torch.logaddexp(earlier, more_cols)
+                    col_max = torch.maximum(earlier_max[0], more_col_max) if need_max else col_max
+                behind = Hop("behind", (cols, col_max) if need_max else (cols,), coming, shards)
             if ahead is not None:
                 (shard,) = ahead.wait()
         if behind is not None:
-            (cols,) = behind.wait()
+            cols, *home = behind.wait()
+            col_max = home[0] if home else col_max
+        col_max = col_max if need_cols else col_max[:0]
         rows, cols = rows.to(positives.dtype), (cols if need_cols else cols[:0]).to(positives.dtype)
-        ctx.save_for_backward(y, rows, cols, positives, x, scale, *stash_offsets)
-        ctx.blocks, ctx.shards = (mask_positives, need_cols, backend), shards
-        return rows, cols, positives
+        ctx.save_for_backward(y, rows, cols, positives, x, scale, row_ids, col_ids, *stash_offsets)
+        ctx.options, ctx.shards = options, shards
+        ctx.mark_non_differentiable(row_max, col_max)
+        return rows, cols, positives, row_max, col_max
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g_rows: Tensor, g_cols: Tensor, g_positives: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g_rows: Tensor, g_cols: Tensor, g_positives: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         """(n,), (n,) or (0,), (n,) -> the gradients of x (n, d), y (n, d) and scale (), None unless needed."""
-        y, rows, cols, positives, x, scale, *stash_offsets = ctx.saved_tensors
-        blocks, shards = _Blocks(x, scale, *ctx.blocks), ctx.shards
+        y, rows, cols, positives, x, scale, row_ids, col_ids, *stash_offsets = ctx.saved_tensors
+        blocks, shards = _Blocks(x, scale, row_ids, col_ids, ctx.shards, *ctx.options), ctx.shards
         need_x, need_y, need_scale = ctx.needs_input_grad[:3]
         g_rows, g_positives = g_rows.contiguous(), g_positives.contiguous()
         shard: tuple[Tensor, ...] = (y, cols, g_cols.contiguous()) if blocks.need_cols else (y,)
@@ -146,17 +172,17 @@ class _Ring(Function):
         wide = x.dtype if x.itemsize >= 4 else torch.float32
         dx, dy, dscale = x.new_empty(0), y.new_empty(0), torch.zeros_like(scale)
         for step in range(shards.world):
-            own, coming = step == 0, shards.rows[(shards.rank + step + 1) % shards.world]
-            ahead = _Hop("ahead", shard, coming, shards) if step + 1 < shards.world else None
+            coming = shards.rows[(shards.rank + step + 1) % shards.world]
+            ahead = Hop("ahead", shard, coming, shards) if step + 1 < shards.world else None
             sums, g_sums = (shard[1], shard[2]) if blocks.need_cols else (rows[:0], rows[:0])
             more_dx, more_dy, more_dscale = blocks.backward(
-                shard[0], own, rows, g_rows, sums, g_sums, positives, g_positives, stash_offsets[step],
+                shard[0], step, rows, g_rows, sums, g_sums, positives, g_positives, stash_offsets[step],
                 need_x or not need_y, need_y,
             )  # fmt: skip
-            dx, dscale = more_dx.to(wide) if own else dx.add_(more_dx), dscale + more_dscale
+            dx, dscale = more_dx.to(wide) if step == 0 else dx.add_(more_dx), dscale + more_dscale
             if need_y:
                 dy = more_dy.to(wide) if behind is None else behind.wait()[0].add_(more_dy)
-                behind = _Hop("behind", (dy,), coming, shards)
+                behind = Hop("behind", (dy,), coming, shards)
             del more_dx, more_dy
             if ahead is not None:
                 shard = ahead.wait()

@@ -14,10 +14,20 @@ def matrix(name: str, t: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if t.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {t.dtype}")
+    not_transformed(name, t)
     if t.dim() != 2:
         raise ValueError(f"{name} must be 2-d (rows, features), got shape {tuple(t.shape)}")
     if t.shape[0] == 0 or t.shape[1] == 0:
         raise ValueError(f"{name} is empty: shape {tuple(t.shape)}")
+
+
+def not_transformed(name: str, t: Tensor) -> None:
+    """`t` must not belong to torch.func.grad, vjp or jacrev, which the operators' gradients do not go through."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_gradtrackingtensor(t):
+        raise RuntimeError(
+            f"{name} is differentiated by torch.func (grad, vjp, jacrev), which the fused operators have no rule for: "
+            "use torch.autograd.grad or backward()"
+        )
 
 
 def same_place(**tensors: Tensor) -> None:
@@ -60,6 +70,19 @@ def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
     return value.reshape(()).to(dtype)
 
 
+def scalar_or_rows(name: str, value: Tensor | float, like: Tensor) -> Tensor:
+    """As `scalar`, or a tensor of one number for each of `like`'s rows."""
+    if not isinstance(value, Tensor) or value.numel() == 1:
+        return scalar(name, value, like)
+    if value.shape != like.shape[:1]:
+        raise ValueError(f"{name} must have one element, or {like.shape[0]}, one per row, got {tuple(value.shape)}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating, got {value.dtype}")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device} but the features are on {like.device}")
+    return value.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
 def choice(name: str, value: str, known: tuple[str, ...]) -> None:
     """`value` is one of the known words."""
     if value not in known:
@@ -67,9 +90,9 @@ def choice(name: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def positive(name: str, value: Tensor) -> None:
-    """A 0-d CPU tensor that must be above zero (NaN passes: the loss will be NaN).  Reads the value: CPU only."""
-    if value.device.type == "cpu" and value.item() <= 0:
-        raise ValueError(f"{name} must be positive (it is exp(log_scale), not log_scale), got {value.item()}")
+    """A CPU tensor that must be above zero (NaN passes: the loss will be NaN).  Reads the values: CPU only."""
+    if value.device.type == "cpu" and (least := value.item() if value.dim() == 0 else value.amin().item()) <= 0:
+        raise ValueError(f"{name} must be positive (it is exp(log_scale), not log_scale), got {least}")
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cibr_kernels import backends
 
+GRAIN = 1 << 21  # multiply-adds that are worth a thread: 20 to 40 us of one core
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
 
 
@@ -22,9 +23,12 @@ def fill(params: Any, fields: dict[str, Any]) -> Any:
     return params
 
 
-def call(kernel: str, struct: str, **fields: Any) -> None:
-    """Fills `struct`'s fields and runs `kernel` on torch's number of threads."""
+def call(kernel: str, struct: str, work: int, **fields: Any) -> None:
+    """Fills `struct`'s fields and runs `kernel` on torch's number of threads, or fewer where there is little to do.
+
+    work: about how many multiply-adds it is; results do not depend on the number of threads.
+    """
     module = backends.compiled()
     params = fill(getattr(module, struct)(), fields)
-    params.threads = torch.get_num_threads()
+    params.threads = max(1, min(torch.get_num_threads(), work // GRAIN))
     getattr(module, kernel)(params)

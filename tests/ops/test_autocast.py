@@ -26,6 +26,16 @@ def test_clip_loss_takes_bfloat16_features(dtype):
     assert torch.equal(loss, ck.clip_loss(x.bfloat16(), y.bfloat16(), s))
 
 
+def test_siglip_loss_takes_bfloat16_features():
+    x, y, s, b = leaves(*towers(33, 33, 16), torch.tensor(14.3), torch.tensor(-5.0))
+    with torch.autocast(**BF16), Recorded() as seen:
+        loss = ck.siglip_loss(x, y, s, b)
+    ((arguments, _),) = seen.named("dot_softplus_total")
+    assert arguments[0].dtype == arguments[1].dtype == torch.bfloat16 and arguments[2].dtype == torch.float32
+    loss.backward()
+    assert loss.dtype == x.grad.dtype == y.grad.dtype == s.grad.dtype == b.grad.dtype == torch.float32
+
+
 def test_float64_features_stay_as_they_are():
     x, y = (t.double() for t in towers(5, 5, 4))
     with torch.autocast(**BF16):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import cibr_kernels as ck
 from cibr_kernels.ops.additive_moments.op import additive_moments
+from cibr_kernels.ops.additive_scores.op import additive_scores
 from cibr_kernels.ops.dot_moments.op import dot_moments
 
 
@@ -29,6 +30,22 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[[], list[Tensor]]]] =
     ),
     "additive_moments_smooth": (
         lambda a, b, w: difference(additive_moments(a, b, w, activation="silu")),
+        lambda: [*towers(40, 40, 33, kind="raw"), torch.randn(33)],
+    ),
+    "clip_loss_groups": (
+        lambda x, y, s: ck.clip_loss(x, y, s, group_ids=torch.arange(len(x)) % 30, label_smoothing=0.1),
+        lambda: [*towers(40, 40, 33), torch.tensor(9.0)],
+    ),
+    "siglip_loss": (
+        lambda x, y, s, b: ck.siglip_loss(x, y, s, b),
+        lambda: [*towers(40, 40, 33), torch.tensor(9.0), torch.tensor(-3.0)],
+    ),
+    "siglip_loss_none": (
+        lambda x, y, s, b: ck.siglip_loss(x, y, s, b, reduction="none").square().sum(),
+        lambda: [*towers(40, 40, 33), torch.tensor(9.0), torch.tensor(-3.0)],
+    ),
+    "additive_scores": (
+        lambda a, b, w: additive_scores(a, b, w).square().mean(),
         lambda: [*towers(40, 40, 33, kind="raw"), torch.randn(33)],
     ),
     "log_mean_exp": (lambda s: ck.log_mean_exp(s), lambda: [torch.randn(70, 31)]),

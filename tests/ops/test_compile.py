@@ -29,6 +29,8 @@ def moments(critic: torch.nn.Module, **options) -> Callable[..., Tensor]:
 FUNCTIONS = {
     "clip_loss": lambda x, y, s: ck.clip_loss(x, y, s),
     "clip_loss_one_way": lambda x, y, s: ck.clip_loss(x, y, s, s, one_way=True),
+    "siglip_loss": lambda x, y, s: ck.siglip_loss(x, y, s, -s),
+    "siglip_loss_none": lambda x, y, s: ck.siglip_loss(x, y, s, -s, reduction="none").square().sum(),
     "concat": moments(CONCAT),
     "concat_include": moments(CONCAT, diagonal="include"),
     "concat_shifts": moments(CONCAT, negatives=ck.shifts(3)),
@@ -112,6 +114,6 @@ def test_cibr_module_compiles_and_keeps_its_state(ema_decay):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["clip_loss", "separable", "cibr_loss"])
+@pytest.mark.parametrize("name", ["clip_loss", "siglip_loss", "separable", "cibr_loss"])
 def test_inductor_equals_eager(name):
     check(FUNCTIONS[name], backend="inductor")

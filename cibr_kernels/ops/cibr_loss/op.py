@@ -24,8 +24,8 @@ from torch.distributed import ProcessGroup
 from cibr_kernels.distributed.shards import Agreement, Shards
 from cibr_kernels.ops import checks
 from cibr_kernels.ops.clip_loss.op import clip_loss
-from cibr_kernels.ops.critic_moments.op import Shifts
-from cibr_kernels.ops.mutual_information.op import BOUNDS, Ema, mutual_information
+from cibr_kernels.ops.critic_moments.op import Negatives
+from cibr_kernels.ops.mutual_information.op import MAXIMISED, Ema, mutual_information
 
 TERMS = ("image_own", "image_other", "text_own", "text_other")
 
@@ -79,7 +79,7 @@ def cibr_loss(
     lam: float | Tensor = 0.5,
     noise_std: float = 0.25,
     estimator: str = "mine",
-    negatives: str | Shifts = "all",
+    negatives: Negatives = "all",
     diagonal: str = "exclude",
     ema: Mapping[str, Ema] | None = None,
     one_way: bool = False,
@@ -102,7 +102,8 @@ def cibr_loss(
         critics: {"image_own": T(Xv, Zv), "image_other": T(Xt, Zv), "text_own": T(Xt, Zt), "text_other": T(Xv, Zt)}.
         lam: weight of the penalty, a number or a 0-d tensor; 0 trains the critics only.
         noise_std: noise on Z before the critics, on its unit-norm scale; caps I(Z; X) near 1 / 2 noise_std^2 nats.
-        estimator, negatives, diagonal, backend: as in `mutual_information`; ema: as there, by critic name.
+        estimator, negatives, diagonal, backend: as in `mutual_information` (an estimator that critics maximise: all but
+            "club"; under "js" the reported terms are no information); ema: as there, by critic name.
         generator: draws the noise; torch's default generator otherwise.
         return_parts: also return {"contrastive_loss", "image_cmi", "text_cmi", and the four estimates}, detached.
         process_group, strategy: as in `clip_loss`; "ring" is the contrastive part's.  The information terms are those
@@ -110,7 +111,7 @@ def cibr_loss(
 
     Raises ValueError for shapes, missing critics, negative lam or noise, ranks that disagree; TypeError for dtypes.
     """
-    checks.choice("estimator", estimator, BOUNDS)
+    checks.choice("estimator", estimator, MAXIMISED)
     missing = [name for name in TERMS if name not in critics]
     if missing:
         raise ValueError(f"critics lacks {', '.join(missing)}; it has {', '.join(critics)}")

@@ -5,18 +5,22 @@
     loss = 1/2n sum_i [softplus(R_i - p_i) + softplus(C_i - p_i)]         (one_way: 1/n, rows only)
 
 softplus(R - p) is LSE - p with the positive inside the LSE: the same number, whose value and gradient keep their digits
-when the loss is tiny.  Everything here is O(n); the passes over all pairs are `dot_lse`'s.
+when the loss is tiny.  Everything here is O(n d); the passes over all pairs are `dot_lse`'s.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from cibr_kernels.distributed.lse import STRATEGIES, sharded_dot_lse
+from cibr_kernels.distributed.lse import STRATEGIES
 from cibr_kernels.distributed.shards import Agreement, Shards
-from cibr_kernels.ops import checks
+from cibr_kernels.ops import checks, contrastive
+from cibr_kernels.ops.clip_loss.directions import Problem
 from cibr_kernels.ops.dot_lse.op import dot_lse
 
 
@@ -26,12 +30,20 @@ def clip_loss(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None,
     *,
+    group_ids: Tensor | None = None,
+    group_mode: str = "mask",
+    image_negatives: Tensor | None = None,
+    text_negatives: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
     one_way: bool = False,
+    return_metrics: bool = False,
     process_group: ProcessGroup | Shards | None = None,
     strategy: str = "gather",
     backend: str = "auto",
-) -> Tensor:
-    """The CLIP loss, a float32 scalar in nats, differentiable in features, scale and bias.
+) -> Any:
+    """The CLIP loss in nats, a float32 scalar unless `reduction` is "none"; differentiable in all tensors.
 
     Equal to `(cross_entropy(l, arange(n)) + cross_entropy(l.T, arange(n))) / 2` with
     `l = logit_scale * image_features @ text_features.T + logit_bias`, with logits and sums in float32 for every dtype.
@@ -39,43 +51,82 @@ def clip_loss(
     Args:
         image_features: (n, d) float32, bfloat16 or float16 (float64 runs the reference); usually of unit norm.
         text_features: (n, d), same dtype and device; row i belongs to row i of `image_features`.
-        logit_scale: exp(log_scale) = 1 / temperature, a positive number or a one-element tensor.
+        logit_scale: exp(log_scale) = 1 / temperature, a positive number or a one-element tensor; or (n,), one per pair,
+            that of the anchor in either direction (two passes over one-way logits instead of one, in float32; a shard
+            of a single row cannot tell them apart and refuses).
         logit_bias: accepted for open_clip's signature; softmax ignores a constant, so its gradient is zero.
+        group_ids: (n,) integers; pairs of one group (a caption twice, two photos of one product) are no negatives.
+        group_mode: "mask" leaves pairs of one group out of the denominator; "positives" counts all texts of an image's
+            group as its positives, with equal shares of the target (SupCon, 2004.11362, equation 2).
+        image_negatives, text_negatives: (k, d), more candidates that are nobody's positive, of the text -> image and of
+            the image -> text direction: a queue (MoCo) or hard negatives.  On several ranks, of this rank's rows.
+        label_smoothing: in [0, 1): that share of the target is spread evenly over an anchor's candidates.
+        weights: (n,) weights of the pairs, not negative.
+        reduction: "mean" (by weight), "sum", or "none" for (n,) losses, the mean of a pair's two directions.
         one_way: only image -> text, equation 3 of CIBR (2503.24182).
+        return_metrics: also return {"image_to_text_top1", "text_to_image_top1", "positive_logit", "negative_logit"},
+            0-d, without gradient, of the same pass: how often the positive is above all that the denominator sums, and
+            the mean logits of the positives and of all other pairs.
         process_group: ranks whose rows make one batch, such as `dist.group.WORLD` (None before torch.distributed is
             initialised: one process).  Features are this rank's rows, shards may be uneven.  The mean of the returned
             losses over ranks is the loss of the whole batch, and gradients that DDP or FSDP average are its gradients,
-            logit_scale's included: `cibr_kernels.distributed`.
+            logit_scale's included: `cibr_kernels.distributed`.  With "none" each rank gets its own rows' losses.
         strategy: "gather" brings the texts of all ranks to every rank, O(total d) memory; "ring" passes them on, in
-            O(n d), and computes the logits twice.
+            O(n d), and computes the logits twice; not with extra negatives or group_mode "positives".
         backend: "auto", "native" (C++, CPU), "triton" (GPU) or "reference" (plain PyTorch, stores the n x n logits).
 
     Raises:
-        TypeError, ValueError: dtype, device or shape mismatch, empty input, non-positive scale (checked on the CPU);
-            ranks that disagree on width, dtype, device or options: on every rank, before any work.
+        TypeError, ValueError: dtype, device or shape mismatch, empty input, non-positive scale (checked on the CPU),
+            unknown names; ranks that disagree on width, dtype, device or options: on every rank, before any work.
         RuntimeError: the named backend cannot run here (every reason is given), a double backward, a rank that died.
 
     NaN or infinity in the features gives a NaN loss.  Under autocast the features are cast as a matmul would cast them.
     Source: Radford et al. 2021 (2103.00020), Figure 3.
     """
     checks.choice("strategy", strategy, STRATEGIES)
-    with Agreement("clip_loss", process_group, one_way=one_way, strategy=strategy) as agreement:
+    checks.choice("reduction", reduction, contrastive.REDUCTIONS)
+    checks.choice("group_mode", group_mode, contrastive.GROUP_MODES)
+    options = {
+        "one_way": one_way, "strategy": strategy, "group_ids": group_ids is not None and group_mode,
+        "image_negatives": image_negatives is not None, "text_negatives": text_negatives is not None,
+        "label_smoothing": label_smoothing, "weights": weights is not None, "reduction": reduction,
+        "return_metrics": return_metrics,
+    }  # fmt: skip
+    with Agreement("clip_loss", process_group, **options) as agreement:
         checks.matrix("image_features", image_features)
         checks.matrix("text_features", text_features)
-        x, y = checks.autocast(image_features, text_features)
+        x, y = (t.contiguous() for t in checks.autocast(image_features, text_features))
         checks.same_place(image_features=x, text_features=y)
         checks.same_rows(image_features=x, text_features=y)
         checks.same_width(image_features=x, text_features=y)
-        scale = checks.scalar("logit_scale", logit_scale, x)
+        scale = checks.scalar_or_rows("logit_scale", logit_scale, x)
         bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, x)
-        if process_group is not None:  # dot_lse would refuse it too, while the other ranks wait for this one
-            checks.positive("logit_scale", scale)
+        ids, weights = contrastive.check_ids(group_ids, x), contrastive.check_weights(weights, x)
+        several = ids is not None and group_mode == "positives"
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+        if one_way and image_negatives is not None:
+            raise ValueError("image_negatives are candidates of text -> image, the direction that one_way leaves out")
+        if strategy == "ring" and (several or image_negatives is not None or text_negatives is not None):
+            raise ValueError("strategy 'ring' has no extra negatives and no group_mode 'positives'; use 'gather'")
+        if process_group is not None or (scale.dim() and not torch.compiler.is_compiling()):
+            checks.positive("logit_scale", scale)  # dot_lse refuses one number too, while other ranks wait for this one
+        problem = Problem(
+            x, y, scale, contrastive.check_negatives("image_negatives", image_negatives, x),
+            contrastive.check_negatives("text_negatives", text_negatives, x), None, several, label_smoothing, one_way,
+            return_metrics, None, strategy, backend,
+        )  # fmt: skip
+        agreement.options["number of logit_scales"] = "one per pair" if scale.dim() else "one"
         agreement.describe(image_features=x, text_features=y)
-    if agreement.shards is None:
-        loss = rectangular_clip_loss(x, y, scale, one_way=one_way, backend=backend)
-    else:
-        loss = _sharded_clip_loss(x, y, scale, agreement.shards, one_way=one_way, strategy=strategy, backend=backend)
-    return loss if bias is None else loss + 0.0 * bias
+    shards = agreement.shards
+    if shards is not None or ids is not None:
+        problem = replace(problem, shards=shards, groups=contrastive.Groups.of(ids, shards))
+    ways, positives = problem.directions()
+    losses = [problem.losses(way, positives) for way in ways]
+    pairs = losses[0] if one_way else (losses[0] + losses[1]) / 2
+    loss = contrastive.reduce(pairs, weights, reduction, shards)
+    loss = loss if bias is None else loss + 0.0 * bias
+    return (loss, problem.measure(ways, positives, bias)) if return_metrics else loss
 
 
 def rectangular_clip_loss(
@@ -83,25 +134,7 @@ def rectangular_clip_loss(
 ) -> Tensor:
     """The loss of n rows against m >= offset + n columns, row i's positive being column offset + i.  No checks."""
     rows, cols, positives = dot_lse(x, y, scale, offset=offset, need_cols=not one_way, backend=backend)
-    return _mean_loss(rows, None if one_way else cols[offset : offset + x.shape[0]], positives)
-
-
-def _sharded_clip_loss(
-    x: Tensor, y: Tensor, scale: Tensor, shards: Shards, *, one_way: bool, strategy: str, backend: str
-) -> Tensor:
-    """This rank's part of the loss of all ranks' rows, times the number of ranks."""
-    rows, cols, positives = sharded_dot_lse(
-        x, y, scale, shards, strategy=strategy, need_cols=not one_way, backend=backend
-    )
-    return _mean_loss(rows, None if one_way else cols, positives) * shards.share
-
-
-def _mean_loss(rows: Tensor, cols: Tensor | None, positives: Tensor) -> Tensor:
-    """Log-sum-exps without the positives and the positives, (n,) each -> (); only the rows without `cols`."""
-    loss = softplus(rows - positives).mean()
-    return loss if cols is None else (loss + softplus(cols - positives).mean()) / 2
-
-
-def softplus(t: Tensor) -> Tensor:
-    """log(1 + exp t); F.softplus stops being exact at 20."""
-    return torch.logaddexp(t, torch.zeros_like(t))
+    loss = contrastive.softplus(rows - positives).mean()
+    if one_way:
+        return loss
+    return (loss + contrastive.softplus(cols[offset : offset + x.shape[0]] - positives).mean()) / 2

@@ -24,4 +24,10 @@ def backward(grad: Tensor, scores: Tensor, mask: Tensor | None, el: Tensor) -> T
 
 
 def _problem(scores: Tensor, mask: Tensor | None) -> dict:
-    return {"scores": scores, "mask": mask, "dtype": DTYPES[scores.dtype], "count": scores.numel()}
+    return {
+        "work": 8 * scores.numel(),
+        "scores": scores,
+        "mask": mask,
+        "dtype": DTYPES[scores.dtype],
+        "count": scores.numel(),
+    }

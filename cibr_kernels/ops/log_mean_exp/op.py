@@ -24,10 +24,12 @@ def log_mean_exp(
         ema: the log of a moving average of mean(exp(scores)), 0-d; the gradient is corrected by exp(L - ema), equation
             12 of MINE (1801.04062).  No gradient flows into it; `nn.LogEMA` keeps one.
 
-    Raises TypeError for dtypes, ValueError for an empty tensor, a mask of another shape, or one with no True entry.
+    Raises TypeError for dtypes, ValueError for an empty tensor, a mask of another shape, or (on the CPU; on a GPU the
+    result is NaN) one with no True entry.
     """
     if not isinstance(scores, Tensor) or scores.dtype not in checks.FLOATS:
         raise TypeError(f"scores must be a floating tensor, got {getattr(scores, 'dtype', type(scores).__name__)}")
+    checks.not_transformed("scores", scores)
     if scores.numel() == 0:
         raise ValueError(f"scores is empty: shape {tuple(scores.shape)}")
     if mask is not None:
