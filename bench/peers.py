@@ -69,6 +69,30 @@ def _compiled() -> Loss:
     return torch.compile(one_logits, fullgraph=False, dynamic=False)
 
 
+# ------------------------------------------------------------------------------------------------ siglip_loss
+def fused_siglip(inputs: Inputs) -> Tensor:
+    t = inputs.tensors
+    return ck.siglip_loss(t["x"], t["z"], t["scale"], t["bias"])
+
+
+def build_open_clip_siglip() -> Loss:
+    from open_clip.loss import SigLipLoss
+
+    loss = SigLipLoss()
+    return lambda inputs: loss(*(inputs.tensors[name] for name in ("x", "z", "scale", "bias")))
+
+
+def eager_siglip(inputs: Inputs) -> Tensor:
+    t = inputs.tensors
+    logits = t["scale"] * t["x"] @ t["z"].T + t["bias"]
+    labels = 2 * torch.eye(logits.shape[0], dtype=logits.dtype) - 1
+    return -F.logsigmoid(labels * logits).sum() / logits.shape[0]
+
+
+def _compiled_siglip() -> Loss:
+    return torch.compile(eager_siglip, fullgraph=False, dynamic=False)
+
+
 # ------------------------------------------------------------------------------------------------ critics
 def fused_critic(inputs: Inputs) -> Tensor:
     t = inputs.tensors
@@ -121,9 +145,8 @@ def _small(case: Case) -> float:
     linear = 16 * 4 * case.n * max(case.width, 512) + 2 * ck.stash_budget()
     if ck.native_available():
         return linear
-    return linear + {"clip_loss": 4.0, "critic_moments": 5.0 * case.width, "cibr_loss": 5 * 256.0}[case.op] * (
-        4 * case.n**2
-    )
+    matrices = {"clip_loss": 4.0, "siglip_loss": 6.0, "critic_moments": 5.0 * case.width, "cibr_loss": 5 * 256.0}
+    return linear + matrices[case.op] * 4 * case.n**2
 
 
 def _no_passes(case: Case) -> None:
@@ -139,6 +162,13 @@ IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
         lambda: one_logits, lambda c: 3 if c.backward else 1, lambda c: _logits(c, 4, 6)
     ),
     ("clip_loss", "compiled"): Implementation(_compiled, lambda c: 3 if c.backward else 1, lambda c: _logits(c, 4, 6)),
+    ("siglip_loss", "fused"): Implementation(lambda: fused_siglip, lambda c: 3 if c.backward else 1, _small),
+    ("siglip_loss", "open_clip"): Implementation(
+        build_open_clip_siglip, lambda c: 3 if c.backward else 1, lambda c: _logits(c, 6, 8)
+    ),
+    ("siglip_loss", "compiled"): Implementation(
+        _compiled_siglip, lambda c: 3 if c.backward else 1, lambda c: _logits(c, 4, 6)
+    ),
     ("critic_moments", "fused"): Implementation(lambda: fused_critic, _no_passes, _small),
     ("critic_moments", "eager"): Implementation(lambda: eager_critic, _no_passes, lambda c: _activations(c, 2, 3)),
     ("cibr_loss", "fused"): Implementation(lambda: fused_cibr, _no_passes, _small),

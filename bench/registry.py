@@ -26,9 +26,9 @@ class Target:
 class Case:
     """One row of the benchmark: an op at a size, and the baselines it is compared with."""
 
-    op: str  # "clip_loss", "critic_moments" or "cibr_loss"
+    op: str  # "clip_loss", "siglip_loss", "critic_moments" or "cibr_loss"
     n: int
-    width: int  # features of clip_loss and cibr_loss, hidden units of critic_moments
+    width: int  # features of the losses, hidden units of critic_moments
     dtype: str = "float32"
     backward: bool = True
     baselines: tuple[str, ...] = ()
@@ -63,6 +63,15 @@ def _clip_cases() -> list[Case]:
     return cases
 
 
+def _siglip_cases() -> list[Case]:
+    cases = []
+    for n in (1024, 4096, 8192):
+        for dtype in ("float32", "bfloat16"):
+            baselines = ("open_clip", "compiled") if n == 4096 else ("open_clip",)
+            cases.append(Case("siglip_loss", n, 512, dtype, True, baselines, n == 1024))
+    return cases
+
+
 CASES = [
     Case("critic_moments", 512, 256, baselines=("eager",), quick=True),
     Case("critic_moments", 1024, 256, baselines=("eager",), quick=True),
@@ -72,6 +81,7 @@ CASES = [
     Case("cibr_loss", 512, 512, baselines=("eager",)),
     Case("cibr_loss", 2048, 512, baselines=("eager",)),
     *_clip_cases(),
+    *_siglip_cases(),
 ]
 
 
@@ -101,12 +111,14 @@ def make_inputs(case: Case) -> Inputs:
         shared = normal(n, case.width)
         x, z = (nn.functional.normalize(shared + normal(n, case.width), dim=1).to(dtype) for _ in range(2))
         tensors = {"x": x, "z": z, "scale": torch.tensor(SCALE)}
+        if case.op == "siglip_loss":
+            tensors |= {"scale": torch.tensor(10.0), "bias": torch.tensor(-10.0)}  # where SigLIP starts
         critics = nn.ModuleDict()
         if case.op == "cibr_loss":
             tensors |= {"image_inputs": normal(n, 768), "text_inputs": normal(n, 512)}
             widths = {"image_own": 768, "image_other": 512, "text_own": 512, "text_other": 768}
             critics.update({name: ck.nn.ConcatCritic(widths[name], case.width, 256) for name in TERMS})
-    leaves = [tensors[name] for name in ("x", "z", "scale") if name in tensors]
+    leaves = [tensors[name] for name in ("x", "z", "scale", "bias") if name in tensors]
     if case.backward:
         for leaf in leaves:
             leaf.requires_grad_()
