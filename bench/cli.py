@@ -34,7 +34,17 @@ def commands() -> dict[str, Callable[[argparse.Namespace], int]]:
 
         return scale.main(args)
 
-    return {"toy": run_toy, "gpu": run_gpu, "scale": run_scale}
+    def run_mi(args: argparse.Namespace) -> int:
+        from bench import mi
+
+        return mi.main(args.json, args.plot, quick=args.quick)
+
+    def run_variance(args: argparse.Namespace) -> int:
+        from bench import variance
+
+        return variance.main(args.json, args.plot, quick=args.quick)
+
+    return {"toy": run_toy, "gpu": run_gpu, "scale": run_scale, "mi": run_mi, "variance": run_variance}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,9 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python bench/", description="The fused ops against their eager peers: time, peak memory, agreement."
     )
     parser.add_argument("names", nargs="*", help="cases by name or the beginning of one, or a command; see --list")
-    parser.add_argument("--quick", action="store_true", help="a few cases, at most 60 s")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few cases, at most 60 s; mi and variance: fewer rows, seeds"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the machine and every number")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw time and memory against N")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw time and memory against N, or the command's picture"
+    )
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--predict", action="store_true", help="gpu: predict, without a GPU, from what compilers make")
     parser.add_argument("--search", action="store_true", help="gpu: look for better configurations than the tables'")
