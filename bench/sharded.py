@@ -25,7 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cibr_kernels as ck
 from cibr_kernels.distributed import traffic
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # this rank's rows of both towers, and the scale
+Loss = Callable[..., Tensor]  # this rank's rows of both towers, the scale, and siglip's bias -> its loss
+LEAVES = ("image", "text", "scale", "bias")
+# a bias at which positives and negatives have parts of one size in the gradients; SigLIP starts with 10 and -10
+NUMBERS = {"clip": (14.25,), "siglip": (10.0, -6.0)}
 SECONDS = 300
 
 
@@ -39,11 +42,40 @@ def _fused(strategy: str, stash: bool = False) -> Callable[[int, int], Loss]:
     return make
 
 
+def _fused_siglip(strategy: str) -> Callable[[int, int], Loss]:
+    def make(rank: int, world: int) -> Loss:
+        group = dist.group.WORLD
+        return lambda x, y, scale, bias: ck.siglip_loss(x, y, scale, bias, process_group=group, strategy=strategy)
+
+    return make
+
+
 def _open_clip(local_loss: bool, gather_with_grad: bool) -> Callable[[int, int], Loss]:
     def make(rank: int, world: int) -> Loss:
         from open_clip.loss import ClipLoss
 
         return ClipLoss(local_loss, gather_with_grad, rank=rank, world_size=world)
+
+    return make
+
+
+def _open_siglip(dist_impl: str) -> Callable[[int, int], Loss]:
+    def make(rank: int, world: int) -> Loss:
+        from open_clip.loss import SigLipLoss
+
+        return SigLipLoss(rank=rank, world_size=world, dist_impl=dist_impl)
+
+    return make
+
+
+def _siglip_kernel(strategy: str) -> Callable[[int, int], Loss]:
+    """Its Triton kernel in Triton's interpreter; as published it asks a GPU for its capability when it is imported."""
+
+    def make(rank: int, world: int) -> Loss:
+        torch.cuda.get_device_capability = lambda device=None: (9, 0)
+        from siglip_kernel.distributed import DistributedSigLIPLoss
+
+        return DistributedSigLIPLoss(strategy=strategy, rank=rank, world_size=world)
 
     return make
 
@@ -80,6 +112,7 @@ class Implementation:
     make: Callable[[int, int], Loss]
     passes: tuple[str, str]
     package: str = "torch"  # what has to be installed
+    loss: str = "clip"  # of NUMBERS
     environment: dict[str, str] = field(default_factory=dict)  # of fresh processes: triton reads it when imported
 
 
@@ -87,14 +120,33 @@ IMPLEMENTATIONS = {
     "clip_loss, gather, stash": Implementation(_fused("gather", stash=True), ("1", "2")),
     "clip_loss, gather": Implementation(_fused("gather"), ("1", "3")),
     "clip_loss, ring": Implementation(_fused("ring"), ("1", "3")),
-    "open_clip (local, grad)": Implementation(_open_clip(True, True), ("2", "4")),
-    "open_clip (local, no grad)": Implementation(_open_clip(True, False), ("2", "2")),
-    "open_clip (global, grad)": Implementation(_open_clip(False, True), ("W", "2W")),
-    "open_clip (global, no grad)": Implementation(_open_clip(False, False), ("W", "2W")),
+    "open_clip (local, grad)": Implementation(_open_clip(True, True), ("2", "4"), "open_clip"),
+    "open_clip (local, no grad)": Implementation(_open_clip(True, False), ("2", "2"), "open_clip"),
+    "open_clip (global, grad)": Implementation(_open_clip(False, True), ("W", "2W"), "open_clip"),
+    "open_clip (global, no grad)": Implementation(_open_clip(False, False), ("W", "2W"), "open_clip"),
     "inf_cl cal_ring_loss": Implementation(_inf_cl, ("2", "8"), "inf_cl"),
     "memeff (interpreter)": Implementation(
-        _memeff, ("1", "3"), "memeff", {"TRITON_INTERPRET": "1", "MEMEFF_INPUT_PRECISION": "ieee"}
+        _memeff, ("1", "3"), "memeff", environment={"TRITON_INTERPRET": "1", "MEMEFF_INPUT_PRECISION": "ieee"}
     ),
+}
+IMPLEMENTATIONS |= {
+    f"siglip_loss, {strategy}": Implementation(_fused_siglip(strategy), ("3", "0"), loss="siglip")
+    for strategy in ("gather", "ring")
+}
+IMPLEMENTATIONS |= {
+    f"open_clip SigLipLoss, {mode}": Implementation(_open_siglip(mode), passes, "open_clip", "siglip")
+    for mode, passes in {
+        "bidir": ("1", "2"),
+        "shift": ("1", "2"),
+        "reduce": ("1*", "2*"),
+        "gather": ("1*", "2*"),
+    }.items()
+}
+IMPLEMENTATIONS |= {
+    f"siglip_kernel, {strategy}": Implementation(
+        _siglip_kernel(strategy), ("3", "0"), "siglip_kernel", "siglip", {"TRITON_INTERPRET": "1"}
+    )
+    for strategy in ("gather", "ring")
 }
 
 
@@ -142,21 +194,32 @@ def _status(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _inputs(n: int, d: int, world: int) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(n: int, d: int, world: int, loss: str) -> tuple[Tensor, ...]:
+    """All ranks' rows of both towers, and the numbers of a loss."""
     generator = torch.Generator().manual_seed(n)
     x = torch.randn(n * world, d, generator=generator)
     y = F.normalize(x + 2 * torch.randn(n * world, d, generator=generator), dim=1)
-    return F.normalize(x, dim=1), y, torch.tensor(14.25)
+    return F.normalize(x, dim=1), y, *map(torch.tensor, NUMBERS[loss])
+
+
+def _truth(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The loss of all rows in one process: clip's without a bias, else the sigmoid loss."""
+    logits = scale * x @ y.T
+    if bias is None:
+        labels = torch.arange(len(logits))
+        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    signs = 2 * torch.eye(len(logits), dtype=logits.dtype) - 1
+    return -F.logsigmoid(signs * (logits + bias)).sum() / len(logits)
 
 
 def measure(rank: int, world: int, name: str, n: int, d: int, dtype: torch.dtype) -> dict[str, float]:
     """Bytes forward and backward, the header's, and the peak of memory of one step of a loss."""
-    make = IMPLEMENTATIONS[name].make
+    make, loss_name = IMPLEMENTATIONS[name].make, IMPLEMENTATIONS[name].loss
     rows = slice(rank * n, (rank + 1) * n)
-    x, y, scale = _inputs(8, d, world)
+    x, y, *numbers = _inputs(8, d, world, loss_name)
     x, y = (t[rank * 8 :][:8].to(dtype).requires_grad_() for t in (x, y))
-    make(rank, world)(x, y, scale).backward()  # starts threads and gloo's buffers
-    x, y, scale = _inputs(n, d, world)
+    make(rank, world)(x, y, *numbers).backward()  # starts threads and gloo's buffers
+    x, y, *numbers = _inputs(n, d, world, loss_name)
     x, y = (t[rows].to(dtype).clone().requires_grad_() for t in (x, y))
     loss_fn = make(rank, world)
     dist.barrier()
@@ -164,7 +227,7 @@ def measure(rank: int, world: int, name: str, n: int, d: int, dtype: torch.dtype
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     with Wire(rank, world) as wire, traffic() as meter:
-        loss = loss_fn(x, y, scale)
+        loss = loss_fn(x, y, *numbers)
         forward = wire.bytes
         loss.backward()
     peak = _status("VmHWM") - before
@@ -176,29 +239,27 @@ def measure(rank: int, world: int, name: str, n: int, d: int, dtype: torch.dtype
 
 
 def ratios(rank: int, world: int, name: str, n: int, d: int) -> dict[str, float]:
-    """<gradient, truth> / |truth|^2 after DDP's average, for the towers and the scale; and what is not along it."""
-    whole = [t.double().requires_grad_() for t in _inputs(n, d, world)]
-    logits = whole[2] * whole[0] @ whole[1].T
-    labels = torch.arange(len(logits))
-    ((F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2).backward()
+    """<gradient, truth> / |truth|^2 after DDP's average, of each of LEAVES; of the towers also what is not along it."""
+    loss = IMPLEMENTATIONS[name].loss
+    whole = [t.double().requires_grad_() for t in _inputs(n, d, world, loss)]
+    _truth(*whole).backward()
     rows = slice(rank * n, (rank + 1) * n)
-    x, y = (t.detach().float()[rows].clone().requires_grad_() for t in whole[:2])
-    scale = whole[2].detach().float().requires_grad_()
-    IMPLEMENTATIONS[name].make(rank, world)(x, y, scale).backward()
+    own = [(t[rows] if t.dim() else t).detach().float().clone().requires_grad_() for t in whole]
+    IMPLEMENTATIONS[name].make(rank, world)(*own).backward()
     found = {}
-    sums = []
-    for t, truth in zip((x, y, scale), whole, strict=True):
+    for what, t, truth in zip(LEAVES, own, whole, strict=False):
         assert truth.grad is not None
-        expected = truth.grad[rows] if truth.grad.dim() else truth.grad
+        expected = truth.grad[rows] if truth.dim() else truth.grad
         actual = torch.zeros_like(expected) if t.grad is None else t.grad.double() / world
-        sums.append(torch.stack([(actual * expected).sum(), expected.square().sum(), actual.square().sum()]))
-    total = torch.stack(sums)
-    dist.all_reduce(total[:2])
-    dist.all_reduce(total[2, 0])  # the scale's gradient is averaged, its truth is on every rank
-    for (dot, size, own), what in zip(total.tolist(), ("image", "text", "scale"), strict=True):
+        if not truth.dim():  # averaged over the ranks, where its truth is on every one of them
+            dist.all_reduce(actual)
+        products = torch.stack([(actual * expected).sum(), expected.square().sum(), actual.square().sum()])
+        if truth.dim():
+            dist.all_reduce(products)
+        dot, size, length = products.tolist()
         found[what] = dot / size
-        if what != "scale":
-            found[f"{what} off"] = math.sqrt(max(0.0, 1 - dot**2 / (own * size))) if own else 1.0
+        if truth.dim():
+            found[f"{what} off"] = math.sqrt(max(0.0, 1 - dot**2 / (length * size))) if length else 1.0
     return found
 
 
