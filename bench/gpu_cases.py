@@ -44,7 +44,9 @@ class GpuCase:
     @property
     def matmul_passes(self) -> int | None:
         """Products of n x n x d that our own implementation makes; None where they are not the cost."""
-        return None if self.op != "clip_loss" else 1 if not self.backward else 3 if self.stash else 4
+        if self.op not in ("clip_loss", "siglip_loss"):
+            return None
+        return 1 if not self.backward else 3 if self.stash or self.op == "siglip_loss" else 4
 
 
 SIZES = ((32768, 512), (65536, 512), (65536, 768), (131072, 768))
@@ -52,6 +54,7 @@ CASES = [
     *(GpuCase("clip_loss", n, d, backward=False) for n, d in SIZES),
     *(GpuCase("clip_loss", n, d) for n, d in SIZES),
     *(GpuCase("clip_loss", n, d, stash=True) for n, d in SIZES if 2 * n * n <= 16e9),
+    *(GpuCase("siglip_loss", n, d) for n, d in SIZES),
     GpuCase("critic_moments", 4096, 512, "float32", backward=False),
     GpuCase("critic_moments", 4096, 512, "float32"),
     GpuCase("critic_moments", 32768, 512, "float32"),
@@ -71,6 +74,8 @@ def make_tensors(case: GpuCase, device: str) -> Tensors:
         tensors = {"x": x, "z": z}
         if case.op == "clip_loss":
             tensors["scale"] = torch.full((), SCALE, device=device)
+        elif case.op == "siglip_loss":  # where SigLIP starts
+            tensors |= {"scale": torch.full((), 10.0, device=device), "bias": torch.full((), -10.0, device=device)}
         else:
             with torch.device(device):
                 tensors["critic"] = ck.nn.ConcatCritic(case.d, case.d, case.d)
@@ -98,6 +103,8 @@ def fused(case: GpuCase, backend: str = "auto") -> Loss:
                 ck.set_stash_budget(before)
 
         return clip
+    if case.op == "siglip_loss":
+        return lambda t: ck.siglip_loss(t["x"], t["z"], t["scale"], t["bias"], backend=backend)
     if case.op == "critic_moments":
 
         def critic(t: Tensors) -> Tensor:
@@ -119,6 +126,13 @@ def eager(case: GpuCase) -> Loss:
             return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
         return clip
+    if case.op == "siglip_loss":
+
+        def siglip(t: Tensors) -> Tensor:
+            logits = (t["scale"].to(t["x"].dtype) * t["x"] @ t["z"].T).float() + t["bias"]
+            return -F.logsigmoid(logits * (2 * torch.eye(len(logits), device=logits.device) - 1)).sum() / len(logits)
+
+        return siglip
     if case.op == "critic_moments":
 
         def critic(t: Tensors) -> Tensor:
@@ -136,8 +150,11 @@ def compiled(case: GpuCase) -> Loss:
 
 
 def open_clip(case: GpuCase) -> Loss:
-    from open_clip.loss import ClipLoss
+    from open_clip.loss import ClipLoss, SigLipLoss
 
+    if case.op == "siglip_loss":
+        sigmoid = SigLipLoss()
+        return lambda t: sigmoid(t["x"], t["z"], t["scale"].to(t["x"].dtype), t["bias"].to(t["x"].dtype))
     loss = ClipLoss()
     return lambda t: loss(t["x"], t["z"], t["scale"].to(t["x"].dtype))
 
@@ -162,19 +179,18 @@ def memeff(case: GpuCase) -> Loss:
 
 
 def siglip_kernel(case: GpuCase) -> Loss:
-    """Another loss (a sigmoid for each pair, gradients made in its forward): compare its speed, not its value."""
+    """Gradients are made in its forward; logits are rounded to bfloat16, and so is the loss."""
     from siglip_kernel import fused_siglip_loss
 
-    return lambda t: fused_siglip_loss(t["x"], t["z"], t["scale"].log(), t["scale"] * 0 - 10, backend="chunked_bf16")
+    return lambda t: fused_siglip_loss(t["x"], t["z"], t["scale"].log(), t["bias"], backend="chunked_bf16")
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """How to make the function to time; `bytes` of its n x n tensors, `same` when it computes the same loss."""
+    """How to make the function to time; `bytes` of its n x n tensors."""
 
     build: Callable[[GpuCase], Loss]
     bytes: Callable[[GpuCase], float] = lambda case: 0.0
-    same: bool = True
 
 
 def _matrices(case: GpuCase, forward: float, train: float) -> float:
@@ -191,7 +207,11 @@ IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
     ("clip_loss", "open_clip"): Implementation(open_clip, lambda c: _matrices(c, 1, 4)),
     ("clip_loss", "inf_cl"): Implementation(inf_cl),
     ("clip_loss", "memeff"): Implementation(memeff),
-    ("clip_loss", "siglip_kernel"): Implementation(siglip_kernel, same=False),
+    ("siglip_loss", "fused"): Implementation(fused),
+    ("siglip_loss", "eager"): Implementation(eager, lambda c: _matrices(c, 4, 5)),
+    ("siglip_loss", "compiled"): Implementation(compiled, lambda c: _matrices(c, 1, 2)),
+    ("siglip_loss", "open_clip"): Implementation(open_clip, lambda c: _matrices(c, 3, 4)),
+    ("siglip_loss", "siglip_kernel"): Implementation(siglip_kernel),
     ("critic_moments", "fused"): Implementation(fused),
     ("critic_moments", "eager"): Implementation(eager, lambda c: _matrices(c, 2, 3)),
     ("critic_moments", "compiled"): Implementation(compiled, lambda c: _matrices(c, 1, 2)),
@@ -211,6 +231,7 @@ def implementations(case: GpuCase) -> list[str]:
 class Published:
     """A time that a peer's author measured; forward and backward, bfloat16."""
 
+    op: str
     implementation: str
     n: int
     d: int
@@ -220,6 +241,6 @@ class Published:
 
 
 PUBLISHED = [
-    Published("memeff", 65536, 512, "A100 40GB PCIe", 201, "memeff 0.3.1, README"),
-    Published("siglip_kernel", 65536, 768, "GH200", 48.8, "siglip-kernel 0.1.2, README"),
+    Published("clip_loss", "memeff", 65536, 512, "A100 40GB PCIe", 201, "memeff 0.3.1, README"),
+    Published("siglip_loss", "siglip_kernel", 65536, 768, "GH200", 48.8, "siglip-kernel 0.1.2, README"),
 ]

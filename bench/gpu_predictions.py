@@ -18,7 +18,7 @@ from bench.gpu_cases import PUBLISHED, GpuCase
 from bench.static import record, sass
 from bench.static.gpus import GPUS
 
-PEERS = ("open_clip", "eager", "inf_cl", "memeff", "siglip_kernel")
+PEERS = {"clip_loss": ("open_clip", "eager", "inf_cl", "memeff"), "siglip_loss": ("open_clip", "siglip_kernel")}
 PEER_SIZES = ((65536, 512), (65536, 768))
 # what our kernels find in device memory on unit-norm features: the fixed offset holds (dot_lse/triton_kernels.py)
 MEMORY = {"mode": 0, "stash_offset": 0.0}
@@ -75,7 +75,7 @@ def row(case: GpuCase, implementation: str, capability: int) -> tuple[Row, predi
         return found, None
     found.launches = int(step.total("launches"))
     found.tflop = step.total("flops") / 1e12
-    found.passes = step.passes(case.n, case.n, case.d) if case.op == "clip_loss" else None
+    found.passes = step.passes(case.n, case.n, case.d) if case.matmul_passes else None
     found.gigabytes = step.total("bytes") / 1e9
     found.bound_ms, found.predicted_ms = 1e3 * step.total("bound"), 1e3 * step.total("seconds")
     found.percent_of_peak, found.limit = step.percent_of_peak, step.limit
@@ -90,8 +90,8 @@ def jobs(capability: int, cases: Sequence[GpuCase]) -> Iterable[tuple[GpuCase, s
     """Ours for every case; the peers for training steps of two sizes."""
     for case in cases:
         yield case, "fused"
-        if case.op == "clip_loss" and case.backward and not case.stash and (case.n, case.d) in PEER_SIZES:
-            yield from ((case, peer) for peer in PEERS)
+        if case.backward and not case.stash and (case.n, case.d) in PEER_SIZES:
+            yield from ((case, peer) for peer in PEERS.get(case.op, ()))
 
 
 HEADER = (
@@ -154,7 +154,7 @@ def published(rows: Sequence[Row]) -> list[str]:
     near = {"A100 40GB PCIe": 80, "GH200": 90}
     lines = []
     for p in PUBLISHED:
-        name = GpuCase("clip_loss", p.n, p.d).name
+        name = GpuCase(p.op, p.n, p.d).name
         own = [r for r in rows if (r.case, r.implementation, r.capability) == (name, p.implementation, near[p.gpu])]
         r = own[0] if own else None
         if r and r.predicted_ms:

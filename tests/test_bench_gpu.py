@@ -27,6 +27,7 @@ TINY = [
     GpuCase("clip_loss", 48, 32, "float32", stash=True),
     GpuCase("critic_moments", 24, 16, "float32"),
     GpuCase("log_mean_exp", 24, 16, "float32"),
+    GpuCase("siglip_loss", 48, 32),
 ]
 
 
