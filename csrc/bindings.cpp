@@ -6,6 +6,7 @@
 
 #include "additive_moments/additive_moments.h"
 #include "additive_scores/additive_scores.h"
+#include "additive_shifts/additive_shifts.h"
 #include "common/fields.h"
 #include "common/isa.h"
 #include "cuda_bindings.h"
@@ -127,6 +128,14 @@ PYBIND11_MODULE(_C, m) {
         FIELD(scores), FIELD(grad), FIELD(ga), FIELD(gb), FIELD(gw);
   }
   {
+    using P = AdditiveShifts;
+    py::class_<P> c(m, "AdditiveShifts");
+    c.def(py::init<>());
+    FIELD(a), FIELD(b), FIELD(w), FIELD(n), FIELD(m), FIELD(h), FIELD(first), FIELD(k), FIELD(activation), FIELD(slope),
+        FIELD(threads), FIELD(scores), FIELD(g), FIELD(need_a), FIELD(need_b), FIELD(need_w), FIELD(da), FIELD(db),
+        FIELD(dw);
+  }
+  {
     using P = LogMeanExp;
     py::class_<P> c(m, "LogMeanExp");
     c.def(py::init<>());
@@ -139,6 +148,8 @@ PYBIND11_MODULE(_C, m) {
   FLOAT_KERNEL(additive_moments, AdditiveMoments);
   FLOAT_KERNEL(additive_scores_forward, AdditiveScores);
   FLOAT_KERNEL(additive_scores_backward, AdditiveScores);
+  FLOAT_KERNEL(additive_shifts_forward, AdditiveShifts);
+  FLOAT_KERNEL(additive_shifts_backward, AdditiveShifts);
   FLOAT_KERNEL(log_mean_exp_forward, LogMeanExp);
   FLOAT_KERNEL(log_mean_exp_backward, LogMeanExp);
 

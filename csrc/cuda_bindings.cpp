@@ -10,7 +10,7 @@
 #include <cstring>
 
 #include "additive_moments/cuda.h"
-#include "additive_shifts/additive_shifts.h"
+#include "additive_shifts/cuda.h"
 #endif
 
 namespace py = pybind11;
@@ -68,11 +68,9 @@ void bind_cuda(py::module_& m) {
   }
   {
     using P = cuda::AdditiveShifts;
-    py::class_<P> c(m, "AdditiveShiftsCuda");
+    py::class_<P, AdditiveShifts> c(m, "AdditiveShiftsCuda");
     c.def(py::init<>());
-    FIELD(a), FIELD(b), FIELD(w), FIELD(dtype), FIELD(w_dtype), FIELD(n), FIELD(m), FIELD(h), FIELD(first), FIELD(k),
-        FIELD(activation), FIELD(slope), FIELD(scores), FIELD(g), FIELD(need_a), FIELD(need_b), FIELD(need_w), FIELD(da), FIELD(db), FIELD(dw),
-        FIELD(device), FIELD(workspace), FIELD(stream);
+    FIELD(dtype), FIELD(w_dtype), FIELD(device), FIELD(workspace), FIELD(stream);
   }
   bind(m, "additive_moments", cuda::additive_moments, cuda::additive_moments_workspace, cuda::additive_moments_plan);
   bind(m, "additive_shifts_forward", cuda::additive_shifts_forward, cuda::additive_shifts_forward_workspace,

@@ -2,9 +2,8 @@
 //
 // Both directions keep units in the lanes, 4 neighbours each, so that every load is a run of a row.  4 rows x 4 shifts
 // take 4 rows of a and 7 of b.  Deterministic: one writer per number, no atomics.
-#include "additive_shifts/additive_shifts.h"
+#include "additive_shifts/cuda.h"
 
-#include "additive_moments/additive_moments.h"
 #include "common/cuda/activations.cuh"
 #include "common/cuda/launcher.cuh"
 

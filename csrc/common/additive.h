@@ -7,6 +7,7 @@
 #endif
 
 #include "common/additive_tiles.h"
+#include "common/with_activation.h"
 
 namespace ck {
 namespace CK_ISA {
@@ -14,13 +15,18 @@ namespace {
 
 constexpr int64_t BLOCK_FLOATS = 32 << 10;  // b's block, its transpose and a group's sum for gb (128 KiB each) share L2
 
+template <class Phi>
+Smooth<Phi> smooth(const Phi& phi) {
+  return {phi};
+}
+
 // f(tile, below) with the tile of an activation; `below` is the slope of the ReLU family below 0.
 template <class F>
 void with_tile(int32_t activation, float slope, const F& f) {
   switch (static_cast<Activation>(activation)) {
     case Activation::relu: return f(Kinked{}, 0.0f);
     case Activation::leaky_relu: return f(Kinked{}, slope);
-    default: return with_smooth(activation, slope, [&f](const auto& phi) { f(Smooth<std::decay_t<decltype(phi)>>{phi}, 0.0f); });
+    default: return with_smooth(activation, slope, [&f](const auto& phi) { f(smooth(phi), 0.0f); });
   }
 }
 

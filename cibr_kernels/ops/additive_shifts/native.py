@@ -1,4 +1,4 @@
-"""additive_shifts in CUDA C++: csrc/additive_shifts.  There is no CPU kernel."""
+"""additive_shifts in C++: csrc/additive_shifts, on the CPU in float32 inside and on CUDA in every feature dtype."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cibr_kernels import backends
 from cibr_kernels.ops import cuda_call
 from cibr_kernels.ops.additive_moments.reference import ACTIVATIONS
-from cibr_kernels.ops.native_call import DTYPES
+from cibr_kernels.ops.native_call import DTYPES, call
 
 
 def unsupported(*tensors: Tensor) -> str | None:
-    """CUDA only, in float32, bfloat16 and float16."""
-    if not cuda_call.takes(*tensors):
-        return f"the C++ kernel runs on CUDA devices, got {tensors[0].device}"
-    return cuda_call.unsupported(*tensors)
+    """Float32, bfloat16 and float16, on the CPU and on CUDA."""
+    if cuda_call.takes(*tensors):
+        return cuda_call.unsupported(*tensors)
+    return backends.native_unsupported(*tensors)
 
 
 def forward(a: Tensor, b: Tensor, w: Tensor, first: int, k: int, activation: str, slope: float) -> Tensor:
@@ -31,22 +32,28 @@ def backward(
     need_a: bool, need_b: bool, need_w: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """grad (k, n) float32 -> da (n, h), db (m, h), dw (h,) as their inputs, each empty unless needed."""
+    dtype = None if cuda_call.takes(a) else torch.float32
     da, db, dw = (
-        torch.empty_like(t) if need else t.new_empty(0) for t, need in ((a, need_a), (b, need_b), (w, need_w))
+        torch.empty_like(t, dtype=dtype) if need else t.new_empty(0)
+        for t, need in ((a, need_a), (b, need_b), (w, need_w))
     )
     if need_a or need_b or need_w:
         _call(
             "additive_shifts_backward", a, b, w, first, k, activation, slope, g=grad, need_a=need_a, need_b=need_b,
             need_w=need_w, da=da, db=db, dw=dw,
         )  # fmt: skip
-    return da, db, dw
+    return da.to(a.dtype), db.to(b.dtype), dw.to(w.dtype)
 
 
 def _call(
     kernel: str, a: Tensor, b: Tensor, w: Tensor, first: int, k: int, activation: str, slope: float, **fields: Any
 ) -> None:
-    cuda_call.call(
-        kernel, "AdditiveShiftsCuda", a=a, b=b, w=w, dtype=DTYPES[a.dtype], w_dtype=DTYPES[w.dtype], n=a.shape[0],
-        m=b.shape[0], h=a.shape[1], first=first, k=k, activation=list(ACTIVATIONS).index(activation), slope=slope,
-        **fields,
-    )  # fmt: skip
+    fields |= {
+        "n": a.shape[0], "m": b.shape[0], "h": a.shape[1], "first": first, "k": k,
+        "activation": list(ACTIVATIONS).index(activation), "slope": slope,
+    }  # fmt: skip
+    if cuda_call.takes(a):
+        dtypes = {"dtype": DTYPES[a.dtype], "w_dtype": DTYPES[w.dtype]}
+        cuda_call.call(kernel, "AdditiveShiftsCuda", a=a, b=b, w=w, **dtypes, **fields)
+    else:
+        call(kernel, "AdditiveShifts", k * a.numel(), a=a.float(), b=b.float(), w=w.float(), **fields)
