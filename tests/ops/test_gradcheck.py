@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 import cibr_kernels as ck
 from cibr_kernels.ops.additive_moments.op import additive_moments
 from cibr_kernels.ops.additive_moments.reference import ACTIVATIONS
+from cibr_kernels.ops.additive_scores.op import additive_scores
 from cibr_kernels.ops.clip_loss.op import rectangular_clip_loss
 from cibr_kernels.ops.dot_moments.op import dot_moments
 from cibr_kernels.ops.mutual_information.op import BOUNDS
@@ -32,6 +33,46 @@ def test_clip_loss(n, m, offset, one_way):
     x, y = doubles((n, 3), (m, 3))
     scale = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
     check(lambda *t: rectangular_clip_loss(*t, offset=offset, one_way=one_way, backend="reference"), x, y, scale)
+
+
+@pytest.mark.parametrize("mode", ["mask", "positives"])
+@pytest.mark.parametrize("temperatures", [False, True])
+def test_clip_loss_with_every_option(mode, temperatures):
+    x, y, more_x, more_y = doubles((5, 3), (5, 3), (2, 3), (4, 3))
+    scale, weights = (torch.rand(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    scale = scale if temperatures else torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+
+    def loss(x: Tensor, y: Tensor, scale: Tensor, weights: Tensor, more_x: Tensor, more_y: Tensor) -> Tensor:
+        return ck.clip_loss(
+            x, y, scale, group_ids=torch.tensor([3, 1, 3, 0, 1]), group_mode=mode, label_smoothing=0.2, weights=weights,
+            image_negatives=more_x, text_negatives=more_y, backend="reference",
+        )  # fmt: skip
+
+    check(loss, x, y, scale, weights, more_x, more_y)
+
+
+@pytest.mark.parametrize("mode", ["mask", "positives"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_siglip_loss(mode, reduction):
+    x, y, more = doubles((5, 3), (5, 3), (2, 3))
+    scale, bias = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (1.7, -0.4))
+    weights = torch.rand(5, dtype=torch.float64, requires_grad=True)
+
+    def loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, weights: Tensor, more: Tensor) -> Tensor:
+        return ck.siglip_loss(
+            x, y, scale, bias, group_ids=torch.tensor([3, 1, 3, 0, 1]), group_mode=mode, weights=weights,
+            image_negatives=more, reduction=reduction, backend="reference",
+        )  # fmt: skip
+
+    check(loss, x, y, scale, bias, weights, more)
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_additive_scores(activation):
+    check(
+        lambda *t: additive_scores(*t, activation=activation, slope=0.3, backend="reference"),
+        *doubles((3, 4), (5, 4), (4,)),
+    )
 
 
 @each_diagonal
