@@ -81,7 +81,8 @@ class Groups:
         size = torch.searchsorted(ordered, ordered, right=True) - first
         starts = first == torch.arange(len(ordered), device=ordered.device)
         # a group's sum stands at its first place in the order; the places of its other members hold nothing
-        sums = torch.segment_reduce(columns[order], "sum", lengths=torch.where(starts, size, 0), axis=0)
+        lengths = torch.where(starts, size, 0)
+        sums = torch.segment_reduce(columns[order], "sum", lengths=lengths, axis=0, unsafe=True)  # checks would wait
         place = torch.searchsorted(ordered, self.rows)
         return sums[place], size[place]
 
