@@ -16,6 +16,17 @@ GROUP_MODES = ("mask", "positives")
 REDUCTIONS = ("mean", "sum", "none")
 
 
+def check_features(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, d) each, of one dtype on one device -> contiguous, under autocast in the dtype a matmul would take."""
+    checks.matrix("image_features", image_features)
+    checks.matrix("text_features", text_features)
+    x, y = (t.contiguous() for t in checks.autocast(image_features, text_features))
+    checks.same_place(image_features=x, text_features=y)
+    checks.same_rows(image_features=x, text_features=y)
+    checks.same_width(image_features=x, text_features=y)
+    return x, y
+
+
 def check_ids(group_ids: Tensor | None, like: Tensor) -> Tensor | None:
     """(n,) integers on the features' device -> int64."""
     if group_ids is None:
@@ -87,11 +98,6 @@ class Groups:
         return sums[place], size[place]
 
 
-def promote(t: Tensor) -> Tensor:
-    """float32, or float64 as it is."""
-    return t if t.dtype == torch.float64 else t.float()
-
-
 def reduce(losses: Tensor, weights: Tensor | None, reduction: str, shards: Shards | None) -> Tensor:
     """losses (n,) of this rank's pairs -> (n,) or (): with ranks, their results' mean is that of the whole batch.
 
@@ -118,8 +124,3 @@ def pair_weights(losses_like: Tensor, weights: Tensor | None, reduction: str, sh
         return losses_like.new_full(losses_like.shape, world / (len(losses_like) if shards is None else shards.total))
     total = weights.sum() if shards is None else merge.total(weights.sum(), shards)
     return weights * (world / total)
-
-
-def softplus(t: Tensor) -> Tensor:
-    """log(1 + exp t); F.softplus stops being exact at 20."""
-    return torch.logaddexp(t, torch.zeros_like(t))

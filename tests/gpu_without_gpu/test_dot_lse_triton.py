@@ -196,12 +196,15 @@ def test_groups_and_maxima(number, case, monkeypatch):
     """Tiles of 16 x 16 make a few of the small problem."""
     small = Config(16, 16, 16, 1, 2)
     monkeypatch.setattr(triton_configs, "CONFIGS", dict.fromkeys(CONFIGS, Configs(small, small, small)))
-    compare(80, torch.float16 if case.owned else DTYPES[number % 3], case)
+    dtype = torch.float16 if case.owned else DTYPES[number % 3]
+    assert GRADIENT_KERNELS.intersection(compare(80, dtype, case)) == expected_kernels(case, dtype)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_groups_and_maxima_on_every_target(capability):
-    compare(capability, torch.bfloat16, RAGGED._replace(groups="few", mask=capability < 100, stash=capability == 90))
+    case = RAGGED._replace(groups="few", mask=capability < 100, stash=capability == 90)
+    launched = compare(capability, torch.bfloat16, case)
+    assert GRADIENT_KERNELS.intersection(launched) == expected_kernels(case, torch.bfloat16)
 
 
 @pytest.mark.parametrize("stash", [False, True])

@@ -22,8 +22,9 @@ from cibr_kernels.distributed import merge
 from cibr_kernels.distributed.collectives import gather
 from cibr_kernels.distributed.lse import sharded_dot_lse
 from cibr_kernels.distributed.shards import Shards
-from cibr_kernels.ops.contrastive import Groups, promote, softplus
+from cibr_kernels.ops.contrastive import Groups
 from cibr_kernels.ops.dot_lse.op import dot_lse
+from cibr_kernels.ops.numerics import promote, softplus
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from cibr_kernels.distributed.shards import Agreement, Shards
 from cibr_kernels.ops import checks, contrastive
 from cibr_kernels.ops.clip_loss.directions import Problem
 from cibr_kernels.ops.dot_lse.op import dot_lse
+from cibr_kernels.ops.numerics import softplus
 
 
 def clip_loss(
@@ -93,12 +94,7 @@ def clip_loss(
         "return_metrics": return_metrics,
     }  # fmt: skip
     with Agreement("clip_loss", process_group, **options) as agreement:
-        checks.matrix("image_features", image_features)
-        checks.matrix("text_features", text_features)
-        x, y = (t.contiguous() for t in checks.autocast(image_features, text_features))
-        checks.same_place(image_features=x, text_features=y)
-        checks.same_rows(image_features=x, text_features=y)
-        checks.same_width(image_features=x, text_features=y)
+        x, y = contrastive.check_features(image_features, text_features)
         scale = checks.scalar_or_rows("logit_scale", logit_scale, x)
         bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, x)
         ids, weights = contrastive.check_ids(group_ids, x), contrastive.check_weights(weights, x)
@@ -134,7 +130,7 @@ def rectangular_clip_loss(
 ) -> Tensor:
     """The loss of n rows against m >= offset + n columns, row i's positive being column offset + i.  No checks."""
     rows, cols, positives = dot_lse(x, y, scale, offset=offset, need_cols=not one_way, backend=backend)
-    loss = contrastive.softplus(rows - positives).mean()
+    loss = softplus(rows - positives).mean()
     if one_way:
         return loss
-    return (loss + contrastive.softplus(cols[offset : offset + x.shape[0]] - positives).mean()) / 2
+    return (loss + softplus(cols[offset : offset + x.shape[0]] - positives).mean()) / 2

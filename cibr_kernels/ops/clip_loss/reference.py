@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from cibr_kernels.ops.dot_lse.reference import dot_lse, is_positive
+from cibr_kernels.ops.numerics import softplus
 
 
 def clip_loss(x: Tensor, y: Tensor, scale: Tensor, offset: int = 0, one_way: bool = False) -> Tensor:
     """x (n, d), y (m, d), scale () -> loss (), differentiable in all three.  Source: CLIP (2103.00020), Figure 3."""
     rows, cols, positives = dot_lse(x, y, scale, offset=offset)
-    loss = _softplus(rows - positives).mean()
+    loss = softplus(rows - positives).mean()
     if one_way:
         return loss
-    return (loss + _softplus(cols[offset : offset + len(x)] - positives).mean()) / 2
+    return (loss + softplus(cols[offset : offset + len(x)] - positives).mean()) / 2
 
 
 def direction(
@@ -44,7 +45,3 @@ def direction(
     masked = logits.masked_fill(~kept, float("-inf"))
     highest = masked.masked_fill(positive, float("-inf")).amax(1)
     return masked.logsumexp(1) - (target * logits).sum(1), highest
-
-
-def _softplus(t: Tensor) -> Tensor:
-    return torch.logaddexp(t, torch.zeros_like(t))

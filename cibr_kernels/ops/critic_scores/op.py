@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from cibr_kernels.ops.additive_scores.op import additive_scores_backward, additive_scores_forward
-from cibr_kernels.ops.critic_scores.panels import log_sum_clamped, panel_rows, softplus
+from cibr_kernels.ops.critic_scores.panels import log_sum_clamped, panel_rows
+from cibr_kernels.ops.numerics import softplus
 
 KINDS = ("js", "infonce")
 LEAST_ROWS = 16  # of a panel, whatever the budget

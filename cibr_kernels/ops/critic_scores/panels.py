@@ -16,16 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from cibr_kernels.ops.critic_scores.critics import General
 from cibr_kernels.ops.dot_lse.op import stash_budget
+from cibr_kernels.ops.numerics import softplus
 
 
 def panel_rows(bytes_per_row: int, n: int, least: int = 1) -> int:
     """Rows of a panel within `stash_budget()`: at least `least`, at most n."""
     return max(1, min(n, max(least, stash_budget() // bytes_per_row)))
-
-
-def softplus(t: Tensor) -> Tensor:
-    """log(1 + exp t); F.softplus stops being exact at 20."""
-    return torch.logaddexp(t, torch.zeros_like(t))
 
 
 def recomputed(f: Callable[..., Tensor], *tensors: Tensor, random: bool) -> Tensor:

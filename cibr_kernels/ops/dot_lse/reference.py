@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cibr_kernels.ops.numerics import promote
+
 NONE = float("-inf")
 
 
@@ -21,7 +23,7 @@ def dot_lse(
     With `mask_positives` they take no part in the sums, nor do pairs with row_ids_i = col_ids_j; the sum of nothing is
     -inf.  `need_max`: also the largest logit of each sum, (n,) and (m,) or (0,).
     """
-    logits = scale * (_promote(x) @ _promote(y).T)  # (n, m)
+    logits = scale * (promote(x) @ promote(y).T)  # (n, m)
     positives = logits.diagonal(offset)[: len(x)]
     logits = logits.masked_fill(is_masked(len(x), len(y), row_ids, col_ids, offset, mask_positives, x.device), NONE)
     cols = _logsumexp(logits, 0) if need_cols else logits.new_empty(0)
@@ -43,10 +45,6 @@ def is_masked(
 def is_positive(n: int, m: int, offset: int, device: torch.device) -> Tensor:
     """(n, m) bool: True at (i, offset + i)."""
     return torch.arange(m, device=device) == torch.arange(n, device=device)[:, None] + offset
-
-
-def _promote(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
 
 
 def _logsumexp(t: Tensor, dim: int) -> Tensor:
@@ -81,13 +79,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx (n, d), dy (m, d), each empty unless needed, dscale ()."""
     n, m = len(x), len(y)
-    cosines = _promote(x) @ _promote(y).T
+    cosines = promote(x) @ promote(y).T
     masked = is_masked(n, m, row_ids, col_ids, offset, mask_positives, x.device)
     logits = (scale * cosines).masked_fill(masked, NONE)
     g = (logits - rows.masked_fill(rows == NONE, 0.0)[:, None]).exp() * g_rows[:, None]
     if cols.numel():
         g += (logits - cols.masked_fill(cols == NONE, 0.0)).exp() * g_cols
     g.diagonal(offset)[:n] += g_positives
-    dx = (scale * (g @ _promote(y))).to(x.dtype) if need_dx else x.new_empty(0)
-    dy = (scale * (g.T @ _promote(x))).to(y.dtype) if need_dy else y.new_empty(0)
+    dx = (scale * (g @ promote(y))).to(x.dtype) if need_dx else x.new_empty(0)
+    dy = (scale * (g.T @ promote(x))).to(y.dtype) if need_dy else y.new_empty(0)
     return dx, dy, (g * cosines).sum().to(scale.dtype)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cibr_kernels.ops.dot_lse.reference import is_positive
+from cibr_kernels.ops.numerics import promote
 
 
 def dot_softplus(
@@ -20,7 +21,7 @@ def dot_softplus(
 
     Other pairs with row_ids_i = col_ids_j are left out, or with `attract` counted as positives: softplus(-l).
     """
-    logits = scale * (_promote(x) @ _promote(y).T) + bias  # (n, m)
+    logits = scale * (promote(x) @ promote(y).T) + bias  # (n, m)
     sign, kept = _signs(len(x), len(y), row_ids, col_ids, offset, attract, logits)
     e = torch.logaddexp(sign * logits, torch.zeros_like(logits)) * kept
     return e.sum(1), e.sum(0)
@@ -39,10 +40,6 @@ def _signs(
         else:
             kept = kept & ~same
     return sign, kept.to(like.dtype)
-
-
-def _promote(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
 
 
 def unsupported(*tensors: Tensor) -> str | None:
@@ -64,12 +61,12 @@ def forward(
     dx, dy, zero = x.new_empty(0), y.new_empty(0), torch.zeros_like(scale)
     if row_weights is None:
         return rows, cols, dx, dy, zero, zero.clone()
-    cosines = _promote(x) @ _promote(y).T
+    cosines = promote(x) @ promote(y).T
     sign, kept = _signs(len(x), len(y), row_ids, col_ids, offset, attract, cosines)
     weights = row_weights[:, None] if col_weights is None else row_weights[:, None] + col_weights
     g = sign * kept * (sign * (scale * cosines + bias)).sigmoid() * weights
     if need_dx:
-        dx = (scale * (g @ _promote(y))).to(x.dtype)
+        dx = (scale * (g @ promote(y))).to(x.dtype)
     if need_dy:
-        dy = (scale * (g.T @ _promote(x))).to(y.dtype)
+        dy = (scale * (g.T @ promote(x))).to(y.dtype)
     return rows, cols, dx, dy, (g * cosines).sum().to(scale.dtype), g.sum().to(scale.dtype)

@@ -22,10 +22,11 @@ from cibr_kernels.ops.critic_moments.op import log_mean_exp_of_rows
 from cibr_kernels.ops.critic_scores.critics import Additive, Dot
 from cibr_kernels.ops.critic_scores.op import additive_contrast
 from cibr_kernels.ops.critic_scores.pairs import Pairs
-from cibr_kernels.ops.critic_scores.panels import dot_clamped, general_sums, softplus
+from cibr_kernels.ops.critic_scores.panels import dot_clamped, general_sums
 from cibr_kernels.ops.critic_scores.sampled import sampled_scores
 from cibr_kernels.ops.dot_lse.op import dot_lse
 from cibr_kernels.ops.dot_softplus.op import dot_softplus
+from cibr_kernels.ops.numerics import softplus
 
 CONTRASTS = ("js", "smile", "infonce")
 Parts = tuple[Tensor, Tensor, Tensor]  # loss (), positives (n,), log-sum-exps of clamped scores (n,) or (0,)

@@ -18,6 +18,7 @@ from cibr_kernels.distributed import merge
 from cibr_kernels.distributed.shards import Agreement, Shards
 from cibr_kernels.ops import checks
 from cibr_kernels.ops.critic_scores.pairs import Pairs
+from cibr_kernels.ops.numerics import promote
 
 
 def gaussian_log_likelihood(
@@ -93,8 +94,3 @@ def predicted(name: str, q: Callable[[Tensor], Any], x: Tensor, z: Tensor, log_s
         if part.shape != z.shape:
             raise ValueError(f"{name} has shape {tuple(part.shape)} but z is {tuple(z.shape)}")
     return mean, spread
-
-
-def promote(t: Tensor) -> Tensor:
-    """float64 stays, everything else becomes float32."""
-    return t if t.dtype == torch.float64 else t.float()

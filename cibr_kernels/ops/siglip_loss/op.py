@@ -19,8 +19,8 @@ from cibr_kernels.distributed.lse import STRATEGIES
 from cibr_kernels.distributed.shards import Agreement, Shards
 from cibr_kernels.distributed.softplus import sharded_dot_softplus, sharded_dot_softplus_sums
 from cibr_kernels.ops import checks, contrastive
-from cibr_kernels.ops.contrastive import promote, softplus
 from cibr_kernels.ops.dot_softplus.op import dot_softplus, dot_softplus_sums
+from cibr_kernels.ops.numerics import promote, softplus
 
 
 def siglip_loss(
@@ -72,12 +72,7 @@ def siglip_loss(
         "weights": weights is not None, "reduction": reduction, "return_metrics": return_metrics,
     }  # fmt: skip
     with Agreement("siglip_loss", process_group, **options) as agreement:
-        checks.matrix("image_features", image_features)
-        checks.matrix("text_features", text_features)
-        x, y = (t.contiguous() for t in checks.autocast(image_features, text_features))
-        checks.same_place(image_features=x, text_features=y)
-        checks.same_rows(image_features=x, text_features=y)
-        checks.same_width(image_features=x, text_features=y)
+        x, y = contrastive.check_features(image_features, text_features)
         scale = checks.scalar("logit_scale", logit_scale, x)
         bias = checks.scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, x)
         ids, weights = contrastive.check_ids(group_ids, x), contrastive.check_weights(weights, x)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cibr_kernels.ops.numerics import promote, softplus
+
 
 def siglip_loss(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, ids: Tensor | None = None, several_positives: bool = False,
@@ -18,21 +20,13 @@ def siglip_loss(
 
     Their mean is SigLIP's loss (2303.15343, equation 1).
     """
-    x, y = _promote(x), _promote(y)
+    x, y = promote(x), promote(y)
     positive = torch.eye(len(x), dtype=torch.bool, device=x.device)
     same = positive if ids is None else ids[:, None] == ids
     sign = torch.where(same if several_positives else positive, 1.0, -1.0)
-    e = _softplus(-sign * (scale * (x @ y.T) + bias)) * (several_positives | positive | ~same)
+    e = softplus(-sign * (scale * (x @ y.T) + bias)) * (several_positives | positive | ~same)
     losses = (e.sum(0) + e.sum(1)) / 2
     for anchors, negatives in ((x, y_negatives), (y, x_negatives)):
         if negatives is not None:
-            losses = losses + _softplus(scale * (anchors @ _promote(negatives).T) + bias).sum(1)
+            losses = losses + softplus(scale * (anchors @ promote(negatives).T) + bias).sum(1)
     return losses
-
-
-def _promote(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
-
-
-def _softplus(t: Tensor) -> Tensor:
-    return torch.logaddexp(t, torch.zeros_like(t))
