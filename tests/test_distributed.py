@@ -1,6 +1,6 @@
 """Losses over several ranks, on gloo: against one process with all rows, in float64.
 
-Four processes serve the whole file (tests/ranks.py); what they do is in tests/sharded.py.
+Four processes serve the whole file (tests/ranks.py); what they do is in tests/sharded.py and tests/sharded_runs.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import sharded
+import sharded_runs
 import torch
 import torch.multiprocessing as mp
 from ranks import Ranks
@@ -211,7 +212,7 @@ def test_cibr_loss(ranks, rows):
 )
 def test_training_under_averaged_gradients(ranks, steps, wrapper):
     """Linear towers, a temperature, four critics; statistics, moving averages and the step, over micro-batches."""
-    check(ranks.run(sharded.training, len(steps[0]), steps, wrapper), F32)
+    check(ranks.run(sharded_runs.training, len(steps[0]), steps, wrapper), F32)
 
 
 @pytest.mark.parametrize(
@@ -223,38 +224,38 @@ def test_training_under_averaged_gradients(ranks, steps, wrapper):
 @pytest.mark.parametrize("wrapper", ["ddp", "loop"])
 def test_sigmoid_training_under_averaged_gradients(ranks, steps, strategy, wrapper):
     """Linear towers, a temperature and a bias, over micro-batches."""
-    check(ranks.run(sharded.training, len(steps[0]), steps, wrapper, sharded.Sigmoid, strategy), F32)
+    check(ranks.run(sharded_runs.training, len(steps[0]), steps, wrapper, sharded_runs.Sigmoid, strategy), F32)
 
 
 # ------------------------------------------------------------------------------------- properties
 def test_every_rank_has_the_same_bits_in_every_run(ranks):
-    assert len({bits for answer in ranks.run(sharded.bits, 2) for bits in answer}) == 1
+    assert len({bits for answer in ranks.run(sharded_runs.bits, 2) for bits in answer}) == 1
 
 
 @pytest.mark.parametrize("rows", [(5, 5), (3, 8, 1)], ids=str)
 def test_noise_is_that_of_one_process(ranks, rows):
-    assert all(ranks.run(sharded.noise, len(rows), rows))
+    assert all(ranks.run(sharded_runs.noise, len(rows), rows))
 
 
 def test_sums_of_uneven_shards_merge_exactly(ranks):
-    for errors in ranks.run(sharded.merged, 3):
+    for errors in ranks.run(sharded_runs.merged, 3):
         assert max(errors) < 1e-10
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("strategy", ["gather", "ring"])
 def test_half_precision_stays_within_its_rounding(ranks, strategy, autocast):
-    for errors in ranks.run(sharded.half, 3, strategy, autocast):
+    for errors in ranks.run(sharded_runs.half, 3, strategy, autocast):
         assert all(0 < e < torch.finfo(torch.bfloat16).eps for e in errors.values()), errors
 
 
 @pytest.mark.parametrize("strategy", ["gather", "ring"])
 def test_nan_on_one_rank_is_nan_on_all(ranks, strategy):
-    assert ranks.run(sharded.nan, 2, strategy) == [[False, True], [False, True]]
+    assert ranks.run(sharded_runs.nan, 2, strategy) == [[False, True], [False, True]]
 
 
 def test_clip_loss_module_gives_the_whole_loss_or_this_ranks_part(ranks):
-    answers = ranks.run(sharded.module_losses, 2)
+    answers = ranks.run(sharded_runs.module_losses, 2)
     values = [{name: value for name, (value, _) in answer.items()} for answer in answers]
     for answer, value in zip(answers, values, strict=True):
         assert value["local_loss=False"] == pytest.approx(value["one process"], rel=1e-6)
@@ -265,20 +266,20 @@ def test_clip_loss_module_gives_the_whole_loss_or_this_ranks_part(ranks):
 
 
 def test_clip_loss_module_takes_open_clips_arguments(ranks):
-    for rank, text in enumerate(ranks.run(sharded.as_open_clip, 4)):
+    for rank, text in enumerate(ranks.run(sharded_runs.as_open_clip, 4)):
         assert text == f"ValueError: ClipLoss has rank=1, world_size=7, but this process is rank {rank} of 4"
     with pytest.raises(ValueError, match=r"world_size=2, but torch\.distributed is not initialised"):
         ck.nn.ClipLoss(rank=0, world_size=2)(torch.ones(2, 3), torch.ones(2, 3), 5.0)
 
 
 def test_torch_compile_breaks_the_graph_or_refuses(ranks):
-    for (text,) in ranks.run(sharded.compiled, 2):
+    for (text,) in ranks.run(sharded_runs.compiled, 2):
         assert "with a process_group cannot be traced" in text
 
 
 def test_the_readmes_script_for_many_gpus_has_the_gradients_of_one_process(ranks):
     (code,) = (block for block in BLOCKS if "DistributedDataParallel" in block)
-    for answer in ranks.run(sharded.readme, 4, code):
+    for answer in ranks.run(sharded_runs.readme, 4, code):
         assert len(answer) == 5 and all(ours < 5e-6 for ours, _ in answer.values()), answer
 
 
@@ -287,11 +288,11 @@ def test_the_readmes_script_for_many_gpus_has_the_gradients_of_one_process(ranks
 @pytest.mark.parametrize("world", [2, 4])
 def test_traffic_is_what_the_documentation_says(ranks, world, dtype, size, summed):
     n, d, others = 8, 16, world - 1
-    for forward, backward in ranks.run(sharded.meters, world, n, d, dtype, "gather", "clip"):
+    for forward, backward in ranks.run(sharded_runs.meters, world, n, d, dtype, "gather", "clip"):
         header = {"header": (1, others * 256)}
         assert forward == header | {"all-gather": (1, others * n * d * size), "all-to-all": (1, others * n * 4)}
         assert backward == {"all-to-all": (1, others * n * 4), "reduce-scatter": (1, others * n * d * summed)}
-    for forward, backward in ranks.run(sharded.meters, world, n, d, dtype, "ring", "clip"):
+    for forward, backward in ranks.run(sharded_runs.meters, world, n, d, dtype, "ring", "clip"):
         assert forward == header | {
             "ring ahead": (others, others * n * d * size),
             "ring behind": (world, world * n * 8),
@@ -299,7 +300,7 @@ def test_traffic_is_what_the_documentation_says(ranks, world, dtype, size, summe
         ahead = others * n * (d * size + 2 * 4)
         assert backward == {"ring ahead": (3 * others, ahead), "ring behind": (world, world * n * d * summed)}
     if dtype == torch.float32:
-        for forward, backward in ranks.run(sharded.meters, world, n, d, dtype, "gather", "critic"):
+        for forward, backward in ranks.run(sharded_runs.meters, world, n, d, dtype, "gather", "critic"):
             projection = others * n * sharded.HIDDEN * 4
             assert forward == header | {"all-gather": (2, projection + others * 16)}
             assert backward == {"reduce-scatter": (2, projection + others * 16)}
@@ -307,13 +308,13 @@ def test_traffic_is_what_the_documentation_says(ranks, world, dtype, size, summe
 
 def test_ring_makes_nothing_that_grows_with_the_number_of_ranks(ranks):
     n, d = 40, 16
-    local = {world: max(ranks.run(sharded.largest, world, n, d, "ring")) for world in (2, 3, 4)}
+    local = {world: max(ranks.run(sharded_runs.largest, world, n, d, "ring")) for world in (2, 3, 4)}
     assert set(local.values()) == {n * d}
-    assert max(ranks.run(sharded.largest, 4, n, d, "gather")) == 4 * n * d
+    assert max(ranks.run(sharded_runs.largest, 4, n, d, "gather")) == 4 * n * d
 
 
 def test_headers_are_exchanged_at_every_call_or_at_the_first(ranks):
-    assert ranks.run(sharded.headers, 2) == [(2, 1, 1)] * 2
+    assert ranks.run(sharded_runs.headers, 2) == [(2, 1, 1)] * 2
     with pytest.raises(ValueError, match="known are 'every call', 'first call'"):
         ck.distributed.set_header_check("never")
 
@@ -338,21 +339,21 @@ def test_headers_are_exchanged_at_every_call_or_at_the_first(ranks):
 )
 def test_one_wrong_rank_is_named_on_all(ranks, fault, of_others, of_the_last):
     """And the group still works afterwards."""
-    answers = ranks.run(sharded.refusal, 3, fault)
+    answers = ranks.run(sharded_runs.refusal, 3, fault)
     for rank, text in enumerate(answers):
         assert text.startswith("ValueError: "), answers
         assert (of_the_last if of_the_last and rank == 2 else of_others) in text, answers
 
 
 def test_a_silent_rank_is_an_error_within_the_timeout(ranks):
-    (text, seconds), _ = ranks.run(sharded.silence, 2, 2.0)
+    (text, seconds), _ = ranks.run(sharded_runs.silence, 2, 2.0)
     assert text.startswith("RuntimeError: clip_loss: rank 0 of 2 waited in vain for the others") and seconds < 4
 
 
 def test_a_dead_rank_is_an_error(tmp_path: Path):
     context = mp.get_context("spawn")
     results: Any = context.SimpleQueue()
-    processes = [context.Process(target=sharded.death, args=(r, str(tmp_path / "store"), results)) for r in (0, 1)]
+    processes = [context.Process(target=sharded_runs.death, args=(r, str(tmp_path / "store"), results)) for r in (0, 1)]
     for process in processes:
         process.start()
     deadline = time.monotonic() + 90
@@ -371,7 +372,7 @@ def test_a_dead_rank_is_an_error(tmp_path: Path):
 @pytest.mark.parametrize("strategy", ["gather", "ring"])
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_the_cost_models_bytes_are_those_of_the_ranks(ranks, world, strategy, loss):
-    for forward, backward in ranks.run(sharded.meters, world, 8, 16, torch.float32, strategy, loss):
+    for forward, backward in ranks.run(sharded_runs.meters, world, 8, 16, torch.float32, strategy, loss):
         counted = [sum(size for _, size in meter.values()) for meter in (forward, backward)]
         expected = scale.bytes_of(strategy, 8, world, 16, 4, loss=loss)
         assert counted == [expected[0] + scale.header_bytes(world), expected[1]]
@@ -381,7 +382,7 @@ def test_the_cost_models_bytes_are_those_of_the_ranks(ranks, world, strategy, lo
 def test_the_side_by_side_measures_gradients_and_bytes(ranks, name):
     """Of ours, and of others: open_clip's losses without gather_with_grad are known to be wrong, and inf_cl's scale."""
     pytest.importorskip(measured.IMPLEMENTATIONS[name].package)
-    for ratios, moved in ranks.run(sharded.side_by_side, 4, name, 8, 4):
+    for ratios, moved in ranks.run(sharded_runs.side_by_side, 4, name, 8, 4):
         exact = {what: ratio for what, ratio in ratios.items() if not what.endswith("off")}
         assert len(exact) == {"clip": 3, "siglip": 4}[measured.IMPLEMENTATIONS[name].loss]
         if "no grad" in name:
