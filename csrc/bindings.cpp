@@ -9,6 +9,7 @@
 #include "additive_shifts/additive_shifts.h"
 #include "common/fields.h"
 #include "common/isa.h"
+#include "common/scratch.h"
 #include "cuda_bindings.h"
 #include "dot_lse/dot_lse.h"
 #include "dot_softplus/dot_softplus.h"
@@ -76,6 +77,17 @@ namespace {
 // With products of bf16, and without: CMakeLists.txt.
 #define BF16_KERNEL(f, Params) CK_KERNEL(f, Params, CK_CASE_AVX512(f) CK_CASE_AVX512BF16(f) CK_CASE_AMX(f))
 #define FLOAT_KERNEL(f, Params) CK_KERNEL(f, Params, CK_CASE_FLOAT512(f))
+
+// Scratch memory as a Python buffer, for tensors that live between two kernels.
+struct Scratch {
+  void* data;
+  int64_t size;
+  explicit Scratch(int64_t size) : data(scratch_take(size)), size(size) {
+    if (!data) throw std::bad_alloc();
+  }
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { scratch_give(data); }
+};
 
 }  // namespace
 
@@ -154,6 +166,13 @@ PYBIND11_MODULE(_C, m) {
   FLOAT_KERNEL(log_mean_exp_backward, LogMeanExp);
 
   bind_cuda(m);
+
+  py::class_<Scratch>(m, "Scratch", py::buffer_protocol(), "uninitialised bytes, given back when nobody holds them")
+      .def(py::init<int64_t>(), py::arg("size"))
+      .def_buffer([](Scratch& s) { return py::buffer_info(static_cast<uint8_t*>(s.data), s.size); });
+  m.def("scratch_kept", &scratch_kept, "bytes kept for the next call");
+  m.def("scratch_limit", &scratch_limit);
+  m.def("set_scratch_limit", &set_scratch_limit, py::arg("size"), "the most bytes to keep; frees what is beyond");
 
   m.def("isa", [] { return isa_name(isa()); }, "the instruction set in use");
   m.def("supported_isas", [] {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from cibr_kernels import backends
 
+KEEP = 1 << 20  # bytes from which memory is worth keeping between calls
 GRAIN = 1 << 21  # multiply-adds that are worth a thread: 20 to 40 us of one core
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
 
@@ -32,3 +34,17 @@ def call(kernel: str, struct: str, work: int, **fields: Any) -> None:
     params = fill(getattr(module, struct)(), fields)
     params.threads = max(1, min(torch.get_num_threads(), work // GRAIN))
     getattr(module, kernel)(params)
+
+
+def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.empty on the CPU, from memory that an earlier call gave back where it is large (csrc/common/scratch.h).
+
+    Fresh pages cost more than a pass over them: the system clears each one.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < KEEP or not backends.native_available():
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = torch.frombuffer(backends.compiled().Scratch(size), dtype=torch.uint8)
+    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+        memory.fill_(0xFF)  # NaN in every floating dtype, as torch.empty would do
+    return memory.view(dtype).view(shape)

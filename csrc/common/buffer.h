@@ -1,29 +1,15 @@
-// Scratch memory of a kernel: aligned to a cache line, freed at the end of its scope.
+// Scratch memory of a kernel, given back at the end of its scope (common/scratch.h).
 #pragma once
 
 #include <stdlib.h>
 #include <string.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <cstdint>
 
+#include "common/scratch.h"
+
 namespace ck {
 namespace CK_ISA {
-
-constexpr int64_t kHugePage = int64_t{2} << 20;
-
-// Memory about to be touched for the first time: huge pages for the whole ones inside, 512 times fewer page faults.
-static inline void prefer_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t unit = kHugePage, first = (reinterpret_cast<uintptr_t>(data) + unit - 1) / unit * unit;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / unit * unit;
-  if (first < last) ::madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
-#else
-  (void)data, (void)bytes;
-#endif
-}
 
 template <typename T>
 struct Buffer {
@@ -32,14 +18,12 @@ struct Buffer {
   // Uninitialised.  A kernel that cannot get its O((n + m) d) scratch ends the process, as operator new would.
   explicit Buffer(int64_t count) {
     if (count <= 0) return;
-    const int64_t size = count * sizeof(T), unit = size >= kHugePage ? kHugePage : 64;
-    data = static_cast<T*>(::aligned_alloc(unit, (size + unit - 1) / unit * unit));
+    data = static_cast<T*>(scratch_take(count * static_cast<int64_t>(sizeof(T))));
     if (!data) ::abort();
-    prefer_huge_pages(data, size);
   }
-  ~Buffer() { release(); }
-  void release() {
-    ::free(data);
+  ~Buffer() { scratch_give(data); }
+  void release() {  // early, for the memory that follows
+    scratch_free(data);
     data = nullptr;
   }
   Buffer(const Buffer&) = delete;

@@ -134,10 +134,19 @@ static void emit(const float* g, int64_t rows, bf16* as_a, bf16* as_b) {
 #endif
 
 static inline void transpose_in_place(float* block) {
+#if defined(__AVX512F__)
+  float kept[16 * 16];  // transpose16 reads all before it writes, so a quarter may take its own place
+  transpose16(block, kBlock, block, kBlock);
+  transpose16(block + 16 * kBlock + 16, kBlock, block + 16 * kBlock + 16, kBlock);
+  transpose16(block + 16, kBlock, kept, 16);
+  transpose16(block + 16 * kBlock, kBlock, block + 16, kBlock);
+  for (int r = 0; r < 16; r++) std::memcpy(block + (16 + r) * kBlock, kept + r * 16, 16 * sizeof(float));
+#else
   float copy[kBlock][kBlock + 1];
   for (int r = 0; r < kBlock; r++) std::memcpy(copy[r], block + r * kBlock, kBlock * sizeof(float));
   for (int c = 0; c < kBlock; c++)
     for (int r = 0; r < kBlock; r++) block[c * kBlock + r] = copy[r][c];
+#endif
 }
 
 // One row of a gradient: out = scale (sums + weight positive); `positive` may be null.  Returns <out / scale, along>.
@@ -192,14 +201,14 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
     }
     if (p.dx) {
 #pragma omp for schedule(static)
-      for (int64_t b = 0; b < dblocks; b++) pack_b(y, b, b + 1, yb.data, mp);
+      for (int64_t r = 0; r < mp; r += kBlock) pack_b(y, r, r + kBlock, dblocks, yb.data, mp);
     }
     for (int64_t i0 = 0; i0 < p.n; i0 += panel) {
       const int64_t valid = p.n - i0 < panel ? p.n - i0 : panel, rows = pad32(valid);
       const Rows<S> x{xs, p.n, p.d, i0, rows};
       if (scores) {
 #pragma omp for schedule(static)
-        for (int64_t b = 0; b < dblocks; b++) pack_blocked<T>(x, b, b + 1, xa.data, rows);
+        for (int64_t r = 0; r < rows; r += kBlock) pack_blocked<T>(x, r, r + kBlock, dblocks, xa.data, rows);
       }
       if (p.dy) {
 #pragma omp for schedule(static)

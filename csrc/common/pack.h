@@ -37,11 +37,11 @@ struct Rows {
   }
 };
 
-// blocked (rows, cols), the column blocks [c0, c1)
+// blocked (rows, cols), the rows [r0, r1): each is read from end to end
 template <typename T, typename S>
-static void pack_blocked(const Rows<S>& m, int64_t c0, int64_t c1, T* out, int64_t out_rows) {
-  for (int64_t cb = c0; cb < c1; cb++)
-    for (int64_t r = 0; r < m.rows; r++) {
+static void pack_blocked(const Rows<S>& m, int64_t r0, int64_t r1, int64_t blocks, T* out, int64_t out_rows) {
+  for (int64_t r = r0; r < r1; r++)
+    for (int64_t cb = 0; cb < blocks; cb++) {
       T* line = out + (cb * out_rows + r) * kBlock;
       if (m.first + r < m.total && (cb + 1) * kBlock <= m.cols) {
         const S* src = m.data + (m.first + r) * m.cols + cb * kBlock;
@@ -52,11 +52,58 @@ static void pack_blocked(const Rows<S>& m, int64_t c0, int64_t c1, T* out, int64
     }
 }
 
+#if defined(__AVX512F__)
+static inline __m512 load_floats(const float* p) { return _mm512_loadu_ps(p); }
+static inline __m512 load_floats(const bf16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (__m512)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, bits), 16);
+}
+static inline __m512 load_floats(const _Float16* p) {
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+// out = the transpose of 16 x 16 elements; rows of `in` are in_stride apart, those of `out` out_stride.
+template <typename S>
+static inline void transpose16(const S* in, int64_t in_stride, float* out, int64_t out_stride) {
+  constexpr __mmask16 kAll = 0xffff;
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; i++) a[i] = load_floats(in + i * in_stride);
+  for (int i = 0; i < 16; i += 2) {  // pairs of rows
+    b[i] = _mm512_maskz_unpacklo_ps(kAll, a[i], a[i + 1]);
+    b[i + 1] = _mm512_maskz_unpackhi_ps(kAll, a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)  // fours: a[i + c] has column c of each quarter, rows i to i + 3
+    for (int h = 0; h < 2; h++) {
+      a[i + 2 * h] = _mm512_maskz_shuffle_ps(kAll, b[i + h], b[i + h + 2], 0x44);
+      a[i + 2 * h + 1] = _mm512_maskz_shuffle_ps(kAll, b[i + h], b[i + h + 2], 0xee);
+    }
+  for (int c = 0; c < 4; c++) {  // quarters q and q + 2 of eight rows, then of all
+    for (int q = 0; q < 2; q++) {
+      b[c + 8 * q] = _mm512_maskz_shuffle_f32x4(kAll, a[c + 8 * q], a[c + 8 * q + 4], 0x88);
+      b[c + 8 * q + 4] = _mm512_maskz_shuffle_f32x4(kAll, a[c + 8 * q], a[c + 8 * q + 4], 0xdd);
+    }
+    for (int odd = 0; odd < 2; odd++) {
+      const __m512 low = b[c + 4 * odd], high = b[c + 4 * odd + 8];
+      _mm512_storeu_ps(out + (c + 4 * odd) * out_stride, _mm512_maskz_shuffle_f32x4(kAll, low, high, 0x88));
+      _mm512_storeu_ps(out + (c + 4 * odd + 8) * out_stride, _mm512_maskz_shuffle_f32x4(kAll, low, high, 0xdd));
+    }
+  }
+}
+#endif
+
 // The 32 x 32 block at (r0, c0), transposed: element (c, r) at out[c * 32 + r].  Rows are read whole, into a copy:
 // walking down a column of a matrix of 512 would put all its lines in the same few sets of the L1 cache.
 template <typename T, typename S>
 static inline void transpose_block(const Rows<S>& m, int64_t r0, int64_t c0, T* out) {
   if (m.first + r0 + kBlock <= m.total && c0 + kBlock <= m.cols) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == sizeof(float)) {
+      const S* in = m.data + (m.first + r0) * m.cols + c0;
+      for (int r = 0; r < kBlock; r += 16)
+        for (int c = 0; c < kBlock; c += 16) transpose16(in + r * m.cols + c, m.cols, out + c * kBlock + r, kBlock);
+      return;
+    }
+#endif
     S block[kBlock][kBlock + 1];
     for (int r = 0; r < kBlock; r++)
       std::memcpy(block[r], m.data + (m.first + r0 + r) * m.cols + c0, kBlock * sizeof(S));
@@ -78,8 +125,8 @@ static void pack_transposed(const Rows<S>& m, int64_t r0, int64_t r1, T* out, in
 
 // As the B operand with k = rows and with k = cols: blocked for float, paired for bf16.
 template <typename S>
-static void pack_b(const Rows<S>& m, int64_t c0, int64_t c1, float* out, int64_t out_rows) {
-  pack_blocked(m, c0, c1, out, out_rows);
+static void pack_b(const Rows<S>& m, int64_t r0, int64_t r1, int64_t blocks, float* out, int64_t out_rows) {
+  pack_blocked(m, r0, r1, blocks, out, out_rows);
 }
 
 template <typename S>
@@ -88,9 +135,9 @@ static void pack_b_transposed(const Rows<S>& m, int64_t r0, int64_t r1, float* o
 }
 
 template <typename S>
-static void pack_b(const Rows<S>& m, int64_t c0, int64_t c1, bf16* out, int64_t out_rows) {
-  for (int64_t cb = c0; cb < c1; cb++)
-    for (int64_t r = 0; r < m.rows; r += 2) {
+static void pack_b(const Rows<S>& m, int64_t r0, int64_t r1, int64_t blocks, bf16* out, int64_t out_rows) {
+  for (int64_t r = r0; r < r1; r += 2)
+    for (int64_t cb = 0; cb < blocks; cb++) {
       bf16* line = out + (cb * out_rows + r) * kBlock;
       for (int c = 0; c < kBlock; c++) {
         line[2 * c] = m.template at<bf16>(r, cb * kBlock + c);

@@ -89,5 +89,46 @@ static inline vf vexp(vf x) {
   return tiny < lo ? vf{} : y;
 }
 
+// 2^x, relative error below 7e-8 for -126 <= x <= 127; 0 below -126, NaN for NaN, nothing promised above 127.
+// x - round(x) is exact, and the degree-6 minimax polynomial of 2^r on |r| <= 1/2 is off by 3e-9 before rounding.
+static inline vf vexp2(vf x) {
+  const vf magic = broadcast(12582912.0f), lo = broadcast(-126.0f);  // as in vexp
+  const vf shifted = x + magic;
+  const vf r = x - (shifted - magic);
+  vf p = broadcast(1.53264453e-4f);
+  p = p * r + 1.33908063e-3f;
+  p = p * r + 9.61850584e-3f;
+  p = p * r + 5.55035993e-2f;
+  p = p * r + 2.40226477e-1f;
+  p = p * r + 6.93147182e-1f;
+  p = p * r + 1.0f;
+  const vi power = reinterpret_cast<vi>(p) + (reinterpret_cast<vi>(shifted) << 23);
+#if defined(__AVX512F__)
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, lo, _CMP_NLT_UQ), reinterpret_cast<vf>(power));
+#else
+  return x < lo ? vf{} : reinterpret_cast<vf>(power);
+#endif
+}
+
+// out[i] = the sum of the lanes of v[i], in the order of reduce_add, for VL vectors.
+static inline void reduce_add_each(const vf* v, float* out) {
+#if defined(__AVX512F__)
+  constexpr __mmask16 kAll = 0xffff;  // the unmasked forms make GCC 12 warn of its own headers
+  __m512 a[8], b[4], c[2];  // halves of the lanes of two vectors in one, then quarters of four, ...
+  for (int i = 0; i < 8; i++)
+    a[i] = _mm512_add_ps(_mm512_maskz_shuffle_f32x4(kAll, v[i], v[i + 8], 0x44), _mm512_maskz_shuffle_f32x4(kAll, v[i], v[i + 8], 0xee));
+  for (int i = 0; i < 4; i++)
+    b[i] = _mm512_add_ps(_mm512_maskz_shuffle_f32x4(kAll, a[i], a[i + 4], 0x88), _mm512_maskz_shuffle_f32x4(kAll, a[i], a[i + 4], 0xdd));
+  for (int i = 0; i < 2; i++)
+    c[i] = _mm512_add_ps(_mm512_maskz_shuffle_ps(kAll, b[i], b[i + 2], 0x44), _mm512_maskz_shuffle_ps(kAll, b[i], b[i + 2], 0xee));
+  const vf sums = _mm512_add_ps(_mm512_maskz_shuffle_ps(kAll, c[0], c[1], 0x88), _mm512_maskz_shuffle_ps(kAll, c[0], c[1], 0xdd));
+  // the vectors 0, 1, ... whose sums stand in lanes 0, 1, ...
+  const __m512i place = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+  store(out, _mm512_maskz_permutexvar_ps(kAll, place, sums));
+#else
+  for (int i = 0; i < VL; i++) out[i] = reduce_add(v[i]);
+#endif
+}
+
 }  // namespace CK_ISA
 }  // namespace ck

@@ -15,6 +15,9 @@ namespace CK_ISA {
 
 constexpr float kFixedBound = 110.0f, kHeadroom = 60.0f;
 constexpr float kUnderflow = 55.0f;  // e^-55 of the offset still leaves 30 nats above the smallest float
+constexpr int64_t kRowGroup = 64;    // rows whose parts are added up together
+
+constexpr float kLog2e = 1.44269504f;
 
 // ---------------------------------------------------------------- epilogues of the forward
 struct Sums {
@@ -22,29 +25,41 @@ struct Sums {
   float *col_max, *col_sum;  // of the problem, at the tile's columns: added to; col_max is null where nobody wants it
 };
 
-// e = exp(scale s - off), kept at `keep` (which may be s) unless that is null, and its sums; the maxima of scale s where MAX.
-template <bool MAX>
-static void exp_sums(float scale, float off, const TileShape& t, const float* s, float* keep, const Sums& sums) {
+// e = exp(scale s - off) of WIDTH blocks, one `stride` after the other, and its sums; the maxima of scale s where MAX (scale
+// is positive).  e is kept at `keep`, whose blocks are `keep_stride` apart, unless that is null.
+template <bool MAX, int WIDTH>
+static void exp_sums(float scale, float off, const TileShape& t, const float* s, int64_t stride, float* keep,
+                     int64_t keep_stride, const Sums& sums) {
   constexpr int W = kBlock / VL;
-  vf cols[W], tops[W];
-  for (int v = 0; v < W; v++) cols[v] = vf{}, tops[v] = broadcast(neg_inf());
-  for (int64_t r = 0; r < t.rows; r++) {
-    vf row{}, top = broadcast(neg_inf());
-    for (int v = 0; v < W; v++) {
-      const vf l = load(s + r * kBlock + v * VL) * scale;
-      if (MAX) top = vmax(top, l), tops[v] = vmax(tops[v], l);
-      const vf e = vexp(l - off);
-      if (keep) store(keep + r * kBlock + v * VL, e);
-      cols[v] += e;
-      row += e;
+  const vf factor = broadcast(scale * kLog2e), shift = broadcast(off * kLog2e);
+  vf cols[WIDTH * W], tops[WIDTH * W];
+  for (int v = 0; v < WIDTH * W; v++) cols[v] = vf{}, tops[v] = broadcast(neg_inf());
+  for (int64_t r0 = 0; r0 < t.rows; r0 += VL) {
+    const int64_t count = t.rows - r0 < VL ? t.rows - r0 : VL;
+    vf row[VL];
+    for (int64_t i = count; i < VL; i++) row[i] = vf{};
+    for (int64_t i = 0; i < count; i++) {
+      vf sum{}, top = broadcast(neg_inf());
+      for (int v = 0; v < WIDTH * W; v++) {
+        const int64_t at = (r0 + i) * kBlock + v % W * VL;
+        const vf score = load(s + v / W * stride + at);
+        if (MAX) top = vmax(top, score), tops[v] = vmax(tops[v], score);
+        const vf e = vexp2(score * factor - shift);
+        if (keep) store(keep + v / W * keep_stride + at, e);
+        cols[v] += e;
+        sum += e;
+      }
+      row[i] = sum;
+      if (MAX) sums.row_max[r0 + i] = scale * reduce_max(top);
     }
-    sums.row_sum[r] = reduce_add(row);
-    if (MAX) sums.row_max[r] = reduce_max(top);
+    float out[VL];
+    reduce_add_each(row, count == VL ? sums.row_sum + r0 : out);
+    for (int64_t i = 0; count < VL && i < count; i++) sums.row_sum[r0 + i] = out[i];
   }
-  for (int v = 0; v < W; v++) {
+  for (int v = 0; v < WIDTH * W; v++) {
     float *sum = sums.col_sum + v * VL, *max = sums.col_max + v * VL;
     store(sum, load(sum) + cols[v]);
-    if (MAX && sums.col_max) store(max, vmax(load(max), tops[v]));
+    if (MAX && sums.col_max) store(max, vmax(load(max), scale * tops[v]));
   }
 }
 
@@ -92,8 +107,39 @@ static void online_sums(float scale, const TileShape& t, const float* s, const S
   for (int c = 0; c < kBlock; c++) merge(sums.col_max + c, sums.col_sum + c, tops[c], totals[c]);
 }
 
+// The parts that one product of blocks has of rows [r0, r1), added to the rows': sums of one offset and, unless `top` is null,
+// maxima.
+static void add_parts(const float* sum, const float* top, int64_t r0, int64_t r1, double* row_sum, double* row_max) {
+  for (int64_t r = r0; r < r1; r++) row_sum[r] += sum[r];
+  for (int64_t r = r0; top && r < r1; r++) row_max[r] = top[r] > row_max[r] ? top[r] : row_max[r];
+}
+
+// The same for sums relative to their maxima.
+static void merge_parts(const float* sum, const float* top, int64_t r0, int64_t r1, double* row_sum, double* row_max) {
+  for (int64_t r = r0; r < r1; r++) {
+    if (!(sum[r] > 0 || sum[r] != sum[r])) continue;
+    const double m = top[r], next = m > row_max[r] ? m : row_max[r];
+    row_sum[r] = row_sum[r] * (row_sum[r] > 0 ? ::exp(row_max[r] - next) : 0) + sum[r] * ::exp(m - next);
+    row_max[r] = next;
+  }
+}
+
 static void to_stash(const float* e, int64_t rows, bf16* out) {
   for (int64_t k = 0; k < rows * kBlock; k++) from_float(e[k], out + k);
+}
+
+// The epilogue of a product of WIDTH blocks with one offset: sums, and the stash where there is one.
+template <int WIDTH>
+static void fixed_sums(const DotForward& p, float off, const TileShape& t, float* s, int64_t stride, const Sums& sums) {
+  const bool narrow = p.stash_dtype == kBFloat16;
+  const int64_t block = p.n * kBlock, at = t.first_col / kBlock * block + t.first_row * kBlock;
+  float* keep = !p.stash ? nullptr : narrow ? s : static_cast<float*>(p.stash) + at;
+  if (sums.row_max)
+    exp_sums<true, WIDTH>(p.scale, off, t, s, stride, keep, narrow ? stride : block, sums);
+  else
+    exp_sums<false, WIDTH>(p.scale, off, t, s, stride, keep, narrow ? stride : block, sums);
+  for (int c = 0; p.stash && narrow && c < WIDTH; c++)
+    to_stash(s + c * stride, t.rows, static_cast<bf16*>(p.stash) + at + c * block);
 }
 
 // A sum lies so far below the offset that its exponentials lost digits, or all of them: one that is empty does not.
@@ -130,8 +176,6 @@ static bool forward_sweep(const DotForward& p, bool fixed, float off) {
   Buffer<double> row_sum(rows_cap), row_max(rows_cap);
   const Rows<S> y{static_cast<const S*>(p.y), p.m, p.d, 0, mp};
 
-  if (p.stash) prefer_huge_pages(p.stash, p.n * mp * (p.stash_dtype == kBFloat16 ? sizeof(bf16) : sizeof(float)));
-
 #pragma omp parallel num_threads(p.threads)
   {
     Buffer<float> tile(W * rows_cap * kBlock);
@@ -148,7 +192,7 @@ static bool forward_sweep(const DotForward& p, bool fixed, float off) {
       const int64_t valid = p.n - i0 < panel ? p.n - i0 : panel, rows = pad32(valid);
       const Rows<S> x{static_cast<const S*>(p.x), p.n, p.d, i0, rows};
 #pragma omp for schedule(static)
-      for (int64_t b = 0; b < dp / kBlock; b++) pack_blocked<T>(x, b, b + 1, xa.data, rows);
+      for (int64_t r = 0; r < rows; r += kBlock) pack_blocked<T>(x, r, r + kBlock, dp / kBlock, xa.data, rows);
       for (int64_t b0 = 0; b0 < blocks; b0 += chunk) {
         const int64_t b1 = b0 + chunk < blocks ? b0 + chunk : blocks;
 #pragma omp for schedule(dynamic, 1)
@@ -156,45 +200,37 @@ static bool forward_sweep(const DotForward& p, bool fixed, float off) {
           const int64_t width = b1 - b < W ? b1 - b : W;
           Engine<T>::multiply({xa.data, rows * kBlock}, rows, {yt.data + b * dp * kBlock, dp * kBlock}, width, dp,
                               {tile.data, rows * kBlock}, false);
-          for (int64_t c = b; c < b + width; c++) {
-            const TileShape t{valid, i0, c * kBlock, rows};
-            float* s = tile.data + (c - b) * rows * kBlock;
-            const Sums sums{row_tops ? part_max.data + (c - b0) * rows : nullptr, part_sum.data + (c - b0) * rows,
-                            col_tops ? col_max.data + c * kBlock : nullptr, col_sum.data + c * kBlock};
-            mask(p, p.mask_positives, true, t, s, p.positives);
-            if (fixed) {
-              const int64_t at = (c * p.n + i0) * kBlock;
-              const bool narrow = p.stash_dtype == kBFloat16;
-              float* keep = !p.stash ? nullptr : narrow ? s : static_cast<float*>(p.stash) + at;
-              if (row_tops)
-                exp_sums<true>(p.scale, off, t, s, keep, sums);
-              else
-                exp_sums<false>(p.scale, off, t, s, keep, sums);
-              if (p.stash && narrow) to_stash(s, valid, static_cast<bf16*>(p.stash) + at);
-            } else {
-              online_sums(p.scale, t, s, sums);
-            }
-          }
+          const int64_t stride = rows * kBlock;
+          for (int64_t c = 0; c < width; c++)
+            mask(p, p.mask_positives, true, {valid, i0, (b + c) * kBlock, rows}, tile.data + c * stride, p.positives);
+          const auto sums = [&](int64_t c) {
+            return Sums{row_tops ? part_max.data + (c - b0) * rows : nullptr, part_sum.data + (c - b0) * rows,
+                        col_tops ? col_max.data + c * kBlock : nullptr, col_sum.data + c * kBlock};
+          };
+          const TileShape t{valid, i0, b * kBlock, rows};
+          if (fixed && width == W)
+            fixed_sums<W>(p, off, t, tile.data, stride, sums(b));
+          else if (fixed)
+            fixed_sums<1>(p, off, t, tile.data, stride, sums(b));
+          else
+            for (int64_t c = 0; c < width; c++) online_sums(p.scale, t, tile.data + c * stride, sums(b + c));
         }
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < valid; r++) {
-          double sum = b0 ? row_sum.data[r] : 0, top = b0 ? row_max.data[r] : neg_inf();
-          for (int64_t b = 0; b < b1 - b0; b++) {
-            const double s = part_sum.data[b * rows + r];
-            if (fixed) {
-              sum += s;
-              if (row_tops) top = part_max.data[b * rows + r] > top ? part_max.data[b * rows + r] : top;
-            } else if (s > 0 || s != s) {
-              const double m = part_max.data[b * rows + r], next = m > top ? m : top;
-              sum = sum * (sum > 0 ? ::exp(top - next) : 0) + s * ::exp(m - next);
-              top = next;
-            }
+        for (int64_t r0 = 0; r0 < valid; r0 += kRowGroup) {
+          const int64_t r1 = r0 + kRowGroup < valid ? r0 + kRowGroup : valid;
+          for (int64_t r = r0; b0 == 0 && r < r1; r++) row_sum.data[r] = 0, row_max.data[r] = neg_inf();
+          for (int64_t b = 0; b < b1 - b0; b += fixed ? W : 1) {
+            const float *sum = part_sum.data + b * rows, *top = row_tops ? part_max.data + b * rows : nullptr;
+            if (fixed)
+              add_parts(sum, top, r0, r1, row_sum.data, row_max.data);
+            else
+              merge_parts(sum, top, r0, r1, row_sum.data, row_max.data);
           }
-          row_sum.data[r] = sum;
-          row_max.data[r] = top;
           if (b1 < blocks) continue;
-          p.row_lse[i0 + r] = static_cast<float>(::log(sum) + (fixed ? off : top));
-          if (p.row_max) p.row_max[i0 + r] = static_cast<float>(top);
+          for (int64_t r = r0; r < r1; r++) {
+            p.row_lse[i0 + r] = static_cast<float>(::log(row_sum.data[r]) + (fixed ? off : row_max.data[r]));
+            if (p.row_max) p.row_max[i0 + r] = static_cast<float>(row_max.data[r]);
+          }
         }
       }
     }
@@ -248,18 +284,20 @@ struct Weights {
 // G in place of the scores s; from the stashed exponentials e where that is not null.
 static void gradient_tile(const DotProblem& p, const Weights& w, const TileShape& t, float* s, const float* e) {
   constexpr int W = kBlock / VL;
+  const vf factor = broadcast(p.scale * kLog2e), shift = broadcast(w.off * kLog2e);
+  vf cols[W];
+  for (int v = 0; v < W; v++) cols[v] = load(w.v + t.first_col + v * VL);
   for (int64_t r = 0; r < t.rows; r++) {
     const int64_t i = t.first_row + r;
     for (int v = 0; v < W; v++) {
       float* at = s + r * kBlock + v * VL;
-      const vf col = load(w.v + t.first_col + v * VL);
       if (w.fixed) {
-        const vf x = e ? load(e + r * kBlock + v * VL) : vexp(load(at) * p.scale - w.off);
-        store(at, x * (col + w.u[i]));
+        const vf x = e ? load(e + r * kBlock + v * VL) : vexp2(load(at) * factor - shift);
+        store(at, x * (cols[v] + w.u[i]));
       } else {
         const vf l = load(at) * p.scale;
         vf x = vexp(l - w.row_lse[i]) * w.u[i];
-        if (w.col_lse) x += vexp(l - load(w.col_lse + t.first_col + v * VL)) * col;
+        if (w.col_lse) x += vexp(l - load(w.col_lse + t.first_col + v * VL)) * cols[v];
         store(at, x);
       }
     }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cibr_kernels.backends import native_unsupported as unsupported  # noqa: F401
-from cibr_kernels.ops.native_call import DTYPES, call
+from cibr_kernels.ops.native_call import DTYPES, call, scratch
 
 _BLOCK = 32  # columns of a block of the stash: csrc/common/engine.h, kBlock
 
@@ -62,8 +62,8 @@ def backward(
     stash_offset: Tensor, stash: Tensor, offset: int, mask_positives: bool, need_dx: bool, need_dy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx (n, d), dy (m, d), each empty unless needed, dscale ()."""
-    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
-    dy = torch.empty_like(y) if need_dy else y.new_empty(0)
+    dx = scratch(x.shape if need_dx else (0,), x.dtype, x.device)
+    dy = scratch(y.shape if need_dy else (0,), y.dtype, y.device)
     dscale = torch.empty_like(scale, dtype=torch.float64)
     _run(
         "dot_lse_backward", "DotBackward", x, y, scale, row_ids, col_ids, offset, mask_positives, stash, row_lse=rows,

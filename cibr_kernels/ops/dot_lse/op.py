@@ -13,12 +13,13 @@ passes), otherwise the backward computes the logits again (1 + 3) and memory is 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from cibr_kernels import backends
-from cibr_kernels.ops import checks
+from cibr_kernels.ops import checks, native_call
 
 _STASH_BYTES = 64 * 2**20
 
@@ -79,7 +80,7 @@ def dot_lse_forward(
     the backend's own backward wants.
     """
     checks.positive("logit_scale", scale)
-    stash = _stash(x, y, budget, backend)
+    stash = _stash(x, y, budget, backend, native_call.scratch if x.device.type == "cpu" else torch.empty)
     outputs = backends.run(
         "dot_lse", "forward", backend, (x, y), x, y, scale, row_ids, col_ids, offset, mask_positives, need_cols,
         need_max, stash,
@@ -92,13 +93,14 @@ def _(x, y, scale, row_ids, col_ids, offset, mask_positives, need_cols, need_max
     n, m = x.shape[0], y.shape[0] if need_cols else 0
     new = scale.new_empty
     maxima = (new((n,)), new((m,))) if need_max else (new((0,)), new((0,)))
-    return new((n,)), new((m,)), new((n,)), *maxima, new(()), _stash(x, y, budget, backend)
+    return new((n,)), new((m,)), new((n,)), *maxima, new(()), _stash(x, y, budget, backend, torch.empty)
 
 
-def _stash(x: Tensor, y: Tensor, budget: int, backend: str) -> Tensor:
+def _stash(x: Tensor, y: Tensor, budget: int, backend: str, allocate: Callable[..., Tensor]) -> Tensor:
     """Room for the exponentials in the layout of the backend that will write them."""
     shape, dtype = backends.choose("dot_lse", backend, x, y).stash_shape(x.shape[0], y.shape[0], x.dtype)
-    return x.new_empty(shape if math.prod(shape) * dtype.itemsize <= budget else (0,), dtype=dtype)
+    fits = math.prod(shape) * dtype.itemsize <= budget
+    return allocate(shape if fits else (0,), dtype=dtype, device=x.device)
 
 
 @torch.library.custom_op("cibr_kernels::dot_lse_backward", mutates_args=())
