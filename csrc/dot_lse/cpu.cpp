@@ -287,8 +287,13 @@ static void gradient_tile(const DotProblem& p, const Weights& w, const TileShape
   const vf factor = broadcast(p.scale * kLog2e), shift = broadcast(w.off * kLog2e);
   vf cols[W];
   for (int v = 0; v < W; v++) cols[v] = load(w.v + t.first_col + v * VL);
+  constexpr int64_t kAhead = 32;  // rows: exponentials come from memory and G's place from the last cache
   for (int64_t r = 0; r < t.rows; r++) {
     const int64_t i = t.first_row + r;
+    for (int line = 0; e && line < kBlock; line += 16) {
+      __builtin_prefetch(e + (r + kAhead) * kBlock + line);
+      __builtin_prefetch(s + (r + kAhead) * kBlock + line, 1);
+    }
     for (int v = 0; v < W; v++) {
       float* at = s + r * kBlock + v * VL;
       if (w.fixed) {

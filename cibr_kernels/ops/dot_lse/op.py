@@ -128,12 +128,18 @@ def _(g_rows, g_cols, g_positives, x, y, scale, *rest):
 def _setup(ctx, inputs, output) -> None:
     *tensors, ctx.offset, ctx.mask_positives, _, _, _, ctx.backend = inputs
     rows, cols, positives, row_max, col_max, *stash = output
-    ctx.mark_non_differentiable(row_max, col_max)
+    ctx.mark_non_differentiable(row_max, col_max, *stash)
+    ctx.set_materialize_grads(False)  # zeros of the stash's n x m
     ctx.save_for_backward(*tensors, rows, cols, positives, *stash)
 
 
 def _backward(ctx, g_rows, g_cols, g_positives, *_):
     need_x, need_y, need_scale = ctx.needs_input_grad[:3]
+    rows, cols, positives = ctx.saved_tensors[5:8]
+    g_rows, g_cols, g_positives = (
+        torch.zeros_like(t) if g is None else g
+        for g, t in ((g_rows, rows), (g_cols, cols), (g_positives, positives))
+    )
     # dscale comes from <x, dx> or <y, dy>: one of the two is computed for it
     dx, dy, dscale = dot_lse_backward(
         g_rows, g_cols, g_positives, *ctx.saved_tensors, ctx.offset, ctx.mask_positives, need_x or not need_y, need_y,
