@@ -29,16 +29,18 @@ static float largest_norm(const S* data, int64_t rows, int64_t cols, int threads
   int bad = 0;
 #pragma omp parallel for num_threads(threads) reduction(max : worst) reduction(| : bad)
   for (int64_t r = 0; r < rows; r++) {
-    vf sums{};
+    floats8 sums[4] = {};
     float tail = 0;
     int64_t c = 0;
-    for (; c + VL <= cols; c += VL) {
-      vf v;
-      for (int i = 0; i < VL; i++) v[i] = to_float(data[r * cols + c + i]);
-      sums += v * v;
-    }
+    for (; c + 32 <= cols; c += 32)
+      for (int i = 0; i < 4; i++) {
+        const floats8 v = load8(data + r * cols + c + 8 * i);
+        sums[i] += v * v;
+      }
     for (; c < cols; c++) tail += to_float(data[r * cols + c]) * to_float(data[r * cols + c]);
-    const double square = reduce_add(sums) + tail;
+    const floats8 all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int i = 0; i < 8; i++) tail += all[i];
+    const double square = tail;
     if (!(square <= 3e38)) bad = 1;
     worst = square > worst ? square : worst;
   }
@@ -149,22 +151,25 @@ static inline void transpose_in_place(float* block) {
 #endif
 }
 
-// One row of a gradient: out = scale (sums + weight positive); `positive` may be null.  Returns <out / scale, along>.
+// One row of a gradient: out = scale (sums + weight positive); `positive` may be null.  Returns <out / scale, along>, summed
+// in eight lanes of float64.
 template <typename S>
 static inline double finish_row(const DotProblem& p, const float* sums, int64_t block, float weight, const S* positive,
                                 const S* along, S* out) {
-  constexpr int kLanes = 8;
-  double lanes[kLanes] = {};
+  doubles8 lanes{};
   for (int64_t c0 = 0; c0 < p.d; c0 += kBlock, sums += block) {
-    const int cols = p.d - c0 < kBlock ? p.d - c0 : kBlock;
-    float g[kBlock] = {};
-    for (int c = 0; c < cols; c++) g[c] = sums[c] + (positive ? weight * to_float(positive[c0 + c]) : 0);
-    for (int c = 0; c < cols; c++) from_float(p.scale * g[c], out + c0 + c);
-    if (cols == kBlock)
-      for (int c = 0; c < kBlock; c += kLanes)
-        for (int l = 0; l < kLanes; l++) lanes[l] += static_cast<double>(g[c + l]) * to_float(along[c0 + c + l]);
-    else
-      for (int c = 0; c < cols; c++) lanes[c % kLanes] += static_cast<double>(g[c]) * to_float(along[c0 + c]);
+    const int64_t cols = p.d - c0 < kBlock ? p.d - c0 : kBlock, whole = cols / 8 * 8;
+    for (int64_t c = 0; c < whole; c += 8) {
+      floats8 g = load8(sums + c);
+      if (positive) g += weight * load8(positive + c0 + c);
+      store8(p.scale * g, out + c0 + c);
+      lanes += __builtin_convertvector(g, doubles8) * __builtin_convertvector(load8(along + c0 + c), doubles8);
+    }
+    for (int64_t c = whole; c < cols; c++) {
+      const float g = sums[c] + (positive ? weight * to_float(positive[c0 + c]) : 0);
+      from_float(p.scale * g, out + c0 + c);
+      lanes[c % 8] += static_cast<double>(g) * to_float(along[c0 + c]);
+    }
   }
   return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
 }

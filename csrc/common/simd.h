@@ -12,6 +12,8 @@
 #include <immintrin.h>
 #endif
 
+#include "dtype.h"
+
 #ifndef CK_ISA
 #error "compile kernel sources with -DCK_ISA=<namespace>"
 #endif
@@ -63,6 +65,39 @@ static inline vi iota() {
   vi v{};
   for (int i = 0; i < VL; i++) v[i] = i;
   return v;
+}
+
+// ---------------------------------------------------------------- eight elements of any dtype, as float
+typedef float floats8 __attribute__((vector_size(32)));
+typedef double doubles8 __attribute__((vector_size(64)));
+typedef uint32_t words8 __attribute__((vector_size(32)));
+typedef uint16_t halves8 __attribute__((vector_size(16)));
+
+template <typename V, typename P>
+static inline V load_as(const P* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static inline floats8 load8(const float* p) { return load_as<floats8>(p); }
+static inline floats8 load8(const bf16* p) {
+  return reinterpret_cast<floats8>(__builtin_convertvector(load_as<halves8>(p), words8) << 16);
+}
+static inline floats8 load8(const _Float16* p) {
+  floats8 v;
+  for (int i = 0; i < 8; i++) v[i] = static_cast<float>(p[i]);
+  return v;
+}
+
+static inline void store8(floats8 v, float* p) { std::memcpy(p, &v, sizeof v); }
+static inline void store8(floats8 v, bf16* p) {  // as from_float
+  const words8 u = reinterpret_cast<words8>(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const halves8 bits = __builtin_convertvector(v != v ? words8{} + 0x7fc0 : rounded, halves8);
+  std::memcpy(p, &bits, sizeof bits);
+}
+static inline void store8(floats8 v, _Float16* p) {
+  for (int i = 0; i < 8; i++) p[i] = static_cast<_Float16>(v[i]);
 }
 
 // e^x, relative error below 2e-7 for -87 <= x <= 88; 0 below -87.3, saturated at e^88 above, NaN for NaN.

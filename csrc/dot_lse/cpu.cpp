@@ -125,7 +125,7 @@ static void merge_parts(const float* sum, const float* top, int64_t r0, int64_t 
 }
 
 static void to_stash(const float* e, int64_t rows, bf16* out) {
-  for (int64_t k = 0; k < rows * kBlock; k++) from_float(e[k], out + k);
+  for (int64_t k = 0; k < rows * kBlock; k += 8) store8(load8(e + k), out + k);
 }
 
 // The epilogue of a product of WIDTH blocks with one offset: sums, and the stash where there is one.
@@ -270,7 +270,7 @@ void dot_lse_forward(const DotForward& p) {
 
 // ---------------------------------------------------------------- backward
 static void from_stash(const bf16* e, int64_t rows, float* out) {
-  for (int64_t k = 0; k < rows * kBlock; k++) out[k] = to_float(e[k]);
+  for (int64_t k = 0; k < rows * kBlock; k += 8) store8(load8(e + k), out + k);
 }
 
 // Gradient weights of one backward: G = e (u_i + v_j) with one shared offset, or two exponentials.
