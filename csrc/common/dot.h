@@ -294,7 +294,7 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
   }
   double total = 0;
   for (int64_t i = 0; i < lines; i++) total += dscale_lines.data[i];
-  if (lines) *p.dscale = total;
+  if (lines) *p.dscale = static_cast<float>(total);
 }
 
 #if defined(CK_ISA_amx) || defined(CK_ISA_avx512bf16)

@@ -37,19 +37,24 @@ struct Rows {
   }
 };
 
+// 32 elements of row r from column c on.
+template <typename T, typename S>
+static inline void copy_line(const Rows<S>& m, int64_t r, int64_t c, T* line) {
+  const int64_t left = m.cols - c, count = m.first + r >= m.total ? 0 : left < kBlock ? left : kBlock;
+  const S* src = m.data + (m.first + r) * m.cols + c;
+  if (count == kBlock) {
+    for (int i = 0; i < kBlock; i++) line[i] = convert<T>(src[i]);
+  } else {
+    for (int64_t i = 0; i < count; i++) line[i] = convert<T>(src[i]);
+    for (int64_t i = count; i < kBlock; i++) line[i] = T{};
+  }
+}
+
 // blocked (rows, cols), the rows [r0, r1): each is read from end to end
 template <typename T, typename S>
 static void pack_blocked(const Rows<S>& m, int64_t r0, int64_t r1, int64_t blocks, T* out, int64_t out_rows) {
   for (int64_t r = r0; r < r1; r++)
-    for (int64_t cb = 0; cb < blocks; cb++) {
-      T* line = out + (cb * out_rows + r) * kBlock;
-      if (m.first + r < m.total && (cb + 1) * kBlock <= m.cols) {
-        const S* src = m.data + (m.first + r) * m.cols + cb * kBlock;
-        for (int c = 0; c < kBlock; c++) line[c] = convert<T>(src[c]);
-      } else {
-        for (int c = 0; c < kBlock; c++) line[c] = m.template at<T>(r, cb * kBlock + c);
-      }
-    }
+    for (int64_t cb = 0; cb < blocks; cb++) copy_line(m, r, cb * kBlock, out + (cb * out_rows + r) * kBlock);
 }
 
 #if defined(__AVX512F__)
@@ -91,28 +96,30 @@ static inline void transpose16(const S* in, int64_t in_stride, float* out, int64
 }
 #endif
 
-// The 32 x 32 block at (r0, c0), transposed: element (c, r) at out[c * 32 + r].  Rows are read whole, into a copy:
-// walking down a column of a matrix of 512 would put all its lines in the same few sets of the L1 cache.
+// out = the transpose of 32 x 32 elements, whose rows are `stride` apart.
+template <typename T, typename S>
+static inline void transpose32(const S* in, int64_t stride, T* out) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    for (int r = 0; r < kBlock; r += 16)
+      for (int c = 0; c < kBlock; c += 16) transpose16(in + r * stride + c, stride, out + c * kBlock + r, kBlock);
+    return;
+  }
+#endif
+  S block[kBlock][kBlock + 1];  // rows are read whole: down a column of 512, all lines are in the same few sets of the L1
+  for (int r = 0; r < kBlock; r++) std::memcpy(block[r], in + r * stride, kBlock * sizeof(S));
+  for (int c = 0; c < kBlock; c++)
+    for (int r = 0; r < kBlock; r++) out[c * kBlock + r] = convert<T>(block[r][c]);
+}
+
+// The 32 x 32 block at (r0, c0), transposed: element (c, r) at out[c * 32 + r].
 template <typename T, typename S>
 static inline void transpose_block(const Rows<S>& m, int64_t r0, int64_t c0, T* out) {
-  if (m.first + r0 + kBlock <= m.total && c0 + kBlock <= m.cols) {
-#if defined(__AVX512F__)
-    if constexpr (sizeof(T) == sizeof(float)) {
-      const S* in = m.data + (m.first + r0) * m.cols + c0;
-      for (int r = 0; r < kBlock; r += 16)
-        for (int c = 0; c < kBlock; c += 16) transpose16(in + r * m.cols + c, m.cols, out + c * kBlock + r, kBlock);
-      return;
-    }
-#endif
-    S block[kBlock][kBlock + 1];
-    for (int r = 0; r < kBlock; r++)
-      std::memcpy(block[r], m.data + (m.first + r0 + r) * m.cols + c0, kBlock * sizeof(S));
-    for (int c = 0; c < kBlock; c++)
-      for (int r = 0; r < kBlock; r++) out[c * kBlock + r] = convert<T>(block[r][c]);
-  } else {
-    for (int c = 0; c < kBlock; c++)
-      for (int r = 0; r < kBlock; r++) out[c * kBlock + r] = m.template at<T>(r0 + r, c0 + c);
-  }
+  if (m.first + r0 + kBlock <= m.total && c0 + kBlock <= m.cols)
+    return transpose32(m.data + (m.first + r0) * m.cols + c0, m.cols, out);
+  S block[kBlock * kBlock];
+  for (int r = 0; r < kBlock; r++) copy_line(m, r0 + r, c0, block + r * kBlock);
+  transpose32(block, kBlock, out);
 }
 
 // blocked (cols, rows), the transpose: the row blocks [r0, r1) of the source
@@ -134,27 +141,30 @@ static void pack_b_transposed(const Rows<S>& m, int64_t r0, int64_t r1, float* o
   pack_transposed(m, r0, r1, out, out_rows);
 }
 
+// Two lines of a blocked matrix as one of a paired one.
+static inline void interleave(const bf16* even, const bf16* odd, bf16* line) {
+  for (int c = 0; c < kBlock; c++) line[2 * c] = even[c], line[2 * c + 1] = odd[c];
+}
+
 template <typename S>
 static void pack_b(const Rows<S>& m, int64_t r0, int64_t r1, int64_t blocks, bf16* out, int64_t out_rows) {
+  bf16 even[kBlock], odd[kBlock];
   for (int64_t r = r0; r < r1; r += 2)
     for (int64_t cb = 0; cb < blocks; cb++) {
-      bf16* line = out + (cb * out_rows + r) * kBlock;
-      for (int c = 0; c < kBlock; c++) {
-        line[2 * c] = m.template at<bf16>(r, cb * kBlock + c);
-        line[2 * c + 1] = m.template at<bf16>(r + 1, cb * kBlock + c);
-      }
+      copy_line(m, r, cb * kBlock, even);
+      copy_line(m, r + 1, cb * kBlock, odd);
+      interleave(even, odd, out + (cb * out_rows + r) * kBlock);
     }
 }
 
 template <typename S>
 static void pack_b_transposed(const Rows<S>& m, int64_t r0, int64_t r1, bf16* out, int64_t out_rows) {
+  bf16 block[kBlock * kBlock];
   for (int64_t rb = r0; rb < r1; rb++)
-    for (int64_t c = 0; c < out_rows; c += 2) {
-      bf16* line = out + (rb * out_rows + c) * kBlock;
-      for (int r = 0; r < kBlock; r++) {
-        line[2 * r] = m.template at<bf16>(rb * kBlock + r, c);
-        line[2 * r + 1] = m.template at<bf16>(rb * kBlock + r, c + 1);
-      }
+    for (int64_t c0 = 0; c0 < out_rows; c0 += kBlock) {
+      transpose_block(m, rb * kBlock, c0, block);
+      for (int64_t c = 0; c < kBlock; c += 2)
+        interleave(block + c * kBlock, block + (c + 1) * kBlock, out + (rb * out_rows + c0 + c) * kBlock);
     }
 }
 

@@ -24,7 +24,7 @@ struct DotGradient : DotProblem {
   const float* positive_grad;  // (n,) d loss / d l_i,offset+i, added exactly, or null
   void* dx;                    // (n, d) or null
   void* dy;                    // (m, d) or null
-  double* dscale;              // (1,) sum_ij d loss / d l_ij  <x_i, y_j>; written where dx or dy is
+  float* dscale;               // (1,) sum_ij d loss / d l_ij  <x_i, y_j>; written where dx or dy is
 };
 
 struct DotForward : DotProblem {
@@ -53,7 +53,7 @@ struct DotSoftplus : DotGradient {
   int32_t attract;                        // 0: the pairs of one group take no part
   const float *row_weight, *col_weight;   // (n,), (m,) or null: of the gradients; no row_weight: no gradients
   float *row_sum, *col_sum;               // (n,) sum_j softplus(t_ij), (m,) sum_i softplus(t_ij) or null
-  double* dbias;                          // (1,) sum_ij G_ij
+  float* dbias;                           // (1,) sum_ij G_ij
 };
 
 }  // namespace ck

@@ -86,7 +86,7 @@ void dot_softplus(const DotSoftplus& p) {
   if (!(score_bound(p) + ::fabsf(p.bias) < 1e37f)) {  // NaN or infinity somewhere, or logits past float32
     fill_nan(p.row_sum, p.n), fill_nan(p.col_sum, p.m);
     fill_nan(p.dx, p.dtype, p.n * p.d), fill_nan(p.dy, p.dtype, p.m * p.d);
-    if (p.row_weight) *p.dscale = *p.dbias = __builtin_nan("");
+    if (p.row_weight) *p.dscale = *p.dbias = __builtin_nanf("");
     return;
   }
   const int64_t mp = pad32(p.m);
@@ -97,8 +97,9 @@ void dot_softplus(const DotSoftplus& p) {
   for (int64_t i = 0; i < p.n; i++) p.row_sum[i] = static_cast<float>(row_sum.data[i]);
   for (int64_t j = 0; p.col_sum && j < p.m; j++) p.col_sum[j] = static_cast<float>(col_sum.data[j]);
   if (!p.row_weight) return;
-  *p.dbias = 0;
-  for (int64_t b = 0; b < mp / kBlock; b++) *p.dbias += block_bias.data[b];
+  double dbias = 0;
+  for (int64_t b = 0; b < mp / kBlock; b++) dbias += block_bias.data[b];
+  *p.dbias = static_cast<float>(dbias);
 }
 
 }  // namespace CK_ISA

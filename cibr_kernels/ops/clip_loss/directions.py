@@ -56,6 +56,11 @@ class Problem:
     strategy: str
     backend: str
 
+    @property
+    def plain(self) -> bool:
+        """The target of each anchor is its positive alone."""
+        return not self.several_positives and not self.label_smoothing
+
     def directions(self) -> tuple[list[Direction], Tensor]:
         """-> image to text and, unless one_way, text to image; positives (n,)."""
         image, text, scale = self.image, self.text, self.scale
@@ -101,7 +106,7 @@ class Problem:
     def losses(self, way: Direction, positives: Tensor) -> Tensor:
         """-> (n,) nats."""
         loss = softplus(way.rows - positives)
-        if not self.several_positives and not self.label_smoothing:
+        if self.plain:
             return loss
         anchors, own = promote(way.anchors), promote(way.candidates)
         target = own

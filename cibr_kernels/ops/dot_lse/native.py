@@ -64,10 +64,10 @@ def backward(
     """-> dx (n, d), dy (m, d), each empty unless needed, dscale ()."""
     dx = scratch(x.shape if need_dx else (0,), x.dtype, x.device)
     dy = scratch(y.shape if need_dy else (0,), y.dtype, y.device)
-    dscale = torch.empty_like(scale, dtype=torch.float64)
+    dscale = torch.empty_like(scale)
     _run(
         "dot_lse_backward", "DotBackward", x, y, scale, row_ids, col_ids, offset, mask_positives, stash, row_lse=rows,
         row_weight=g_rows, col_lse=cols, col_weight=g_cols, positive_grad=g_positives,
         stash_offset=stash_offset.item(), dx=dx, dy=dy, dscale=dscale,
     )  # fmt: skip
-    return dx, dy, dscale.to(scale.dtype)
+    return dx, dy, dscale

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cibr_kernels import backends
+from cibr_kernels.library import operator
 from cibr_kernels.ops import checks, native_call
 
 _STASH_BYTES = 64 * 2**20
@@ -68,7 +69,7 @@ def dot_lse(
     return (rows, cols, positives, *maxima) if need_max else (rows, cols, positives)
 
 
-@torch.library.custom_op("cibr_kernels::dot_lse_forward", mutates_args=())
+@operator
 def dot_lse_forward(
     x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, offset: int,
     mask_positives: bool, need_cols: bool, need_max: bool, budget: int, backend: str,
@@ -103,7 +104,7 @@ def _stash(x: Tensor, y: Tensor, budget: int, backend: str, allocate: Callable[.
     return allocate(shape if fits else (0,), dtype=dtype, device=x.device)
 
 
-@torch.library.custom_op("cibr_kernels::dot_lse_backward", mutates_args=())
+@operator
 def dot_lse_backward(
     g_rows: Tensor, g_cols: Tensor, g_positives: Tensor, x: Tensor, y: Tensor, scale: Tensor,
     row_ids: Tensor | None, col_ids: Tensor | None, rows: Tensor, cols: Tensor, positives: Tensor,

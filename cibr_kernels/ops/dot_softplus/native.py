@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cibr_kernels.backends import native_unsupported as unsupported  # noqa: F401
 from cibr_kernels.ops.dot_lse.native import groups
-from cibr_kernels.ops.native_call import DTYPES, call
+from cibr_kernels.ops.native_call import DTYPES, call, scratch
 
 
 def forward(
@@ -21,9 +21,9 @@ def forward(
     """
     (n, d), m = x.shape, y.shape[0]
     rows, cols = scale.new_empty(n), scale.new_empty(m if need_cols else 0)
-    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
-    dy = torch.empty_like(y) if need_dy else y.new_empty(0)
-    dscale, dbias = (torch.zeros((), dtype=torch.float64) for _ in range(2))
+    dx = scratch(x.shape if need_dx else (0,), x.dtype, x.device)
+    dy = scratch(y.shape if need_dy else (0,), y.dtype, y.device)
+    dscale, dbias = torch.zeros_like(scale), torch.zeros_like(bias)
     row_groups, col_groups = groups(row_ids, col_ids)
     call(
         "dot_softplus", "DotSoftplus", n * m * d, x=x, y=y, dtype=DTYPES[x.dtype], n=n, m=m, d=d, scale=scale.item(),
@@ -31,4 +31,4 @@ def forward(
         row_weight=row_weights, col_weight=col_weights, row_sum=rows, col_sum=cols, dx=dx, dy=dy, dscale=dscale,
         dbias=dbias,
     )  # fmt: skip
-    return rows, cols, dx, dy, dscale.to(scale.dtype), dbias.to(bias.dtype)
+    return rows, cols, dx, dy, dscale, dbias

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cibr_kernels import backends
+from cibr_kernels.library import operator
 from cibr_kernels.ops import checks
 
 
@@ -71,7 +72,7 @@ def _run(
     )  # fmt: skip
 
 
-@torch.library.custom_op("cibr_kernels::dot_softplus_total", mutates_args=())
+@operator
 def dot_softplus_total(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_weights: Tensor, col_weights: Tensor | None,
     row_ids: Tensor | None, col_ids: Tensor | None, offset: int, attract: bool, need_dx: bool, need_dy: bool,
@@ -98,7 +99,7 @@ def _(x, y, scale, bias, row_weights, col_weights, row_ids, col_ids, offset, att
     return new(()), new((x.shape[0],)), new((0 if col_weights is None else y.shape[0],)), dx, dy, new(()), new(())
 
 
-@torch.library.custom_op("cibr_kernels::dot_softplus_scale", mutates_args=())
+@operator
 def dot_softplus_scale(
     g: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_weights: Tensor, col_weights: Tensor | None,
     gradients: list[Tensor], needed: list[bool],
@@ -131,7 +132,7 @@ def _backward_total(ctx, g, *_):
 dot_softplus_total.register_autograd(_backward_total, setup_context=_setup_total)
 
 
-@torch.library.custom_op("cibr_kernels::dot_softplus_forward", mutates_args=())
+@operator
 def dot_softplus_forward(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, offset: int,
     attract: bool, need_cols: bool, backend: str,
@@ -148,7 +149,7 @@ def _(x, y, scale, bias, row_ids, col_ids, offset, attract, need_cols, backend):
     return scale.new_empty((x.shape[0],)), scale.new_empty((y.shape[0] if need_cols else 0,))
 
 
-@torch.library.custom_op("cibr_kernels::dot_softplus_backward", mutates_args=())
+@operator
 def dot_softplus_backward(
     g_rows: Tensor, g_cols: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_ids: Tensor | None,
     col_ids: Tensor | None, offset: int, attract: bool, need_dx: bool, need_dy: bool, backend: str,

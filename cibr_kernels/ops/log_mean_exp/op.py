@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cibr_kernels import backends
+from cibr_kernels.library import operator
 from cibr_kernels.ops import checks
 
 
@@ -51,7 +52,7 @@ def ema_corrected(el: Tensor, log_ema: Tensor) -> Tensor:
     return el.detach() + kappa * (el - el.detach())
 
 
-@torch.library.custom_op("cibr_kernels::log_mean_exp_forward", mutates_args=())
+@operator
 def log_mean_exp_forward(scores: Tensor, mask: Tensor | None, backend: str) -> Tensor:
     """-> L (), float32 (float64 for float64)."""
     if mask is not None and scores.device.type == "cpu" and not mask.any():
@@ -64,7 +65,7 @@ def _(scores, mask, backend):
     return scores.new_empty((), dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
 
 
-@torch.library.custom_op("cibr_kernels::log_mean_exp_backward", mutates_args=())
+@operator
 def log_mean_exp_backward(grad: Tensor, scores: Tensor, mask: Tensor | None, el: Tensor, backend: str) -> Tensor:
     """-> dscores, the shape and dtype of scores."""
     return backends.run("log_mean_exp", "backward", backend, (scores,), grad, scores, mask, el)

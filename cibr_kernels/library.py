@@ -1,0 +1,65 @@
+"""Operators: one opaque call for torch.compile, a plain function call in eager mode.
+
+A custom operator of torch.library passes through Python layers for dispatch, fakes and autograd, which cost more than a
+loss of 64 rows.  `Operator` registers one and goes around it where none of those layers has anything to do: no compiler
+or tracer, no dispatch mode, no functorch transform, no tensor subclass.  Both ways run the same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Operator:
+    """`function` as the operator torch.ops.cibr_kernels.<its name>; its signature is the operator's schema."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.registered = torch.library.custom_op(f"cibr_kernels::{function.__name__}", function, mutates_args=())
+        self._node: type[torch.autograd.Function] | None = None
+        self.__doc__ = function.__doc__
+
+    def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+        """The shapes of the outputs, for compilers."""
+        self.registered.register_fake(fake)
+        return fake
+
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
+        """As in torch.library: setup_context(ctx, inputs, output), backward(ctx, *gradients)."""
+        self.registered.register_autograd(backward, setup_context=setup_context)
+        function = self.function
+
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = function(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._node = type(function.__name__, (torch.autograd.Function,), methods)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Goes around the dispatcher where it can.  A backward with create_graph goes through it: that refuses a second
+        derivative, which a function would forget."""
+        if torch.compiler.is_compiling() or not _plain(inputs):
+            return self.registered(*inputs)
+        if not (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)):
+            return self.function(*inputs)
+        return self.registered(*inputs) if self._node is None else self._node.apply(*inputs)
+
+
+def operator(function: Callable[..., Any]) -> Operator:
+    """Decorator: the function becomes an `Operator`."""
+    return Operator(function)
+
+
+def _plain(inputs: tuple[Any, ...]) -> bool:
+    """Nobody but autograd wants to see the call."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(type(t) in _PLAIN for t in inputs if isinstance(t, Tensor))
