@@ -46,7 +46,7 @@ class Operator:
     def __call__(self, *inputs: Any) -> Any:
         """Goes around the dispatcher where it can.  A backward with create_graph goes through it: that refuses a second
         derivative, which a function would forget."""
-        if torch.compiler.is_compiling() or not _plain(inputs):
+        if not plain(*inputs):
             return self.registered(*inputs)
         if not (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)):
             return self.function(*inputs)
@@ -58,8 +58,10 @@ def operator(function: Callable[..., Any]) -> Operator:
     return Operator(function)
 
 
-def _plain(inputs: tuple[Any, ...]) -> bool:
-    """Nobody but autograd wants to see the call."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+def plain(*inputs: Any) -> bool:
+    """Nobody but autograd wants to see a call with these inputs."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return all(type(t) in _PLAIN for t in inputs if isinstance(t, Tensor))

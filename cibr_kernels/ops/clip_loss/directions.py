@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cibr_kernels import library
 from cibr_kernels.distributed import merge
 from cibr_kernels.distributed.collectives import gather
 from cibr_kernels.distributed.lse import sharded_dot_lse
@@ -58,8 +59,10 @@ class Problem:
 
     @property
     def plain(self) -> bool:
-        """The target of each anchor is its positive alone."""
-        return not self.several_positives and not self.label_smoothing
+        """No option asks for more than positives, rows and columns, and nobody looks on but autograd."""
+        options = self.several_positives or self.label_smoothing or self.metrics or self.scale.dim()
+        extra = self.image_negatives is not None or self.text_negatives is not None
+        return not (options or extra) and library.plain(self.image, self.text, self.scale)
 
     def directions(self) -> tuple[list[Direction], Tensor]:
         """-> image to text and, unless one_way, text to image; positives (n,)."""
@@ -106,7 +109,7 @@ class Problem:
     def losses(self, way: Direction, positives: Tensor) -> Tensor:
         """-> (n,) nats."""
         loss = softplus(way.rows - positives)
-        if self.plain:
+        if not self.several_positives and not self.label_smoothing:
             return loss
         anchors, own = promote(way.anchors), promote(way.candidates)
         target = own

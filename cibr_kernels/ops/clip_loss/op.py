@@ -21,8 +21,9 @@ from cibr_kernels.distributed.lse import STRATEGIES
 from cibr_kernels.distributed.shards import Agreement, Shards
 from cibr_kernels.ops import checks, contrastive
 from cibr_kernels.ops.clip_loss.directions import Problem
+from cibr_kernels.ops.clip_loss.plain import plain_loss
 from cibr_kernels.ops.dot_lse.op import dot_lse
-from cibr_kernels.ops.numerics import mean_softplus
+from cibr_kernels.ops.numerics import softplus
 
 
 def clip_loss(
@@ -115,16 +116,15 @@ def clip_loss(
         agreement.options["number of logit_scales"] = "one per pair" if scale.dim() else "one"
         agreement.describe(image_features=x, text_features=y)
     shards = agreement.shards
+    if shards is None and ids is None and weights is None and reduction == "mean" and problem.plain:
+        loss = plain_loss(x, y, scale, one_way, backend)
+        return loss if bias is None else loss + 0.0 * bias
     if shards is not None or ids is not None:
         problem = replace(problem, shards=shards, groups=contrastive.Groups.of(ids, shards))
     ways, positives = problem.directions()
-    if problem.plain and weights is None and reduction == "mean":
-        loss = mean_softplus(torch.stack([way.rows for way in ways]), positives)
-        loss = loss if shards is None else loss * shards.share
-    else:
-        losses = [problem.losses(way, positives) for way in ways]
-        pairs = losses[0] if one_way else (losses[0] + losses[1]) / 2
-        loss = contrastive.reduce(pairs, weights, reduction, shards)
+    losses = [problem.losses(way, positives) for way in ways]
+    pairs = losses[0] if one_way else (losses[0] + losses[1]) / 2
+    loss = contrastive.reduce(pairs, weights, reduction, shards)
     loss = loss if bias is None else loss + 0.0 * bias
     return (loss, problem.measure(ways, positives, bias)) if return_metrics else loss
 
@@ -134,5 +134,7 @@ def rectangular_clip_loss(
 ) -> Tensor:
     """The loss of n rows against m >= offset + n columns, row i's positive being column offset + i.  No checks."""
     rows, cols, positives = dot_lse(x, y, scale, offset=offset, need_cols=not one_way, backend=backend)
-    ways = (rows,) if one_way else (rows, cols[offset : offset + x.shape[0]])
-    return mean_softplus(torch.stack(ways), positives)
+    loss = softplus(rows - positives).mean()
+    if one_way:
+        return loss
+    return (loss + softplus(cols[offset : offset + x.shape[0]] - positives).mean()) / 2

@@ -138,8 +138,7 @@ def _backward(ctx, g_rows, g_cols, g_positives, *_):
     need_x, need_y, need_scale = ctx.needs_input_grad[:3]
     rows, cols, positives = ctx.saved_tensors[5:8]
     g_rows, g_cols, g_positives = (
-        torch.zeros_like(t) if g is None else g
-        for g, t in ((g_rows, rows), (g_cols, cols), (g_positives, positives))
+        torch.zeros_like(t) if g is None else g for g, t in ((g_rows, rows), (g_cols, cols), (g_positives, positives))
     )
     # dscale comes from <x, dx> or <y, dy>: one of the two is computed for it
     dx, dy, dscale = dot_lse_backward(

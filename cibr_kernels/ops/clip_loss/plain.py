@@ -1,0 +1,58 @@
+"""The loss without options, as one node of autograd: at 64 rows the nodes and small operators of the general path would
+take longer than the matmuls.  The arithmetic is clip_loss/op.py's:
+
+    loss = 1/kn sum_w sum_i softplus(t_wi)      t_wi = R_i - p_i, and C_i - p_i unless one_way (k = 2)
+    dR, dC = sigmoid(t) / kn                    dp = -sum_w of it
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cibr_kernels.ops.dot_lse.op import dot_lse_backward, dot_lse_forward, stash_budget
+
+
+def plain_loss(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str) -> Tensor:
+    """x (n, d), y (n, d), scale () -> ().  Only where `library.plain` says that nobody else looks on."""
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad):
+        return _Plain.apply(x, y, scale, one_way, backend)
+    gaps, *_ = _gaps(x, y, scale, one_way, 0, backend)
+    return _mean_softplus(gaps)
+
+
+def _gaps(
+    x: Tensor, y: Tensor, scale: Tensor, one_way: bool, budget: int, backend: str
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """-> t (k, n), and what dot_lse gave."""
+    outputs = dot_lse_forward.function(x, y, scale, None, None, 0, True, not one_way, False, budget, backend)
+    rows, cols, positives, *_ = outputs
+    return torch.stack((rows,) if one_way else (rows, cols)).sub_(positives), outputs
+
+
+def _mean_softplus(gaps: Tensor) -> Tensor:
+    return torch.logaddexp(gaps, gaps.new_zeros(())).mean()
+
+
+class _Plain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str) -> Tensor:
+        gaps, (rows, cols, positives, _, _, *stash) = _gaps(x, y, scale, one_way, stash_budget(), backend)
+        ctx.save_for_backward(gaps, x, y, scale, rows, cols, positives, *stash)
+        ctx.backend = backend
+        return _mean_softplus(gaps)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        gaps, x, y, scale, rows, cols, *rest = ctx.saved_tensors
+        need_x, need_y, need_scale, *_ = ctx.needs_input_grad
+        slopes = torch.sigmoid(gaps) * (g / gaps.numel())
+        g_rows, g_cols = slopes[0], slopes[1] if cols.numel() else cols
+        # dscale comes from <x, dx> or <y, dy>: one of the two is computed for it
+        dx, dy, dscale = dot_lse_backward(
+            g_rows, g_cols, slopes.sum(0).neg_(), x, y, scale, None, None, rows, cols, *rest, 0, True,
+            need_x or not need_y, need_y, ctx.backend,
+        )  # fmt: skip
+        return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, None, None
