@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list))
 
 
 class Operator:
@@ -48,7 +48,7 @@ class Operator:
         derivative, which a function would forget."""
         if not plain(*inputs):
             return self.registered(*inputs)
-        if not (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)):
+        if not torch.is_grad_enabled() or not any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
             return self.function(*inputs)
         return self.registered(*inputs) if self._node is None else self._node.apply(*inputs)
 
@@ -64,4 +64,4 @@ def plain(*inputs: Any) -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(type(t) in _PLAIN for t in inputs if isinstance(t, Tensor))
+    return all(map(_PLAIN.__contains__, map(type, inputs)))

@@ -16,12 +16,14 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/
 
 
 def fill(params: Any, fields: dict[str, Any]) -> Any:
-    """Sets the fields of a parameter struct; None and empty tensors become null pointers."""
+    """Sets the fields of a new parameter struct; None and empty tensors stay null pointers."""
     for name, value in fields.items():
         if isinstance(value, Tensor):
             assert value.is_contiguous(), name
-            value = value.data_ptr() if value.numel() else 0
-        setattr(params, name, 0 if value is None else value)
+            if value.numel():
+                setattr(params, name, value.data_ptr())
+        elif value is not None:
+            setattr(params, name, value)
     return params
 
 
