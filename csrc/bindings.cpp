@@ -7,6 +7,7 @@
 #include "additive_moments/additive_moments.h"
 #include "additive_scores/additive_scores.h"
 #include "additive_shifts/additive_shifts.h"
+#include "clip_loss/clip_loss.h"
 #include "common/fields.h"
 #include "common/isa.h"
 #include "common/scratch.h"
@@ -119,6 +120,12 @@ PYBIND11_MODULE(_C, m) {
         FIELD(stash_dtype), FIELD(stash_offset);
   }
   {
+    using P = ClipLoss;
+    py::class_<P, DotGradient> c(m, "ClipLoss");
+    c.def(py::init<>());
+    FIELD(one_way), FIELD(loss);
+  }
+  {
     using P = DotSoftplus;
     py::class_<P, DotGradient> c(m, "DotSoftplus");
     c.def(py::init<>());
@@ -156,6 +163,7 @@ PYBIND11_MODULE(_C, m) {
 
   BF16_KERNEL(dot_lse_forward, DotForward);
   BF16_KERNEL(dot_lse_backward, DotBackward);
+  BF16_KERNEL(clip_loss, ClipLoss);
   BF16_KERNEL(dot_softplus, DotSoftplus);
   FLOAT_KERNEL(additive_moments, AdditiveMoments);
   FLOAT_KERNEL(additive_scores_forward, AdditiveScores);

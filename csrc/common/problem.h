@@ -47,6 +47,13 @@ struct DotBackward : DotGradient {
   float stash_offset;
 };
 
+// The loss of the two directions and its gradients in one call: p_i the positives, R_i and C_i the sums without them,
+// loss = mean of softplus(R_i - p_i) and, unless one_way, softplus(C_i - p_i)
+struct ClipLoss : DotGradient {  // square, offset 0; positive_grad is made here
+  int32_t one_way;
+  float* loss;  // (1,)
+};
+
 // t_ij = l_ij + bias, without the positives; its negative at the pairs of one group that attract
 struct DotSoftplus : DotGradient {
   float bias;

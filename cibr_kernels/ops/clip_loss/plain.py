@@ -1,8 +1,11 @@
-"""The loss without options, as one node of autograd: at 64 rows the nodes and small operators of the general path would
-take longer than the matmuls.  The arithmetic is clip_loss/op.py's:
+"""The loss without options: at 64 rows the nodes of autograd and the small operators of the general path would take
+longer than the matmuls.  The arithmetic is clip_loss/op.py's:
 
     loss = 1/kn sum_w sum_i softplus(t_wi)      t_wi = R_i - p_i, and C_i - p_i unless one_way (k = 2)
     dR, dC = sigmoid(t) / kn                    dp = -sum_w of it
+
+One node of autograd; and where the logits of a training step are small, one call of C++ that makes the gradients with
+the loss.  (Without a backward they are made for nothing, but at this size that costs less than coming back.)
 """
 
 from __future__ import annotations
@@ -13,15 +16,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cibr_kernels import backends
+from cibr_kernels.ops import checks
+from cibr_kernels.ops.clip_loss import native
 from cibr_kernels.ops.dot_lse.op import dot_lse_backward, dot_lse_forward, stash_budget
+
+AT_ONCE = 1 << 20  # bytes of float32 logits up to which gradients are made with the loss: n = 512
 
 
 def plain_loss(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str) -> Tensor:
-    """x (n, d), y (n, d), scale () -> ().  Only where `library.plain` says that nobody else looks on."""
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad):
-        return _Plain.apply(x, y, scale, one_way, backend)
-    gaps, *_ = _gaps(x, y, scale, one_way, 0, backend)
-    return _mean_softplus(gaps)
+    """x (n, d), y (n, d), scale () -> ().  Only where `library.plain` says that nobody but autograd looks on."""
+    if not torch.is_grad_enabled() or not (x.requires_grad or y.requires_grad or scale.requires_grad):
+        gaps, _ = _gaps(x, y, scale, one_way, 0, backend)
+        return _mean_softplus(gaps)
+    small = 4 * x.shape[0] ** 2 <= min(AT_ONCE, stash_budget()) and backend in ("auto", "native")
+    node = _AtOnce if small and native.unsupported(x, y) is None else _Plain
+    return node.apply(x, y, scale, one_way, backend)
 
 
 def _gaps(
@@ -57,3 +67,27 @@ class _Plain(torch.autograd.Function):
             need_x or not need_y, need_y, ctx.backend,
         )  # fmt: skip
         return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, None, None
+
+
+class _AtOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str) -> Tensor:
+        checks.positive("logit_scale", scale)
+        need_x, need_y, *_ = ctx.needs_input_grad
+        loss, *grads = backends.run(
+            "clip_loss", "forward", "native", (x, y), x, y, scale, one_way, need_x or not need_y, need_y
+        )
+        ctx.save_for_backward(x, y, scale, *grads)
+        ctx.one_way, ctx.backend = one_way, backend
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, scale, *grads = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: through the operators, which refuse a second derivative
+            loss = _Plain.apply(x, y, scale, ctx.one_way, ctx.backend)
+            wanted = [t for t, need in zip((x, y, scale), ctx.needs_input_grad, strict=False) if need]
+            found = iter(torch.autograd.grad(loss, wanted, g, create_graph=True))
+            return *(next(found) if need else None for need in ctx.needs_input_grad[:3]), None, None
+        scaled = grads if g.item() == 1.0 else [t * g for t in grads]  # loss.backward() asks for g = 1
+        return *(t if need else None for t, need in zip(scaled, ctx.needs_input_grad, strict=False)), None, None

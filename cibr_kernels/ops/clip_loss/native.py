@@ -1,0 +1,24 @@
+"""The plain clip_loss in C++: csrc/clip_loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cibr_kernels.backends import native_unsupported as unsupported  # noqa: F401
+from cibr_kernels.ops.native_call import DTYPES, call, scratch
+
+
+def forward(
+    x: Tensor, y: Tensor, scale: Tensor, one_way: bool, need_dx: bool, need_dy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> loss (), dx (n, d), dy (n, d), each empty unless needed, dscale ()."""
+    n, d = x.shape
+    dx = scratch(x.shape if need_dx else (0,), x.dtype, x.device)
+    dy = scratch(y.shape if need_dy else (0,), y.dtype, y.device)
+    loss, dscale = torch.empty_like(scale), torch.empty_like(scale)
+    call(
+        "clip_loss", "ClipLoss", n * n * d, x=x, y=y, dtype=DTYPES[x.dtype], n=n, m=n, d=d, scale=scale.item(),
+        dx=dx, dy=dy, dscale=dscale, one_way=one_way, loss=loss,
+    )  # fmt: skip
+    return loss, dx, dy, dscale

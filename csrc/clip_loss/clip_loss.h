@@ -1,0 +1,11 @@
+// The CLIP loss of a small batch and its gradients; the mathematics is in cibr_kernels/ops/clip_loss/plain.py.
+#pragma once
+
+#include "common/isa.h"
+#include "common/problem.h"
+
+namespace ck {
+
+CK_DECLARE(clip_loss, ClipLoss)
+
+}  // namespace ck
