@@ -15,6 +15,7 @@
 #include "dot_lse/dot_lse.h"
 #include "dot_softplus/dot_softplus.h"
 #include "log_mean_exp/log_mean_exp.h"
+#include "siglip_loss/siglip_loss.h"
 
 namespace py = pybind11;
 using namespace ck;
@@ -132,6 +133,12 @@ PYBIND11_MODULE(_C, m) {
     FIELD(bias), FIELD(attract), FIELD(row_weight), FIELD(col_weight), FIELD(row_sum), FIELD(col_sum), FIELD(dbias);
   }
   {
+    using P = SiglipLoss;
+    py::class_<P, DotGradient> c(m, "SiglipLoss");
+    c.def(py::init<>());
+    FIELD(bias), FIELD(share), FIELD(loss), FIELD(dbias);
+  }
+  {
     using P = AdditiveMoments;
     py::class_<P> c(m, "AdditiveMoments");
     c.def(py::init<>());
@@ -165,6 +172,7 @@ PYBIND11_MODULE(_C, m) {
   BF16_KERNEL(dot_lse_backward, DotBackward);
   BF16_KERNEL(clip_loss, ClipLoss);
   BF16_KERNEL(dot_softplus, DotSoftplus);
+  BF16_KERNEL(siglip_loss, SiglipLoss);
   FLOAT_KERNEL(additive_moments, AdditiveMoments);
   FLOAT_KERNEL(additive_scores_forward, AdditiveScores);
   FLOAT_KERNEL(additive_scores_backward, AdditiveScores);

@@ -63,4 +63,10 @@ struct DotSoftplus : DotGradient {
   float* dbias;                           // (1,) sum_ij G_ij
 };
 
+// The SigLIP loss of the whole batch and its gradients
+struct SiglipLoss : DotGradient {  // square, offset 0; positive_grad is made here
+  float bias, share;  // share: of each pair's softplus in the loss
+  float *loss, *dbias;  // (1,), (1,) written where dx or dy is
+};
+
 }  // namespace ck

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cibr_kernels import backends
+from cibr_kernels import backends, library
 from cibr_kernels.ops import checks
 from cibr_kernels.ops.clip_loss import native
 from cibr_kernels.ops.dot_lse.op import dot_lse_backward, dot_lse_forward, stash_budget
@@ -30,8 +30,8 @@ def plain_loss(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str)
         gaps, _ = _gaps(x, y, scale, one_way, 0, backend)
         return _mean_softplus(gaps)
     small = 4 * x.shape[0] ** 2 <= min(AT_ONCE, stash_budget()) and backend in ("auto", "native")
-    node = _AtOnce if small and native.unsupported(x, y) is None else _Plain
-    return node.apply(x, y, scale, one_way, backend)
+    node = _loss_at_once if small and native.unsupported(x, y) is None else _Plain.apply
+    return node(x, y, scale, one_way, backend)
 
 
 def _gaps(
@@ -69,25 +69,14 @@ class _Plain(torch.autograd.Function):
         return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, None, None
 
 
-class _AtOnce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str) -> Tensor:
-        checks.positive("logit_scale", scale)
-        need_x, need_y, *_ = ctx.needs_input_grad
-        loss, *grads = backends.run(
-            "clip_loss", "forward", "native", (x, y), x, y, scale, one_way, need_x or not need_y, need_y
-        )
-        ctx.save_for_backward(x, y, scale, *grads)
-        ctx.one_way, ctx.backend = one_way, backend
-        return loss
+def _at_once(
+    x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str, needs: tuple[bool, ...]
+) -> tuple[Tensor, ...]:
+    checks.positive("logit_scale", scale)
+    need_x, need_y, *_ = needs
+    return backends.run(
+        "clip_loss", "forward", "native", (x, y), x, y, scale, one_way, need_x or not need_y, need_y
+    )  # fmt: skip
 
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, scale, *grads = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: through the operators, which refuse a second derivative
-            loss = _Plain.apply(x, y, scale, ctx.one_way, ctx.backend)
-            wanted = [t for t, need in zip((x, y, scale), ctx.needs_input_grad, strict=False) if need]
-            found = iter(torch.autograd.grad(loss, wanted, g, create_graph=True))
-            return *(next(found) if need else None for need in ctx.needs_input_grad[:3]), None, None
-        scaled = grads if g.item() == 1.0 else [t * g for t in grads]  # loss.backward() asks for g = 1
-        return *(t if need else None for t, need in zip(scaled, ctx.needs_input_grad, strict=False)), None, None
+
+_loss_at_once = library.with_gradients(_at_once, _Plain.apply)

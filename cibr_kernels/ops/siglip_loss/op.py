@@ -21,6 +21,7 @@ from cibr_kernels.distributed.softplus import sharded_dot_softplus, sharded_dot_
 from cibr_kernels.ops import checks, contrastive
 from cibr_kernels.ops.dot_softplus.op import dot_softplus, dot_softplus_sums
 from cibr_kernels.ops.numerics import promote, softplus
+from cibr_kernels.ops.siglip_loss import plain
 
 
 def siglip_loss(
@@ -88,6 +89,9 @@ def siglip_loss(
             checks.positive("logit_scale", scale)
         agreement.describe(image_features=x, text_features=y)
     shards = agreement.shards
+    options_used = return_metrics or any(t is not None for t in (shards, ids, weights, extra[0][1], extra[1][1]))
+    if not options_used and reduction != "none" and plain.supported(x, y, scale, bias, backend):
+        return plain.plain_loss(x, y, scale, bias, 1 / len(x) if reduction == "mean" else 1.0)
     groups = contrastive.Groups.of(ids, shards)
     common: dict[str, Any] = {"attract": group_mode == "positives", "backend": backend}
     if groups is not None:
