@@ -46,7 +46,7 @@ constexpr int MR = 6, NV = 2;
 // ROWS rows by V vectors.  C is fetched while the products are summed, and A one block of k ahead: its lines a few at a
 // time, because in one burst they held up the loads of B (6 % of the tile's rate).
 template <int ROWS, int V>
-static inline void float_tile(Blocks<const float> a, Blocks<const float> b, int64_t k, Blocks<float> c, bool add) {
+__attribute__((always_inline)) static inline void float_tile(Blocks<const float> a, Blocks<const float> b, int64_t k, Blocks<float> c, bool add) {
   constexpr int kUnroll = 4, kLine = 16, kLines = (ROWS * kUnroll + kLine - 1) / kLine;  // of the next block of A
   vf acc[ROWS][V] = {};
   if (add)
@@ -54,6 +54,7 @@ static inline void float_tile(Blocks<const float> a, Blocks<const float> b, int6
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
       for (int v = 0; v < V; v++) __builtin_prefetch(c.column(v * VL) + r * kBlock);
+  asm volatile("" : "+r"(c.data), "+r"(c.stride));  // or GCC keeps the addresses of 24 lines through the loop
   for (int64_t k0 = 0; k0 < k; k0 += kBlock, a.data += a.stride, b.data += kBlock * kBlock) {
     const float* next = a.data + a.stride;
 #pragma GCC unroll 1
