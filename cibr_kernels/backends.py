@@ -88,6 +88,12 @@ def choose(op: str, backend: str, *tensors: Tensor) -> ModuleType:
     raise RuntimeError(f"no backend can run {op}: " + "; ".join(refusals))
 
 
+def takes_native(op: str, backend: str, *tensors: Tensor) -> bool:
+    """Whether `op`, which may have other ways than a backend, runs its C++ kernel on these tensors."""
+    module = _module(op, "native") if backend in ("auto", "native") and "native" in NAMES else None
+    return module is not None and module.unsupported(*tensors) is None
+
+
 @lru_cache
 def _module(op: str, name: str) -> ModuleType | None:
     try:

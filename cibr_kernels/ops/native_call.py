@@ -47,6 +47,7 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     if size < KEEP or not backends.native_available():
         return torch.empty(shape, dtype=dtype, device=device)
     memory = torch.frombuffer(backends.compiled().Scratch(size), dtype=torch.uint8)
-    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if fill and torch.are_deterministic_algorithms_enabled():
         memory.fill_(0xFF)  # NaN in every floating dtype, as torch.empty would do
     return memory.view(dtype).view(shape)

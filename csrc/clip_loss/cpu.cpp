@@ -17,8 +17,8 @@ static double softplus_terms(int64_t n, const float* sums, const float* positive
   double total = 0;
   for (int64_t i = 0; i < n; i++) {
     const float t = sums[i] - positives[i], e = ::expf(-::fabsf(t));
-    total += (t > 0 ? t : 0) + static_cast<double>(::log1pf(e)) + (t - t);  // NaN where t is
-    gradients[i] = share * (t > 0 ? 1 / (1 + e) : e / (1 + e)) + (t != t ? t : 0);
+    total += (t > 0 ? t : 0) + static_cast<double>(::log1pf(e));
+    gradients[i] = share * (t > 0 ? 1 / (1 + e) : e / (1 + e));  // as the loss: NaN where t is, 0 for -infinity
     positive_grad[i] -= gradients[i];
   }
   return total * share;

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from cibr_kernels import backends, library
 from cibr_kernels.ops import checks
-from cibr_kernels.ops.clip_loss import native
 from cibr_kernels.ops.dot_lse.op import dot_lse_backward, dot_lse_forward, stash_budget
 
 AT_ONCE = 1 << 20  # bytes of float32 logits up to which gradients are made with the loss: n = 512
@@ -29,8 +28,8 @@ def plain_loss(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str)
     if not torch.is_grad_enabled() or not (x.requires_grad or y.requires_grad or scale.requires_grad):
         gaps, _ = _gaps(x, y, scale, one_way, 0, backend)
         return _mean_softplus(gaps)
-    small = 4 * x.shape[0] ** 2 <= min(AT_ONCE, stash_budget()) and backend in ("auto", "native")
-    node = _loss_at_once if small and native.unsupported(x, y) is None else _Plain.apply
+    small = 4 * x.shape[0] ** 2 <= min(AT_ONCE, stash_budget())
+    node = _loss_at_once if small and backends.takes_native("clip_loss", backend, x, y) else _Plain.apply
     return node(x, y, scale, one_way, backend)
 
 

@@ -12,12 +12,11 @@ from cibr_kernels import backends, library
 from cibr_kernels.ops import checks
 from cibr_kernels.ops.dot_softplus.op import dot_softplus
 from cibr_kernels.ops.numerics import promote, softplus
-from cibr_kernels.ops.siglip_loss import native
 
 
 def supported(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, backend: str) -> bool:
     """Whether `plain_loss` runs here."""
-    return backend in ("auto", "native") and library.plain(x, y, scale, bias) and native.unsupported(x, y) is None
+    return library.plain(x, y, scale, bias) and backends.takes_native("siglip_loss", backend, x, y)
 
 
 def plain_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float) -> Tensor:
