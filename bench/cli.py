@@ -49,7 +49,20 @@ def commands() -> dict[str, Callable[[argparse.Namespace], int]]:
 
         return curve.main(args.json, args.plot, quick=args.quick)
 
-    return {"curve": run_curve, "toy": run_toy, "gpu": run_gpu, "scale": run_scale, "mi": run_mi, "variance": run_variance}  # fmt: skip
+    def run_instructions(args: argparse.Namespace) -> int:
+        from bench import instructions
+
+        return instructions.main(update=args.update)
+
+    return {
+        "instructions": run_instructions,
+        "curve": run_curve,
+        "toy": run_toy,
+        "gpu": run_gpu,
+        "scale": run_scale,
+        "mi": run_mi,
+        "variance": run_variance,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--plot", type=Path, metavar="FILE.png", help="draw time and memory against N, or the command's picture"
     )
     parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--update", action="store_true", help="instructions: record the counts")
     parser.add_argument("--predict", action="store_true", help="gpu: predict, without a GPU, from what compilers make")
     parser.add_argument("--search", action="store_true", help="gpu: look for better configurations than the tables'")
     args = parser.parse_args(argv)
@@ -77,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = args.names[0] if args.names and args.names[0] in known else None
     if (args.predict or args.search) and command != "gpu":
         parser.error("--predict and --search belong to gpu: python bench/ gpu --predict")
+    if args.update and command != "instructions":
+        parser.error("--update belongs to instructions: python bench/ instructions --update")
     if not command and not args.list:
         processes.start_server()
 

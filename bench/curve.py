@@ -72,10 +72,7 @@ def point_child(case: Case, budget: float) -> Point:
         return value
 
     def gauge() -> None:
-        for _ in range(3):
-            began = time.perf_counter()
-            unit.run()
-            rates.append(unit.work / (time.perf_counter() - began))
+        rates.extend(unit.rate() for _ in range(3))
 
     gauge()
     extra = measure.peak_extra_bytes(once)

@@ -68,11 +68,12 @@ class Row(Timed):
 
 @dataclass
 class Result:
-    """A measured case; `rate` is its floor's: the vendor GEMM's flop/s, or vector instructions a second."""
+    """A measured case; `rate` is its floor's: the vendor GEMM's flop/s, or vector instructions a second of `unit`."""
 
     case: Case
     rows: list[Row]
     rate: float | None
+    unit: str = ""
     floor_note: str = ""
 
 
@@ -101,7 +102,7 @@ def measure(
     if not able:
         return Result(case, rows, None)
     try:
-        timed, rates = processes.call(time_child, case, able, budget, deadline=deadline)
+        timed, rates, unit = processes.call(time_child, case, able, budget, deadline=deadline)
     except processes.Failed as error:
         for row in rows:
             row.note = row.note or f"failed: {error}"
@@ -110,7 +111,7 @@ def measure(
         for key, value in timed.get(row.implementation, {}).items():
             setattr(row, key, value)
         row.wrong = not agrees(case, row)
-    result = Result(case, rows, max(rates) if rates else None)
+    result = Result(case, rows, max(rates) if rates else None, unit)
     add_floor(result)
     return result
 
@@ -173,8 +174,8 @@ def memory_child(case: Case, name: str) -> int:
     return peak_extra_bytes(lambda: run(loss, inputs, case.backward))
 
 
-def time_child(case: Case, names: tuple[str, ...], budget: float) -> tuple[dict[str, dict[str, Any]], list[float]]:
-    """-> per implementation {"seconds", "loss", and differences from the first}; the rates of the floor's unit."""
+def time_child(case: Case, names: tuple[str, ...], budget: float) -> tuple[dict[str, dict[str, Any]], list[float], str]:
+    """-> per implementation {"seconds", "loss", differences from the first}; rates and name of the floor's unit."""
     losses, inputs = {name: prepare(case, name) for name in names}, make_inputs(case)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     answers: dict[str, dict[str, Any]] = {name: {"seconds": seconds[name]} for name in names}
@@ -192,10 +193,8 @@ def time_child(case: Case, names: tuple[str, ...], budget: float) -> tuple[dict[
                 answers[name] |= difference(first, value, grads)
         del value, grads
         if unit:
-            began = time.perf_counter()
-            unit.run()
-            rates.append(unit.work / (time.perf_counter() - began))
-    return answers, rates
+            rates.append(unit.rate())
+    return answers, rates, unit.what if unit else ""
 
 
 def prepare(case: Case, name: str) -> Loss:

@@ -42,7 +42,7 @@ def _line(row: Row, fused: Row) -> str:
 def table(result: Result) -> str:
     """A case's block; the ratios are this row over the fused one, percent is of the floor (bench/floor.py)."""
     gemm = result.rate if result.case.op in DOT_FAMILY else None
-    rate = f"   vendor GEMM {gemm / 1e9:.0f} GF/s" if gemm else ""
+    rate = f"   {result.unit} {gemm / 1e9:.0f} GF/s" if gemm else ""
     head = f"{result.case.name}  (width {result.case.width}){rate}"
     notes = [f"  {result.floor_note}"] if result.floor_note else []
     return "\n".join([head, HEADER, *(_line(row, result.rows[0]) for row in result.rows), *notes, *targets(result)])
