@@ -3,8 +3,8 @@
 One thread and seeded data: counts repeat within 0.3 % (what is left is where memory happens to lie), whatever else the
 machine does.  They stand in results/instructions.json by compiler and instruction set, and a kernel whose count is more
 than MARGIN from its record fails (`pytest` runs this).  After a change that is meant: `python bench/ instructions
---update`.  With a compiler that is not recorded another's record is compared, within OTHER_COMPILER.  Valgrind (3.19) knows no
-AVX-512, so these are the kernels for AVX2 and for plain SSE.
+--update`.  With a compiler that is not recorded another's record is compared, within OTHER_COMPILER.  Valgrind (3.19)
+knows no AVX-512, so these are the kernels for AVX2 and for plain SSE.
 """
 
 from __future__ import annotations
