@@ -10,7 +10,7 @@ it is two a cycle: 512-bit vectors go to ports 0 (with 1 fused into it) and 5, c
 counts loads, broadcasts and the loop's own instructions at the same price, because they are issued, although other
 ports take them: a loop that overlapped them perfectly would go past this floor.  So the line below a table also has the
 time of the instructions that compute alone, which nothing can go past.  Left out: the front end, the caches, the
-exponentials (N^2, not N^2 H), packing and merging (N H).
+exponentials (N^2, not N^2 H), packing and merging (N H).  cibr_loss, a clip_loss and four critics, has no floor here.
 """
 
 from __future__ import annotations
