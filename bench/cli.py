@@ -13,7 +13,7 @@ from typing import Any
 from bench import processes
 
 QUICK_SECONDS, QUICK_STOP = 45, 56  # --quick must end within 60: no case starts after 45 s, none goes on after 56
-BUDGET, QUICK_BUDGET = 10.0, 1.0  # seconds of timing per case
+BUDGET, QUICK_BUDGET = 6.0, 1.0  # seconds of timing per case
 
 
 def commands() -> dict[str, Callable[[argparse.Namespace], int]]:
@@ -44,7 +44,25 @@ def commands() -> dict[str, Callable[[argparse.Namespace], int]]:
 
         return variance.main(args.json, args.plot, quick=args.quick)
 
-    return {"toy": run_toy, "gpu": run_gpu, "scale": run_scale, "mi": run_mi, "variance": run_variance}
+    def run_curve(args: argparse.Namespace) -> int:
+        from bench import curve
+
+        return curve.main(args.json, args.plot, quick=args.quick)
+
+    def run_instructions(args: argparse.Namespace) -> int:
+        from bench import instructions
+
+        return instructions.main(update=args.update)
+
+    return {
+        "instructions": run_instructions,
+        "curve": run_curve,
+        "toy": run_toy,
+        "gpu": run_gpu,
+        "scale": run_scale,
+        "mi": run_mi,
+        "variance": run_variance,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,14 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python bench/", description="The fused ops against their eager peers: time, peak memory, agreement."
     )
     parser.add_argument("names", nargs="*", help="cases by name or the beginning of one, or a command; see --list")
+    parser.add_argument("--all", action="store_true", help="the extra cases too: every width and tier, slow peers")
     parser.add_argument(
-        "--quick", action="store_true", help="a few cases, at most 60 s; mi and variance: fewer rows, seeds"
+        "--quick", action="store_true", help="a few cases, at most 60 s; curve, mi, variance: fewer rows, seeds"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the machine and every number")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="draw time and memory against N, or the command's picture"
     )
     parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--update", action="store_true", help="instructions: record the counts")
     parser.add_argument("--predict", action="store_true", help="gpu: predict, without a GPU, from what compilers make")
     parser.add_argument("--search", action="store_true", help="gpu: look for better configurations than the tables'")
     args = parser.parse_args(argv)
@@ -71,13 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = args.names[0] if args.names and args.names[0] in known else None
     if (args.predict or args.search) and command != "gpu":
         parser.error("--predict and --search belong to gpu: python bench/ gpu --predict")
+    if args.update and command != "instructions":
+        parser.error("--update belongs to instructions: python bench/ instructions --update")
     if not command and not args.list:
         processes.start_server()
 
-    from bench.registry import CASES, Case
+    from bench.registry import CASES, chosen
 
     if args.list:
-        print("\n".join([*(case.name for case in CASES), *known]))
+        print("\n".join([*(f"{c.name}{'  (extra)' if c.extra else ''}" for c in CASES), *known]))
         return 0
     if command == "gpu":
         return known[command](args)
@@ -85,20 +107,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in known and len(args.names) > 1:
             parser.error(f"{name} runs alone")
         if name not in known and not any(case.name.startswith(name) for case in CASES):
-            parser.error(f"no case is called {name!r}; known are {', '.join([*(c.name for c in CASES), *known])}")
+            plain = [c.name for c in CASES if not c.extra]
+            parser.error(f"no case is called {name!r}; known are {', '.join([*plain, *known])} and more: --list")
     if command:
         return known[command](args)
 
-    def wanted(case: Case) -> bool:
-        return (case.quick or not args.quick) and (not args.names or any(case.name.startswith(n) for n in args.names))
-
-    chosen = [case for case in CASES if wanted(case)]
+    cases = chosen(CASES, args.names, everything=args.all, quick=args.quick)
     if args.quick:  # a compilation takes a third of the time there is
-        chosen = [replace(c, baselines=tuple(b for b in c.baselines if b != "compiled")) for c in chosen]
-        chosen.sort(key=lambda case: case.n)  # what is left out for time is large
-    if not chosen:
+        slow = ("compiled", "max-autotune", "cut-cross-entropy")
+        cases = [replace(c, baselines=tuple(b for b in c.baselines if b not in slow)) for c in cases]
+        cases.sort(key=lambda case: case.n)  # what is left out for time is large
+    if not cases:
         parser.error(f"--quick has none of {', '.join(args.names)}")
-    return run(chosen, args, began)
+    return run(cases, args, began)
 
 
 def run(cases: Sequence[Any], args: argparse.Namespace, began: float) -> int:

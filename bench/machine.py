@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import cibr_kernels as ck
+from cibr_kernels import backends
 
 ISA = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
 
@@ -32,7 +33,9 @@ def describe() -> dict[str, str | float]:
         "torch_cpu": f"{torch.backends.cpu.get_cpu_capability()}, mkl {torch.backends.mkl.is_available()}, "
         f"onednn {torch.backends.mkldnn.is_available()}, openmp {torch.backends.openmp.is_available()}",
         "cibr_kernels": ck.__version__,
-        "kernels": "compiled" if ck.native_available() else "NOT BUILT: fused rows run the N x N reference",
+        "kernels": f"compiled by {backends.compiled().compiler}, {backends.compiled().isa()} in use"
+        if ck.native_available()
+        else "NOT BUILT: fused rows run the N x N reference",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 

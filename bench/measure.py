@@ -2,7 +2,7 @@
 
 Memory: one process per implementation, which warms up at a tiny size, resets the kernel's record of its peak, runs once
 and reads peak minus what was resident before.  Time: one process per case that runs the implementations in turn
-(A B C A B C ...), so that a busy moment hits all of them; the vendor GEMM is timed in the same rounds.
+(A B C A B C ...), so that a busy moment hits all of them; the unit of the floor (floor.py) is timed in the same rounds.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+import cibr_kernels as ck
 from bench import processes
+from bench.disassembly import Unreadable
+from bench.floor import DOT_FAMILY, critic_floor, floor_seconds, gauge
+from bench.inputs import Inputs, make_inputs
 from bench.peers import IMPLEMENTATIONS, Loss, gigabytes
-from bench.registry import Case, Inputs, make_inputs
+from bench.registry import TIERS, Case
 
 if TYPE_CHECKING:
     from bench.gpu_cases import GpuCase
@@ -57,17 +61,20 @@ class Row(Timed):
     """With what is only known of a run on the CPU."""
 
     passes: int | None = None
+    numerics: str = ""
     floor_percent: float | None = None
     loss: float | None = None
 
 
 @dataclass
 class Result:
-    """A measured case; `gemm_rate` is the vendor's, in flop/s, beside the rows."""
+    """A measured case; `rate` is its floor's: the vendor GEMM's flop/s, or vector instructions a second of `unit`."""
 
     case: Case
     rows: list[Row]
-    gemm_rate: float | None
+    rate: float | None
+    unit: str = ""
+    floor_note: str = ""
 
 
 def measure(
@@ -81,7 +88,7 @@ def measure(
     for row in rows:
         tick(f"{case.name} {row.implementation}: memory")
         implementation = IMPLEMENTATIONS[case.op, row.implementation]
-        row.passes = implementation.passes(case)
+        row.passes, row.numerics = implementation.passes(case), implementation.numerics(case)
         needed, available = implementation.peak_bytes(case), available_bytes()
         if needed > 0.9 * available:
             row.note = f"needs about {gigabytes(needed)}, {gigabytes(available)} are free: not run"
@@ -95,19 +102,42 @@ def measure(
     if not able:
         return Result(case, rows, None)
     try:
-        timed, gemm = processes.call(time_child, case, able, budget, deadline=deadline)
+        timed, rates, unit = processes.call(time_child, case, able, budget, deadline=deadline)
     except processes.Failed as error:
         for row in rows:
             row.note = row.note or f"failed: {error}"
         return Result(case, rows, None)
-    rate = gemm and gemm_flops(case) / min(gemm)
     for row in rows:
         for key, value in timed.get(row.implementation, {}).items():
             setattr(row, key, value)
-        if row.time and row.passes and rate:
-            row.floor_percent = 100 * floor_seconds(row.passes, case.n, case.n, case.width, rate) / row.time
         row.wrong = not agrees(case, row)
-    return Result(case, rows, rate)
+    result = Result(case, rows, max(rates) if rates else None, unit)
+    add_floor(result)
+    return result
+
+
+def add_floor(result: Result) -> None:
+    """Percent of the floor: of every row in the dot family, of the fused one in the critic family."""
+    case, rate = result.case, result.rate
+    if rate is None:
+        return
+    if case.op in DOT_FAMILY:
+        for row in result.rows:
+            if row.time and row.passes:
+                row.floor_percent = 100 * floor_seconds(row.passes, case.n, case.n, case.width, rate) / row.time
+        return
+    fused = result.rows[0]
+    try:
+        floor = critic_floor(case, rate)
+    except Unreadable as error:
+        result.floor_note = f"no floor: {error}"
+        return
+    result.floor_note = f"{floor.note}: {1e3 * floor.seconds:.3g} ms"
+    if fused.time:
+        fused.floor_percent = 100 * floor.seconds / fused.time
+        result.floor_note += (
+            f"; what computes alone: {1e3 * floor.arithmetic:.3g} ms, {100 * floor.arithmetic / fused.time:.0f} %"
+        )
 
 
 def agrees(case: Case | GpuCase, row: Timed) -> bool:
@@ -127,11 +157,6 @@ def turns(seconds: Mapping[str, Sequence[float]], budget: float, rounds: int) ->
                 yield name
 
 
-def floor_seconds(passes: int, n: int, m: int, d: int, rate: float) -> float:
-    """What `passes` matmuls of n x m x d take at `rate` flop/s."""
-    return passes * 2 * n * m * d / rate
-
-
 def run(loss: Loss, inputs: Inputs, backward: bool) -> tuple[Tensor, Gradients]:
     """One forward, or one training step's forward and backward."""
     if not backward:
@@ -145,16 +170,16 @@ def run(loss: Loss, inputs: Inputs, backward: bool) -> tuple[Tensor, Gradients]:
 def memory_child(case: Case, name: str) -> int:
     """-> bytes at the peak beyond those resident before, gradients included."""
     map_large_allocations()
-    loss, inputs = _prepare(case, name), make_inputs(case)
+    loss, inputs = prepare(case, name), make_inputs(case)
     return peak_extra_bytes(lambda: run(loss, inputs, case.backward))
 
 
-def time_child(case: Case, names: tuple[str, ...], budget: float) -> tuple[dict[str, dict[str, Any]], list[float]]:
-    """-> per implementation {"seconds", "loss", and differences from the first}; seconds of each vendor GEMM."""
-    losses, inputs = {name: _prepare(case, name) for name in names}, make_inputs(case)
+def time_child(case: Case, names: tuple[str, ...], budget: float) -> tuple[dict[str, dict[str, Any]], list[float], str]:
+    """-> per implementation {"seconds", "loss", differences from the first}; rates and name of the floor's unit."""
+    losses, inputs = {name: prepare(case, name) for name in names}, make_inputs(case)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     answers: dict[str, dict[str, Any]] = {name: {"seconds": seconds[name]} for name in names}
-    gemm, gemms = _vendor_gemm(case), []
+    unit, rates = gauge(case), []
     first: tuple[Tensor, Gradients] | None = None
     for name in turns(seconds, budget, MAX_ROUNDS):
         began = time.perf_counter()
@@ -164,21 +189,21 @@ def time_child(case: Case, names: tuple[str, ...], budget: float) -> tuple[dict[
             answers[name]["loss"] = value.item()
             if first is None:
                 first = value, grads
-            else:
+            elif IMPLEMENTATIONS[case.op, name].same:
                 answers[name] |= difference(first, value, grads)
         del value, grads
-        if gemm:
-            began = time.perf_counter()
-            gemm()
-            gemms.append(time.perf_counter() - began)
-    return answers, gemms
+        if unit:
+            rates.append(unit.rate())
+    return answers, rates, unit.what if unit else ""
 
 
-def _prepare(case: Case, name: str) -> Loss:
+def prepare(case: Case, name: str) -> Loss:
     """The implementation, warmed up: libraries are loaded and threads started; a compiler has seen the real shapes."""
-    loss = IMPLEMENTATIONS[case.op, name].build()
-    warm = case if name == "compiled" else case.shrunk()
-    run(loss, make_inputs(warm), case.backward)
+    if case.tier:
+        ck.set_stash_budget(TIERS[case.tier])
+    implementation = IMPLEMENTATIONS[case.op, name]
+    loss = implementation.build()
+    run(loss, make_inputs(case if implementation.compiles else case.shrunk()), case.backward)
     return loss
 
 
@@ -200,27 +225,6 @@ def difference(first: tuple[Tensor, Gradients], value: Tensor, grads: Gradients)
         "loss_diff": relative(reference, value, max(1.0, abs(reference.item()))),
         "grad_diff": max(differences) if differences else None,
     }
-
-
-def _panel(case: Case) -> tuple[int, int, int]:
-    return min(case.n, 2048), case.width, min(case.n, 8192)
-
-
-def gemm_flops(case: Case) -> float:
-    """Flops of the vendor GEMM that stands beside a case: a panel of the logits."""
-    n, d, m = _panel(case)
-    return 2.0 * n * d * m
-
-
-def _vendor_gemm(case: Case) -> Callable[[], Tensor] | None:
-    """The panel as torch.mm in the case's dtype, into memory that is already there; warmed up."""
-    if IMPLEMENTATIONS[case.op, "fused"].passes(case) is None:
-        return None
-    n, d, m = _panel(case)
-    dtype = getattr(torch, case.dtype)
-    a, b, out = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype), torch.zeros(n, m, dtype=dtype)
-    torch.mm(a, b.T, out=out)
-    return lambda: torch.mm(a, b.T, out=out)
 
 
 # ------------------------------------------------------------------------------------------------ memory

@@ -1,21 +1,25 @@
 """What the fused ops are compared with, and the fused ops themselves, under one signature: inputs -> loss.
 
-An entry says how to run it, how many N x N x D matmul passes it makes (None: they are not its cost) and about how many
-bytes it needs at its peak, so that a size that does not fit is reported and not run.
+An entry says how to run it, how many N x N x D matmul passes it makes (None: they are not its cost), what its logits
+and their sums are rounded to, and about how many bytes it needs at its peak, so that a size that does not fit is
+reported and not run.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import cibr_kernels as ck
-from bench.registry import TERMS, Case, Inputs
+from bench import optional_peers
+from bench.inputs import TERMS, Inputs
+from bench.registry import TIERS, Case
 from cibr_kernels.ops.additive_moments.reference import moments
 from cibr_kernels.ops.cibr_loss.op import noisy, scale_gradient
 
@@ -25,15 +29,27 @@ NOISE_STD, LAM = 0.25, 0.5
 
 @dataclass(frozen=True)
 class Implementation:
-    """`build` makes the function to time and imports what it needs; `passes` and `peak_bytes` are of one call."""
+    """`build` makes the function to time and imports what it needs; `passes` and `peak_bytes` are of one call.
+
+    numerics: the dtypes of its logits (or scores) and of their sums.  compiles: it must see the real shapes to warm up.
+    same: False for another function that stands beside the fused one for its time alone.
+    """
 
     build: Callable[[], Loss]
     passes: Callable[[Case], int | None]
     peak_bytes: Callable[[Case], float]
+    numerics: Callable[[Case], str] = lambda case: "f32, f32"
+    compiles: bool = False
+    same: bool = True
 
 
 def itemsize(case: Case) -> int:
     return int(getattr(torch, case.dtype).itemsize)
+
+
+def _budget(case: Case) -> int:
+    """What `stash_budget()` is while the case runs."""
+    return TIERS[case.tier] if case.tier else ck.stash_budget()
 
 
 # ------------------------------------------------------------------------------------------------ clip_loss
@@ -46,7 +62,7 @@ def fused_clip_passes(case: Case) -> int:
     """1 forward; 2 more in backward from the stash, 3 where the logits are computed again (DESIGN.md)."""
     if not case.backward:
         return 1
-    stashed = ck.native_available() and case.n**2 * itemsize(case) <= ck.stash_budget()
+    stashed = ck.native_available() and case.n**2 * itemsize(case) <= _budget(case)
     return 3 if stashed else 4
 
 
@@ -65,8 +81,14 @@ def one_logits(inputs: Inputs) -> Tensor:
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def _compiled() -> Loss:
-    return torch.compile(one_logits, fullgraph=False, dynamic=False)
+def float32_logits(inputs: Inputs) -> Tensor:
+    """one_logits at our numerics: the features become float32 before the matmul."""
+    t = inputs.tensors
+    return one_logits(Inputs({**t, "x": t["x"].float(), "z": t["z"].float()}, inputs.critics, inputs.leaves))
+
+
+def _compiled(mode: str | None = None) -> Loss:
+    return torch.compile(one_logits, fullgraph=False, dynamic=False, mode=mode)
 
 
 # ------------------------------------------------------------------------------------------------ siglip_loss
@@ -104,6 +126,13 @@ def eager_critic(inputs: Inputs) -> Tensor:
     t = inputs.tensors
     j, el = moments(inputs.critics["critic"].pairwise(t["x"], t["z"]), 0, False)  # type: ignore[operator]
     return j - el
+
+
+def relu_critic(inputs: Inputs) -> Tensor:
+    """fused_critic with ReLU on the same parameters: the ratio to this is what an activation costs."""
+    critic = copy.copy(inputs.critics["critic"])
+    critic.activation = "relu"  # type: ignore[assignment]
+    return fused_critic(Inputs(inputs.tensors, nn.ModuleDict({"critic": critic}), inputs.leaves))
 
 
 def fused_cibr(inputs: Inputs) -> Tensor:
@@ -144,7 +173,7 @@ def _small(case: Case) -> float:
     """The fused ops: features, gradients, one stash and one panel of logits; or the reference's (n, n) tensors."""
     linear = 16 * 4 * case.n * max(case.width, 512) + 2 * ck.stash_budget()
     if ck.native_available():
-        return linear
+        return linear + (itemsize(case) * case.n**2 if case.tier == "stash" and case.backward else 0)
     matrices = {"clip_loss": 4.0, "siglip_loss": 6.0, "critic_moments": 5.0 * case.width, "cibr_loss": 5 * 256.0}
     return linear + matrices[case.op] * 4 * case.n**2
 
@@ -153,23 +182,43 @@ def _no_passes(case: Case) -> None:
     return None
 
 
+def _passes(forward: int, train: int) -> Callable[[Case], int]:
+    return lambda case: train if case.backward else forward
+
+
+def _rounded(logits: bool, sums: bool) -> Callable[[Case], str]:
+    """What is rounded to the features' dtype, as the table says it; the rest is float32."""
+    names = {"float32": "f32", "bfloat16": "bf16"}
+    return lambda case: f"{names[case.dtype] if logits else 'f32'}, {names[case.dtype] if sums else 'f32'}"
+
+
+EAGER, INDUCTOR = _rounded(True, True), _rounded(True, False)  # Inductor sums in float32 what the matmul rounded
+
 IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
     ("clip_loss", "fused"): Implementation(lambda: fused_clip, fused_clip_passes, _small),
-    ("clip_loss", "open_clip"): Implementation(
-        build_open_clip, lambda c: 6 if c.backward else 2, lambda c: _logits(c, 4, 6)
+    ("clip_loss", "open_clip"): Implementation(build_open_clip, _passes(2, 6), lambda c: _logits(c, 4, 6), EAGER),
+    ("clip_loss", "one-logits"): Implementation(lambda: one_logits, _passes(1, 3), lambda c: _logits(c, 4, 6), EAGER),
+    ("clip_loss", "float32-logits"): Implementation(
+        lambda: float32_logits, _passes(1, 3), lambda c: (6 if c.backward else 4) * 4 * c.n**2
     ),
-    ("clip_loss", "one-logits"): Implementation(
-        lambda: one_logits, lambda c: 3 if c.backward else 1, lambda c: _logits(c, 4, 6)
+    ("clip_loss", "compiled"): Implementation(_compiled, _passes(1, 3), lambda c: _logits(c, 4, 6), INDUCTOR, True),
+    ("clip_loss", "max-autotune"): Implementation(
+        lambda: _compiled("max-autotune"), _passes(1, 3), lambda c: _logits(c, 4, 6), INDUCTOR, True
     ),
-    ("clip_loss", "compiled"): Implementation(_compiled, lambda c: 3 if c.backward else 1, lambda c: _logits(c, 4, 6)),
-    ("siglip_loss", "fused"): Implementation(lambda: fused_siglip, lambda c: 3 if c.backward else 1, _small),
+    ("clip_loss", "cut-cross-entropy"): Implementation(
+        optional_peers.build_cut_cross_entropy, _passes(2, 6), lambda c: _logits(c, 4, 6), INDUCTOR, True
+    ),
+    # a map over pairs that makes each logit again wherever it is needed; no matmul
+    ("clip_loss", "keops"): Implementation(optional_peers.build_keops, _passes(4, 8), _small, compiles=True),
+    ("siglip_loss", "fused"): Implementation(lambda: fused_siglip, _passes(1, 3), _small),
     ("siglip_loss", "open_clip"): Implementation(
-        build_open_clip_siglip, lambda c: 3 if c.backward else 1, lambda c: _logits(c, 6, 8)
+        build_open_clip_siglip, _passes(1, 3), lambda c: _logits(c, 6, 8), EAGER
     ),
     ("siglip_loss", "compiled"): Implementation(
-        _compiled_siglip, lambda c: 3 if c.backward else 1, lambda c: _logits(c, 4, 6)
+        _compiled_siglip, _passes(1, 3), lambda c: _logits(c, 4, 6), INDUCTOR, True
     ),
     ("critic_moments", "fused"): Implementation(lambda: fused_critic, _no_passes, _small),
+    ("critic_moments", "fused-relu"): Implementation(lambda: relu_critic, _no_passes, _small, same=False),
     ("critic_moments", "eager"): Implementation(lambda: eager_critic, _no_passes, lambda c: _activations(c, 2, 3)),
     ("cibr_loss", "fused"): Implementation(lambda: fused_cibr, _no_passes, _small),
     # each critic keeps one activation until backward, which then needs two more

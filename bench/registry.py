@@ -1,16 +1,14 @@
-"""The cases: what `python bench/` measures, as data.  How it is measured stands in measure.py."""
+"""The cases: what `python bench/` measures, as data.  inputs.py makes their tensors, measure.py measures them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor, nn
-
-import cibr_kernels as ck
-
 SCALE = 1 / 0.07  # CLIP's initial logit scale
-TERMS = ("image_own", "image_other", "text_own", "text_other")
+TIERS = {"stash": 1 << 40, "panel": 0}  # bytes of `stash_budget()` that force a tier of clip_loss's backward
+WIDTHS = {"clip_loss": 512, "siglip_loss": 512, "critic_moments": 256, "cibr_loss": 512}  # a name says only others
+LARGEST = 131072
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Target:
 class Case:
     """One row of the benchmark: an op at a size, and the baselines it is compared with."""
 
-    op: str  # "clip_loss", "siglip_loss", "critic_moments" or "cibr_loss"
+    op: str  # a key of WIDTHS
     n: int
     width: int  # features of the losses, hidden units of critic_moments
     dtype: str = "float32"
@@ -34,11 +32,18 @@ class Case:
     baselines: tuple[str, ...] = ()
     quick: bool = False
     target: Target | None = None
+    tier: str = ""  # a key of TIERS; "": by the stash budget as it is
+    activation: str = "relu"  # of critic_moments
+    group: str = ""  # what tells apart two cases of one size: the end of the name
+    extra: bool = False  # only by name or with --all
 
     @property
     def name(self) -> str:
-        """What the command line calls it, such as clip_loss-train-8192-bfloat16."""
-        return f"{self.op}-{'train' if self.backward else 'forward'}-{self.n}-{self.dtype}"
+        """What the command line calls it: clip_loss-train-8192-bfloat16, clip_loss-train-4096-float32-d768-stash."""
+        width = f"d{self.width}" if self.width != WIDTHS[self.op] else ""
+        activation = self.activation if self.activation != "relu" else ""
+        parts = (self.op, "train" if self.backward else "forward", str(self.n), self.dtype)
+        return "-".join([*parts, *filter(None, (width, self.tier, activation, self.group))])
 
     @property
     def implementations(self) -> tuple[str, ...]:
@@ -50,16 +55,44 @@ class Case:
         return replace(self, n=min(n, self.n), target=None)
 
 
+def chosen(cases: Sequence[Case], names: Sequence[str], everything: bool = False, quick: bool = False) -> list[Case]:
+    """The cases that a command line asks for, in order; no names: all that are not extra.
+
+    A whole name is that case.  The beginning of one is every case that begins so; extra ones among them only with
+    `everything`, or where all of them are extra.
+    """
+    wanted: list[Case] = []
+    for name in names or [""]:
+        found = [c for c in cases if c.name == name] or [c for c in cases if c.name.startswith(name)]
+        plain = [c for c in found if not c.extra]
+        wanted += found if everything or not plain else plain
+    return [c for c in cases if c in wanted and (c.quick or not quick)]
+
+
+def _critic_cases() -> list[Case]:
+    return [
+        Case("critic_moments", 512, 256, baselines=("eager",), quick=True),
+        Case("critic_moments", 1024, 256, baselines=("eager",), quick=True),
+        Case("critic_moments", 2048, 256, baselines=("eager",), target=Target("eager", 60.0, 1 / 100)),
+        Case("critic_moments", 4096, 256, baselines=("eager",)),
+        Case("cibr_loss", 256, 512, baselines=("eager",), quick=True),
+        Case("cibr_loss", 512, 512, baselines=("eager",)),
+        Case("cibr_loss", 2048, 512, baselines=("eager",)),
+    ]
+
+
 def _clip_cases() -> list[Case]:
     cases = [Case("clip_loss", n, 512, baselines=("open_clip", "one-logits")) for n in (64, 128, 256)]  # overhead
     for n in (1024, 2048, 4096, 8192, 16384):
         for dtype in ("float32", "bfloat16"):
             for backward in (True, False):
-                baselines: tuple[str, ...] = ("open_clip", "one-logits")
-                if backward and n == 4096:
-                    baselines += ("compiled",)  # one size: a compilation takes as long as the row
+                baselines: tuple[str, ...] = ("open_clip", "one-logits") if n <= 8192 else ("open_clip",)
+                if backward and n == 4096:  # one size: a compilation takes as long as the row
+                    baselines += ("compiled",)
+                    baselines += ("max-autotune", "cut-cross-entropy") if dtype == "float32" else ("float32-logits",)
                 target = Target("open_clip", 2.0, 1 / 10) if backward and n == 8192 else None
                 cases.append(Case("clip_loss", n, 512, dtype, backward, baselines, backward and n <= 4096, target))
+    cases += [Case("clip_loss", 4096, width, baselines=("open_clip",)) for width in (256, 768, 1024)]
     return cases
 
 
@@ -72,56 +105,35 @@ def _siglip_cases() -> list[Case]:
     return cases
 
 
-CASES = [
-    Case("critic_moments", 512, 256, baselines=("eager",), quick=True),
-    Case("critic_moments", 1024, 256, baselines=("eager",), quick=True),
-    Case("critic_moments", 2048, 256, baselines=("eager",), target=Target("eager", 60.0, 1 / 100)),
-    Case("critic_moments", 4096, 256, baselines=("eager",)),
-    Case("cibr_loss", 256, 512, baselines=("eager",), quick=True),
-    Case("cibr_loss", 512, 512, baselines=("eager",)),
-    Case("cibr_loss", 2048, 512, baselines=("eager",)),
-    *_clip_cases(),
-    *_siglip_cases(),
-]
+def _extra_cases() -> list[Case]:
+    """Every width and size, both tiers, other activations, slow peers: more than an hour on two cores."""
+    cases = []
+    for dtype in ("float32", "bfloat16"):
+        for width in (256, 512, 768, 1024):
+            for n in (1024, 4096, 8192, 16384, 32768):
+                peer = ("open_clip",) if n <= 8192 else ()
+                cases += [Case("clip_loss", n, width, dtype, baselines=peer, tier=tier, extra=True) for tier in TIERS]
+                cases.append(Case("siglip_loss", n, width, dtype, baselines=peer, extra=True))
+            for op in ("clip_loss", "siglip_loss"):
+                cases.append(Case(op, 65536, width, dtype, False, extra=True))
+        cases.append(Case("clip_loss", LARGEST, 512, dtype, False, ("open_clip",), extra=True))
+    cases += [
+        Case("critic_moments", 1024, 256, baselines=("eager", "fused-relu"), activation=name, extra=True)
+        for name in ("leaky_relu", "gelu", "gelu_tanh", "silu", "elu", "softplus", "tanh")
+    ]
+    cases.append(Case("critic_moments", 2048, 256, backward=False, extra=True))
+    peers = ("one-logits", "compiled", "max-autotune", "cut-cross-entropy")
+    cases.append(Case("clip_loss", 1024, 512, baselines=(*peers, "keops"), group="peers", extra=True))
+    cases.append(Case("clip_loss", 4096, 512, "bfloat16", baselines=peers, group="peers", extra=True))
+    return cases
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Tensors of a case; `leaves` are those whose gradients a training step needs."""
+def _all_cases() -> list[Case]:
+    """The first case of each name."""
+    named: dict[str, Case] = {}
+    for case in [*_critic_cases(), *_clip_cases(), *_siglip_cases(), *_extra_cases()]:
+        named.setdefault(case.name, case)
+    return list(named.values())
 
-    tensors: dict[str, Tensor]
-    critics: nn.ModuleDict
-    leaves: tuple[Tensor, ...]
 
-
-def make_inputs(case: Case) -> Inputs:
-    """The same numbers in every process: unit-norm features whose pairs agree in part."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    torch.manual_seed(0)  # the critics' parameters
-    n, dtype = case.n, getattr(torch, case.dtype)
-    if case.op == "critic_moments":
-        x, z = normal(n, case.width).to(dtype), normal(n, case.width).to(dtype)
-        critics = nn.ModuleDict({"critic": ck.nn.ConcatCritic(case.width, case.width, case.width)})
-        tensors = {"x": x, "z": z}
-    else:
-        shared = normal(n, case.width)
-        x, z = (nn.functional.normalize(shared + normal(n, case.width), dim=1).to(dtype) for _ in range(2))
-        tensors = {"x": x, "z": z, "scale": torch.tensor(SCALE)}
-        if case.op == "siglip_loss":
-            tensors |= {"scale": torch.tensor(10.0), "bias": torch.tensor(-10.0)}  # where SigLIP starts
-        critics = nn.ModuleDict()
-        if case.op == "cibr_loss":
-            tensors |= {"image_inputs": normal(n, 768), "text_inputs": normal(n, 512)}
-            widths = {"image_own": 768, "image_other": 512, "text_own": 512, "text_other": 768}
-            critics.update({name: ck.nn.ConcatCritic(widths[name], case.width, 256) for name in TERMS})
-    leaves = [tensors[name] for name in ("x", "z", "scale", "bias") if name in tensors]
-    if case.backward:
-        for leaf in leaves:
-            leaf.requires_grad_()
-    else:
-        critics.requires_grad_(False)
-    return Inputs(tensors, critics, (*leaves, *critics.parameters()))
+CASES = _all_cases()

@@ -9,12 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bench.floor import DOT_FAMILY
 from bench.measure import Result, Row
 from bench.peers import gigabytes
 
 HEADER = (
-    f"  {'':<12}{'time ms':>9}  {'min .. max':<19}{'vs fused':>9}{'memory':>10}{'vs fused':>9}"
-    f"{'passes':>8}{'floor':>8}{'loss diff':>11}{'grad diff':>11}"
+    f"  {'':<18}{'time ms':>9}  {'min .. max':<19}{'vs fused':>9}{'memory':>10}{'vs fused':>9}"
+    f"{'passes':>8}{'floor':>8}{'logits, sums':>14}{'loss diff':>11}{'grad diff':>11}"
 )
 
 
@@ -29,20 +30,22 @@ def _line(row: Row, fused: Row) -> str:
     ms = [1e3 * s for s in row.seconds]
     spread = f"{min(ms):.4g} .. {max(ms):.4g}" if ms else "-"
     line = (
-        f"  {row.implementation:<12}{shown(row.time and 1e3 * row.time, '.4g'):>9}  {spread:<19}"
+        f"  {row.implementation:<18}{shown(row.time and 1e3 * row.time, '.4g'):>9}  {spread:<19}"
         f"{_ratio(row.time, fused.time):>9}{gigabytes(row.extra_bytes) if row.extra_bytes is not None else '-':>10}"
         f"{_ratio(row.extra_bytes, fused.extra_bytes):>9}{shown(row.passes, 'd'):>8}"
         f"{shown(row.floor_percent, '.0f') + (' %' if row.floor_percent else ''):>8}"
-        f"{shown(row.loss_diff, '.1e'):>11}{shown(row.grad_diff, '.1e'):>11}"
+        f"{row.numerics:>14}{shown(row.loss_diff, '.1e'):>11}{shown(row.grad_diff, '.1e'):>11}"
     )
     return line + (f"  {row.note}" if row.note else "") + ("  WRONG: differs from fused" if row.wrong else "")
 
 
 def table(result: Result) -> str:
-    """A case's block; the ratios are this row over the fused one, the floor is passes x 2 N^2 D / GEMM rate."""
-    rate = f"   vendor GEMM {result.gemm_rate / 1e9:.0f} GF/s" if result.gemm_rate else ""
+    """A case's block; the ratios are this row over the fused one, percent is of the floor (bench/floor.py)."""
+    gemm = result.rate if result.case.op in DOT_FAMILY else None
+    rate = f"   {result.unit} {gemm / 1e9:.0f} GF/s" if gemm else ""
     head = f"{result.case.name}  (width {result.case.width}){rate}"
-    return "\n".join([head, HEADER, *(_line(row, result.rows[0]) for row in result.rows), *targets(result)])
+    notes = [f"  {result.floor_note}"] if result.floor_note else []
+    return "\n".join([head, HEADER, *(_line(row, result.rows[0]) for row in result.rows), *notes, *targets(result)])
 
 
 def targets(result: Result) -> list[str]:
@@ -63,10 +66,15 @@ def targets(result: Result) -> list[str]:
 
 
 def write_json(path: Path, machine: dict[str, Any], results: Sequence[Result], extra: dict[str, Any]) -> None:
-    """Everything measured, written beside the file and renamed onto it."""
+    """Everything measured."""
     rows = [{**asdict(result), "name": result.case.name, "targets": targets(result)} for result in results]
+    write(path, {"machine": machine, "results": rows, **extra})
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """As JSON, written beside the file and renamed onto it."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"machine": machine, "results": rows, **extra}, indent=1) + "\n")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(partial, path)
 
 

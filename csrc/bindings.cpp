@@ -14,6 +14,7 @@
 #include "cuda_bindings.h"
 #include "dot_lse/dot_lse.h"
 #include "dot_softplus/dot_softplus.h"
+#include "issue_rate/issue_rate.h"
 #include "log_mean_exp/log_mean_exp.h"
 #include "siglip_loss/siglip_loss.h"
 
@@ -167,6 +168,12 @@ PYBIND11_MODULE(_C, m) {
     c.def(py::init<>());
     FIELD(scores), FIELD(mask), FIELD(dtype), FIELD(count), FIELD(threads), FIELD(el), FIELD(grad), FIELD(dscores);
   }
+  {
+    using P = IssueRate;
+    py::class_<P> c(m, "IssueRate");
+    c.def(py::init<>());
+    FIELD(iterations), FIELD(threads), FIELD(issued);
+  }
 
   BF16_KERNEL(dot_lse_forward, DotForward);
   BF16_KERNEL(dot_lse_backward, DotBackward);
@@ -180,6 +187,7 @@ PYBIND11_MODULE(_C, m) {
   FLOAT_KERNEL(additive_shifts_backward, AdditiveShifts);
   FLOAT_KERNEL(log_mean_exp_forward, LogMeanExp);
   FLOAT_KERNEL(log_mean_exp_backward, LogMeanExp);
+  FLOAT_KERNEL(issue_rate, IssueRate);
 
   bind_cuda(m);
 
@@ -190,6 +198,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("scratch_limit", &scratch_limit);
   m.def("set_scratch_limit", &set_scratch_limit, py::arg("size"), "the most bytes to keep; frees what is beyond");
 
+#if defined(__clang__)
+  m.attr("compiler") = __VERSION__;  // names Clang
+#else
+  m.attr("compiler") = "gcc " __VERSION__;
+#endif
   m.def("isa", [] { return isa_name(isa()); }, "the instruction set in use");
   m.def("supported_isas", [] {
     py::list names;

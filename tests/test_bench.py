@@ -12,28 +12,44 @@ from pathlib import Path
 import pytest
 import torch
 
+import cibr_kernels as ck
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 
-from bench import cli, measure, peers, processes, registry, report  # noqa: E402
+from bench import (  # noqa: E402
+    cli,
+    curve,
+    floor,
+    measure,
+    optional_peers,
+    peers,
+    processes,
+    ratios,
+    registry,
+    report,
+)
 from bench.measure import Row  # noqa: E402
 from bench.registry import CASES, Case, Target  # noqa: E402
 
 MIB = 2**20
-KINDS = {(case.op, case.dtype, case.backward): case for case in CASES}.values()
+KINDS = {(c.op, c.dtype, c.backward, c.tier, c.activation): c for c in CASES if not c.group}.values()
+SLOW = ("compiled", "max-autotune", "cut-cross-entropy", "keops")
 
 
 @pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
 def test_every_implementation_computes_the_same(case):
-    tiny = replace(case.shrunk(48), width=32, baselines=tuple(b for b in case.baselines if b != "compiled"))
-    answers, gemms = measure.time_child(tiny, tiny.implementations, budget=0.01)
+    tiny = replace(case.shrunk(48), width=32, baselines=tuple(b for b in case.baselines if b not in SLOW))
+    answers, rates, unit = measure.time_child(tiny, tiny.implementations, budget=0.01)
     for name in tiny.implementations:
         assert 1 <= len(answers[name]["seconds"]) <= measure.MAX_ROUNDS and min(answers[name]["seconds"]) > 0
         assert measure.agrees(tiny, Row(name, **{k: v for k, v in answers[name].items() if k != "seconds"})), answers
     for name in tiny.baselines:
-        assert ("grad_diff" in answers[name]) and (answers[name]["grad_diff"] is not None) == tiny.backward
+        compared = peers.IMPLEMENTATIONS[case.op, name].same
+        assert (answers[name].get("grad_diff") is not None) == (tiny.backward and compared)
     runs = sum(len(answer["seconds"]) for answer in answers.values())
-    assert len(gemms) == (runs if tiny.op in ("clip_loss", "siglip_loss") else 0)
+    assert len(rates) == (0 if tiny.op == "cibr_loss" else runs) and all(rate > 0 for rate in rates)
+    assert unit.startswith({"cibr_loss": "", "critic_moments": "issue"}.get(tiny.op, "vendor GEMM, "))
 
 
 def test_cases_are_named_once_and_all_their_implementations_exist():
@@ -68,8 +84,8 @@ def test_a_wrong_gradient_is_called_wrong():
 
 
 def test_floor_is_passes_times_the_flops_over_the_rate():
-    assert measure.floor_seconds(4, 8192, 8192, 512, 200e9) == pytest.approx(4 * 2 * 8192**2 * 512 / 200e9)
-    assert measure.gemm_flops(Case("clip_loss", 16384, 512)) == 2 * 2048 * 512 * 8192
+    assert floor.floor_seconds(4, 8192, 8192, 512, 200e9) == pytest.approx(4 * 2 * 8192**2 * 512 / 200e9)
+    assert floor.gemm_flops(Case("clip_loss", 16384, 512)) == 2 * 2048 * 512 * 8192
 
 
 def test_passes_follow_the_stash_budget(monkeypatch):
@@ -153,7 +169,7 @@ def test_command_line_writes_json_and_a_picture(tmp_path, monkeypatch, capsys):
     assert "vendor GEMM" in out and "cpu:" in out
     written = json.loads((tmp_path / "b.json").read_text())
     assert written["machine"]["torch"] == torch.__version__
-    assert [r["name"] for r in written["results"]] == ["clip_loss-train-96-float32"]
+    assert [r["name"] for r in written["results"]] == ["clip_loss-train-96-float32-d32"]
     rows = {row["implementation"]: row for row in written["results"][0]["rows"]}
     assert set(rows) == {"fused", "open_clip", "one-logits"} and all(r["seconds"] for r in rows.values())
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
@@ -164,7 +180,7 @@ def test_no_case_starts_after_the_deadline(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(registry, "CASES", [Case("clip_loss", 64, 32, quick=True)])
     monkeypatch.setattr(cli, "QUICK_SECONDS", -1)
     assert cli.main(["--quick", "--json", str(tmp_path / "b.json")]) == 0
-    assert "left out for time: clip_loss-train-64-float32" in capsys.readouterr().out
+    assert "left out for time: clip_loss-train-64-float32-d32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("start", [["bench/"], ["-m", "bench"]], ids=" ".join)
@@ -178,3 +194,90 @@ def test_plot_without_matplotlib_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
         report.require_matplotlib()
+
+
+def test_what_a_name_chooses():
+    def names(*asked: str, **options: bool) -> list[str]:
+        return [case.name for case in registry.chosen(CASES, asked, **options)]
+
+    plain = names()
+    assert "clip_loss-train-4096-float32" in plain and "clip_loss-train-4096-float32-stash" not in plain
+    assert names(everything=True) == [case.name for case in CASES] and len(CASES) > len(plain)
+    assert names("clip_loss-train-4096-float32") == ["clip_loss-train-4096-float32"]
+    assert names("clip_loss-train-32768-float32-d256") == [
+        "clip_loss-train-32768-float32-d256-stash",
+        "clip_loss-train-32768-float32-d256-panel",
+    ]
+    assert set(names("clip_loss")) == {name for name in plain if name.startswith("clip_loss")}
+    assert "clip_loss-train-1024-float32-stash" in names("clip_loss-train-1024", everything=True)
+    assert all(case.quick for case in registry.chosen(CASES, [], quick=True))
+
+
+def test_sizes_widths_and_tiers_of_the_extra_cases():
+    extra = {case.name for case in CASES}
+    for dtype in ("float32", "bfloat16"):
+        for width in ("-d256", "", "-d768", "-d1024"):
+            assert {
+                f"clip_loss-train-{n}-{dtype}{width}-{tier}" for n in (1024, 32768) for tier in registry.TIERS
+            } <= extra
+            assert {f"siglip_loss-train-32768-{dtype}{width}", f"clip_loss-forward-65536-{dtype}{width}"} <= extra
+    assert "clip_loss-forward-131072-float32" in extra
+
+
+def test_a_tier_is_forced():
+    if not ck.native_available():
+        pytest.skip("the compiled kernels are not built")
+    passes = peers.IMPLEMENTATIONS["clip_loss", "fused"].passes
+    for tier, expected in (("stash", 3), ("panel", 4)):
+        case = Case("clip_loss", 64, 32, tier=tier)
+        assert passes(replace(case, n=65536)) == expected
+        measure.prepare(case, "fused")
+        assert ck.stash_budget() == registry.TIERS[tier]
+
+
+@pytest.mark.parametrize(
+    "module, build",
+    [
+        ("cut_cross_entropy", optional_peers.build_cut_cross_entropy),
+        ("pykeops.torch", optional_peers.build_keops),
+    ],
+)
+def test_a_peer_that_is_missing_says_what_to_install(module, build, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ModuleNotFoundError, match=r"is not installed .*pip install '\.\[peers\]'"):
+        build()
+
+
+def test_rows_say_what_their_logits_are_rounded_to():
+    bf16 = Case("clip_loss", 64, 32, "bfloat16")
+    said = {
+        name: peers.IMPLEMENTATIONS["clip_loss", name].numerics(bf16) for name in ("fused", "open_clip", "compiled")
+    }
+    assert said == {"fused": "f32, f32", "open_clip": "bf16, bf16", "compiled": "bf16, f32"}
+    assert peers.IMPLEMENTATIONS["clip_loss", "open_clip"].numerics(replace(bf16, dtype="float32")) == "f32, f32"
+
+
+def test_the_curve_measures_a_point_and_finds_a_cliff():
+    point = curve.point_child(Case("clip_loss", 96, curve.WIDTH, backward=False), budget=0.0)
+    assert point.n == 96 and point.seconds > 0 and point.floor_percent > 0 and point.runs == 1
+    assert "clip_loss" not in curve.line(replace(point, n=131072)) and "68.7 GB" in curve.line(replace(point, n=131072))
+    steady = [replace(point, n=n, seconds=point.seconds * (n / 96) ** 2) for n in (96, 192, 384)]
+    assert curve.cliffs(steady) == []
+    (found,) = curve.cliffs([*steady, replace(point, n=768, seconds=2 * point.seconds * (768 / 96) ** 2)])
+    assert "N = 768 float32" in found
+
+
+def test_ratios_are_tried_again_and_then_fail():
+    results = iter([1.1, 1.2, 1.6])
+    found = ratios.attempts(1.0, lambda: next(results), recorded=2.0)
+    assert found == [1.0, 1.1, 1.2, 1.6] and ratios.reached(found, 2.0) and not ratios.reached(found[:3], 2.0)
+    assert ratios.attempts(1.5, lambda: 1 / 0, recorded=2.0) == [1.5]
+    assert len(ratios.attempts(1.0, lambda: 1.0, recorded=2.0)) == ratios.ATTEMPTS
+    assert [case.name for case in ratios.cases()] and set(ratios.NAMES) == {case.name for case in ratios.cases()}
+
+
+def test_a_race_takes_turns_and_names_the_strongest():
+    race = ratios.Race(Case("clip_loss", 48, 32, baselines=("open_clip", "one-logits")))
+    race.rounds = 2
+    assert race.attempt() > 0 and race.strongest() in ("open_clip", "one-logits")
+    assert [len(times) for times in race.seconds.values()] == [2, 2, 2]

@@ -1,0 +1,124 @@
+"""The time that an op cannot beat on this machine, from rates measured in the same run.
+
+    dot family      passes x 2 N^2 D / rate    rate: flop/s of the vendor's GEMM on a panel of the logits, in the case's
+                                               dtype or in float32, whichever is faster here
+    critic family   c N^2 H / v / rate         c: instructions per vector of v pair-units (critic_code.py), one sweep
+                                               rate: vector instructions a second on all torch threads (csrc/issue_rate)
+
+The issue rate is that of independent multiply-adds, maxima and additions on full registers.  On Intel's server cores
+it is two a cycle: 512-bit vectors go to ports 0 (with 1 fused into it) and 5, comparisons into a mask to 5 alone.  c
+counts loads, broadcasts and the loop's own instructions at the same price, because they are issued, although other
+ports take them: a loop that overlapped them perfectly would go past this floor.  So the line below a table also has the
+time of the instructions that compute alone, which nothing can go past.  Left out: the front end, the caches, the
+exponentials (N^2, not N^2 H), packing and merging (N H).  cibr_loss, a clip_loss and four critics, has no floor here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from bench.critic_code import READABLE, Sweep, chosen_sweep
+from bench.disassembly import Unreadable
+from bench.registry import Case
+from cibr_kernels import backends
+from cibr_kernels.ops.native_call import fill
+
+ISSUE_ITERATIONS = 500_000  # 6 million vector instructions a thread, 1 to 2 ms: short enough to find both cores free
+DOT_FAMILY = ("clip_loss", "siglip_loss")
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """What is timed beside a case, in the same rounds: `work` flops or instructions a call, `what` by name."""
+
+    work: float
+    run: Callable[[], object]
+    what: str
+
+    def rate(self) -> float:
+        """Runs once -> work per second."""
+        began = time.perf_counter()
+        self.run()
+        return self.work / (time.perf_counter() - began)
+
+
+def gauge(case: Case) -> Gauge | None:
+    """The unit of a case's floor, warmed up; None where it has none."""
+    if case.op in DOT_FAMILY:
+        return vendor_gemm(case)
+    if case.op == "critic_moments" and backends.native_available():
+        return issue_rate()
+    return None
+
+
+def panel(case: Case) -> tuple[int, int, int]:
+    return min(case.n, 2048), case.width, min(case.n, 8192)
+
+
+def gemm_flops(case: Case) -> float:
+    """Flops of the vendor GEMM that stands beside a case: a panel of the logits."""
+    n, d, m = panel(case)
+    return 2.0 * n * d * m
+
+
+def vendor_gemm(case: Case) -> Gauge:
+    """The panel as torch.mm, warmed up.  Without bfloat16 units the vendor's bfloat16 is a fraction of its float32."""
+    gauges = [_mm(case, dtype) for dtype in dict.fromkeys((case.dtype, "float32"))]
+    return max(gauges, key=lambda one: max(one.rate() for _ in range(3))) if len(gauges) > 1 else gauges[0]
+
+
+def _mm(case: Case, dtype_name: str) -> Gauge:
+    """Into memory that is already there."""
+    (n, d, m), dtype = panel(case), getattr(torch, dtype_name)
+    a, b, out = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype), torch.zeros(n, m, dtype=dtype)
+    torch.mm(a, b.T, out=out)
+    return Gauge(gemm_flops(case), lambda: torch.mm(a, b.T, out=out), f"vendor GEMM, {dtype_name}")
+
+
+def issue_rate() -> Gauge:
+    """csrc/issue_rate on all torch threads."""
+    module, issued = backends.compiled(), torch.zeros(1, dtype=torch.int64)
+    threads = torch.get_num_threads()
+    params = fill(module.IssueRate(), {"iterations": ISSUE_ITERATIONS, "threads": threads, "issued": issued})
+    module.issue_rate(params)
+    return Gauge(float(issued.item()) * threads, lambda: (module.issue_rate(params), issued), "issue")
+
+
+def floor_seconds(passes: int, n: int, m: int, d: int, rate: float) -> float:
+    """What `passes` matmuls of n x m x d take at `rate` flop/s."""
+    return passes * 2 * n * m * d / rate
+
+
+def sweep_seconds(sweep: Sweep, n: int, m: int, h: int, backward: bool, rate: float, arithmetic: bool = False) -> float:
+    """What one sweep over n x m pairs of h units takes at `rate` vector instructions a second."""
+    parts = (sweep.scores, sweep.gradients) if backward else (sweep.scores,)
+    return sum((c.arithmetic if arithmetic else c.instructions) / c.floats for c in parts) * n * m * h / rate
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Of critic_moments: seconds, those of the arithmetic alone, and what the table says of them."""
+
+    seconds: float
+    arithmetic: float
+    note: str
+
+
+def critic_floor(case: Case, rate: float) -> Floor:
+    """From the code of the kernel in use, at `rate`.  Raises Unreadable where that cannot be read."""
+    if case.activation not in READABLE:
+        raise Unreadable(f"{case.activation} is not of the ReLU family (bench/critic_code.py)")
+    sweep = chosen_sweep()
+    size = (case.n, case.n, case.width, case.backward, rate)
+    parts = (sweep.scores, sweep.gradients) if case.backward else (sweep.scores,)
+    costs = " + ".join(f"{c.instructions:.2f}" for c in parts), " + ".join(f"{c.arithmetic:g}" for c in parts)
+    return Floor(
+        sweep_seconds(sweep, *size),
+        sweep_seconds(sweep, *size, arithmetic=True),
+        f"floor: {costs[0]} instructions ({costs[1]} compute) per {sweep.scores.floats} pair-units at "
+        f"{rate / 1e9:.1f} G/s",
+    )

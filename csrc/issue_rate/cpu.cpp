@@ -1,0 +1,64 @@
+#include "issue_rate/issue_rate.h"
+
+#include "common/simd.h"
+
+namespace ck {
+namespace CK_ISA {
+namespace {
+
+// The compiler knows nothing of v's value after this, so it can neither drop nor merge what made it.
+#if defined(__AVX512F__)
+#define CK_OPAQUE(v) asm volatile("" : "+v"(v))
+#elif defined(__x86_64__)
+#define CK_OPAQUE(v) asm volatile("" : "+x"(v))
+#elif defined(__aarch64__)
+#define CK_OPAQUE(v) asm volatile("" : "+w"(v))
+#else
+#define CK_OPAQUE(v) asm volatile("" : "+m"(v))
+#endif
+
+// a b + c in one instruction; where there is none, a b.
+inline vf multiply_add(vf a, vf b, vf c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return a * b + c;
+#else
+  (void)c;
+  return a * b;
+#endif
+}
+
+// Twelve chains of results that take 4 cycles each keep three ports busy.  An array of them would be put in memory.
+constexpr int64_t CHAINS = 12;
+
+void spin(int64_t iterations) {
+  vf half = broadcast(0.5f);
+  CK_OPAQUE(half);
+  vf p0 = half, p1 = half, p2 = half, p3 = half;
+  vf m0 = half, m1 = half, m2 = half, m3 = half;
+  vf s0 = half, s1 = half, s2 = half, s3 = half;
+#define CK_STEP(p, m, s)           \
+  p = multiply_add(p, half, half); \
+  m = vmax(m, half);               \
+  s = s + half;                    \
+  CK_OPAQUE(p);                    \
+  CK_OPAQUE(m);                    \
+  CK_OPAQUE(s)
+  for (int64_t n = 0; n < iterations; n++) {
+    CK_STEP(p0, m0, s0);
+    CK_STEP(p1, m1, s1);
+    CK_STEP(p2, m2, s2);
+    CK_STEP(p3, m3, s3);
+  }
+#undef CK_STEP
+}
+
+}  // namespace
+
+void issue_rate(const IssueRate& p) {
+#pragma omp parallel num_threads(p.threads)
+  spin(p.iterations);
+  *p.issued = p.iterations * CHAINS;
+}
+
+}  // namespace CK_ISA
+}  // namespace ck
