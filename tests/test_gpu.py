@@ -220,6 +220,22 @@ def test_matches_float64(name, place, dtype):
         )
 
 
+@each_dtype
+@pytest.mark.parametrize("op", [clip, softplus], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("place", [pytest.param("cuda", marks=GPU)])
+def test_more_rows_than_a_panel_has(op, place, dtype):
+    """Sums that go on from panel to panel, those of the vendor's matmuls too; float64 on the device."""
+    options = (14.3, 0) if op is clip else (10.0, False, False, False)
+    inputs, ours, definition, terms, exponent = op(4300, 4500, 160, 100, *options)
+    features = tuple((t.to(dtype) if t.dim() else t).to(place) for t in inputs)
+    actual = value_and_gradients(lambda *t: ours(*t, backend="triton"), features, place)
+    eager = value_and_gradients(definition, features, place)
+    truth = value_and_gradients(definition, tuple(t.double() for t in features), place)
+    for what, a, e, t in zip(("value", "first", "second", "third", "fourth"), actual, eager, truth, strict=False):
+        magnitude = max(1.0, t.abs().max().item()) if t.dim() < 2 else 0.0
+        testing.assert_close(what, a, e, t, terms=terms, exponent=exponent, features=dtype, magnitude=magnitude)
+
+
 @anywhere
 def test_the_same_bits_twice(name, place):
     device, backend = place
