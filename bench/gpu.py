@@ -10,10 +10,13 @@ import gc
 import json
 import os
 import re
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +28,7 @@ from bench.measure import Gradients, Timed, agrees, difference, turns
 from bench.peers import gigabytes
 
 RESULTS = Path(__file__).parent / "results"
-WARM_UPS, MAX_ROUNDS, BUDGET = 3, 20, 10.0  # runs, rounds, seconds of timing for each case
+WARM_UPS, MAX_ROUNDS, BUDGET = 3, 20, 3.0  # runs, rounds, seconds of timing for each case
 NO_GPU = "bench gpu: there is no CUDA or ROCm device here; `python bench/ gpu --predict` predicts without one"
 
 
@@ -37,6 +40,8 @@ class Device(Protocol):
 
     def seconds(self, run: Callable[[], Any]) -> float: ...
     def peak_bytes(self, run: Callable[[], Any]) -> int: ...
+    def graph(self, run: Callable[[], Any]) -> Callable[[], Any]: ...
+    def matmul_rate(self) -> float: ...
 
 
 class Cuda:
@@ -68,11 +73,35 @@ class Cuda:
         del result
         return torch.cuda.max_memory_allocated() - before
 
+    def graph(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """run() captured -> its replay, which gives the same tensors each time."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            answer = run()
+
+        def replay() -> Any:
+            graph.replay()
+            return answer
+
+        return replay
+
+    def matmul_rate(self) -> float:
+        """flop/s of the vendor's product of two random bfloat16 matrices of 8192 x 8192."""
+        a, b = (torch.randn(8192, 8192, device=self.name, dtype=torch.bfloat16) for _ in range(2))
+        seconds = [self.seconds(lambda: a @ b) for _ in range(13)]
+        return 2 * 8192**3 / median(seconds[3:])
+
 
 @dataclass
 class Result:
     case: GpuCase
     rows: list[Timed]
+    matmul_rate: float | None = None  # flop/s of the vendor's product, just before
 
 
 def step(loss: Loss, tensors: Tensors, backward: bool) -> tuple[Tensor, Gradients]:
@@ -87,6 +116,7 @@ def step(loss: Loss, tensors: Tensors, backward: bool) -> tuple[Tensor, Gradient
 
 def measure(case: GpuCase, device: Device, names: Sequence[str], budget: float = BUDGET) -> Result:
     """Runs the implementations of a case; timing takes about `budget` seconds and at least one round."""
+    rate = device.matmul_rate() if case.matmul_passes else None
     tensors = gpu_cases.make_tensors(case, device.name)
     rows = [Timed(name) for name in names]
     runs: dict[str, Callable[[], Any]] = {}
@@ -113,7 +143,7 @@ def measure(case: GpuCase, device: Device, names: Sequence[str], budget: float =
                 row.wrong = not agrees(case, row)
             del answer
             row.extra_bytes = device.peak_bytes(run)
-            runs[row.implementation] = run
+            runs[row.implementation] = device.graph(run) if implementation.graph else run
         except ImportError as error:
             row.note = f"not installed: {error.name or error}"
         except Exception as error:  # a peer that fails is a row of the table; the fused op may not
@@ -121,7 +151,7 @@ def measure(case: GpuCase, device: Device, names: Sequence[str], budget: float =
     seconds = {row.implementation: row.seconds for row in rows if row.implementation in runs}
     for name in turns(seconds, budget, MAX_ROUNDS):
         seconds[name].append(device.seconds(runs[name]))
-    return Result(case, rows)
+    return Result(case, rows, rate)
 
 
 def reason(error: Exception) -> str:
@@ -132,34 +162,57 @@ def reason(error: Exception) -> str:
 
 # ------------------------------------------------------------------------------------------------ text
 HEADER = (
-    f"  {'':<14}{'time ms':>9}  {'min .. max':<19}{'vs fused':>9}{'peak':>10}{'vs fused':>9}{'TFLOP/s':>9}"
-    f"{'loss diff':>11}{'grad diff':>11}"
+    f"  {'':<16}{'time ms':>9}  {'min .. max':<19}{'vs fused':>9}{'peak':>10}{'vs fused':>9}{'TFLOP/s':>9}"
+    f"{'of matmul':>11}{'PREDICTED':>11}{'loss diff':>11}{'grad diff':>11}"
 )
 
 
-def table(result: Result) -> str:
-    """A case's block.  TFLOP/s: the products the fused op makes, over the row's own time."""
+def table(result: Result, predicted: Mapping[tuple[str, str], float] = MappingProxyType({})) -> str:
+    """A case's block.
+
+    TFLOP/s: the products the fused op makes, over the row's own time; of matmul: over the vendor's rate.  predicted:
+    milliseconds by case and implementation.
+    """
     fused = result.rows[0]
     lines = [result.case.name, HEADER]
     for row in result.rows:
         ms = [1e3 * s for s in row.seconds]
         spread = f"{min(ms):.4g} .. {max(ms):.4g}" if ms else "-"
-        passes = result.case.matmul_passes if row is fused else None
+        passes = result.case.matmul_passes if row.implementation.startswith("fused") else None
         flops = passes and row.time and passes * 2 * result.case.n**2 * result.case.d / row.time
         cells = (
             _shown(1e3 * row.time, ".4g") if row.time else "-", spread, _ratio(row.time, fused.time),
             gigabytes(row.extra_bytes) if row.extra_bytes is not None else "-",
             _ratio(row.extra_bytes, fused.extra_bytes),
-            _shown(flops / 1e12 if flops else None, ".0f"), _shown(row.loss_diff, ".1e"), _shown(row.grad_diff, ".1e"),
+            _shown(flops / 1e12 if flops else None, ".0f"),
+            f"{100 * flops / result.matmul_rate:.0f} %" if flops and result.matmul_rate else "-",
+            _shown(predicted.get((result.case.name, row.implementation)), ".4g"),
+            _shown(row.loss_diff, ".1e"), _shown(row.grad_diff, ".1e"),
         )  # fmt: skip
-        widths = ("9", "", "9", "10", "9", "9", "11", "11")
+        widths = ("9", "", "9", "10", "9", "9", "11", "11", "11", "11")
         text = "".join(
             f"  {cell:<19}" if not width else f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)
         )
         wrong = "  WRONG: fails" if row is fused else "  WRONG: differs from fused"
         note = (f"  {row.note}" if row.note else "") + (wrong if row.wrong else "")
-        lines.append(f"  {row.implementation:<14}{text}{note}")
+        lines.append(f"  {row.implementation:<16}{text}{note}")
+    if result.matmul_rate:
+        lines.append(f"  vendor's matmul just before: {result.matmul_rate / 1e12:.0f} TFLOP/s")
     return "\n".join(lines)
+
+
+def predictions(gpu: str, file: Path = RESULTS / "gpu-predictions.txt") -> dict[tuple[str, str], float]:
+    """PREDICTED milliseconds for a GPU, by case and implementation; an H200 has an H100's processors."""
+    name = "H100" if "H200" in gpu else gpu
+    found: dict[tuple[str, str], float] = {}
+    here = False
+    for line in file.read_text().splitlines() if file.exists() else ():
+        if heading := re.match(r"(\S+) .*\(sm_\d+, ", line):
+            here = heading[1] in name
+        row = re.match(r"(\S+)\s+(\S+)\s+\d+(?:\s+[\d.-]+){4}\s+([\d.]+)\s", line)
+        if here and row:
+            found[row[1], row[2]] = float(row[3])
+    return found
 
 
 def _shown(value: float | None, spec: str) -> str:
@@ -175,21 +228,30 @@ def describe(device: str) -> dict[str, str]:
     from bench import machine
 
     found = machine.describe()
-    about = {key: str(found[key]) for key in ("python", "torch", "cibr_kernels", "date")}
+    about = {key: str(found[key]) for key in ("cpu", "python", "torch", "cibr_kernels", "date")}
     try:
         import triton
 
         about["triton"] = triton.__version__
     except ImportError:
         about["triton"] = "not installed"
-    return {"gpu": device, "cuda": str(torch.version.cuda or torch.version.hip), **about}
+    return {"gpu": device, "driver": _driver(), "cuda": str(torch.version.cuda or torch.version.hip), **about}
+
+
+def _driver() -> str:
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
 
 
 def write(folder: Path, about: dict[str, str], results: Sequence[Result]) -> tuple[Path, Path]:
     """gpu-<device>.txt and .json in `folder`, each written beside itself and renamed."""
     stem = "gpu-" + re.sub(r"[^A-Za-z0-9]+", "-", about["gpu"]).strip("-").lower()
+    expected = predictions(about["gpu"])
     text = "\n".join(f"{key:>13}: {value}" for key, value in about.items())
-    text += "\n\n" + "\n\n".join(table(result) for result in results) + "\n"
+    text += "\n\n" + "\n\n".join(table(result, expected) for result in results) + "\n"
     rows = [{**asdict(result), "name": result.case.name} for result in results]
     data = json.dumps({"machine": about, "results": rows}, indent=1) + "\n"
     paths = folder / f"{stem}.txt", folder / f"{stem}.json"
@@ -218,10 +280,10 @@ def main(file: Path | None = None, *, predict: bool = False, search: bool = Fals
         from bench import gpu_search
 
         return gpu_search.measured(device, cases)
-    results = []
+    results, expected = [], predictions(about["gpu"])
     for case in cases:
         results.append(measure(case, device, gpu_cases.implementations(case)))
-        print(table(results[-1]) + "\n", flush=True)
+        print(table(results[-1], expected) + "\n", flush=True)
     print("wrote " + ", ".join(map(str, write(RESULTS, about, results))))
     if file:
         file.write_text(json.dumps([{**asdict(r), "name": r.case.name} for r in results], indent=1) + "\n")

@@ -18,10 +18,15 @@ if(NOT CUDART_STATIC)
   return()
 endif()
 
-# Machine code for these, as far as this nvcc knows them, and PTX of the first for everything else.
+# Machine code for these, as far as this nvcc knows them, and PTX of compute capability 8.0 for everything else.  One
+# machine needs only its own: CIBR_CUDA_ARCHITECTURES=90a pip install .
+set(CUDA_ARCHITECTURES 80 90a 100a 120)
+if(DEFINED ENV{CIBR_CUDA_ARCHITECTURES})
+  separate_arguments(CUDA_ARCHITECTURES UNIX_COMMAND "$ENV{CIBR_CUDA_ARCHITECTURES}")
+endif()
 execute_process(COMMAND ${NVCC} --list-gpu-code OUTPUT_VARIABLE NVCC_KNOWS OUTPUT_STRIP_TRAILING_WHITESPACE)
 set(CUDA_TARGETS)
-foreach(arch 80 90a 100a 120)
+foreach(arch ${CUDA_ARCHITECTURES})
   string(REPLACE a "" listed ${arch})  # the list has no "a"
   if(NVCC_KNOWS MATCHES "sm_${listed}(\r?\n|$)")
     list(APPEND CUDA_TARGETS -gencode arch=compute_${arch},code=sm_${arch})

@@ -46,6 +46,12 @@ class Cpu:
         run()
         return 1000
 
+    def graph(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        return run
+
+    def matmul_rate(self) -> float:
+        return 1e12
+
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
 def test_every_implementation_that_runs_here_agrees(case):
@@ -117,10 +123,23 @@ def test_implementations_take_turns_until_their_share_is_used():
 def test_the_table_gives_ratios_and_flops():
     case = GpuCase("clip_loss", 1000, 500)
     rows = [Timed("fused", [0.001, 0.002, 0.004], 10**6), Timed("eager", [0.006], 5 * 10**6, 1e-3, 2e-3)]
-    lines = gpu.table(gpu.Result(case, rows)).splitlines()
-    assert lines[0] == "clip_loss-train-1000x500" and len({len(line) for line in lines[1:]}) == 1
-    assert lines[2].split() == ["fused", "2", "1", "..", "4", "1x", "1", "MB", "1x", "2", "-", "-"]  # 4 x 1e9 / 2 ms
-    assert lines[3].split()[1:] == ["6", "6", "..", "6", "3x", "5", "MB", "5x", "-", "1.0e-03", "2.0e-03"]
+    lines = gpu.table(gpu.Result(case, rows, 8e12), {(case.name, "fused"): 1.5}).splitlines()
+    assert lines[0] == "clip_loss-train-1000x500" and len({len(line) for line in lines[1:4]}) == 1
+    expected = ["fused", "2", "1", "..", "4", "1x", "1", "MB", "1x", "2", "25", "%", "1.5", "-", "-"]
+    assert lines[2].split() == expected  # 4 x 1e9 / 2 ms
+    assert lines[3].split()[1:] == ["6", "6", "..", "6", "3x", "5", "MB", "5x", "-", "-", "-", "1.0e-03", "2.0e-03"]
+    assert lines[4].split() == ["vendor's", "matmul", "just", "before:", "8", "TFLOP/s"]
+
+
+def test_predictions_are_those_of_the_same_processor():
+    found = gpu.predictions("NVIDIA H100 80GB HBM3")
+    assert found == gpu.predictions("NVIDIA H200") and found != gpu.predictions("NVIDIA B200") != {}
+    assert found["clip_loss-train-65536x512", "fused"] > 10 and gpu.predictions("NVIDIA L4") == {}
+
+
+def test_steps_of_small_batches_are_timed_in_a_graph_too():
+    assert "fused+graph" in gpu_cases.implementations(GpuCase("clip_loss", 4096, 512))
+    assert "fused+graph" not in gpu_cases.implementations(GpuCase("clip_loss", 65536, 512))
 
 
 def test_results_are_named_after_the_device(tmp_path):

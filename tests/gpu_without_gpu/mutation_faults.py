@@ -356,9 +356,9 @@ FAULTS = [
         "attraction without its sign in G", "softplus", PAIRS, "g = tl.where(same, -g, g)", "g = tl.where(same, g, g)"
     ),
     Fault("pairs that attract left out", "softplus", PAIRS, "-t2 if ATTRACT else nothing", "nothing"),
-    Fault("log(1 + u) that cancels", "softplus", PAIRS, "* LN2 + _log1p(u)", "* LN2 + tl.log(1.0 + u)"),
+    Fault("log(1 + u) that cancels", "softplus", PAIRS, "log1p = _log1p(u)", "log1p = tl.log(1.0 + u)"),
     Fault("coefficient of the logarithm", "softplus", PAIRS, "q * u + 0.333213225", "q * u + 0.333203225"),
-    Fault("sigmoid of the magnitude", "softplus", PAIRS, "tl.where(t2 > 0.0, 1.0, u) / (1.0 + u)", "1.0 / (1.0 + u)"),
+    Fault("sigmoid of the magnitude", "softplus", PAIRS, "tl.exp2(tl.minimum(t2, 0.0) - log1p", "tl.exp2(-log1p"),
     Fault(
         "column weights missing",
         "softplus",

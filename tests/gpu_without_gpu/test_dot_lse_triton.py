@@ -244,6 +244,15 @@ def test_refuses_what_is_not_finite(value):
         assert t.isnan().all(), name
 
 
+def test_rows_of_a_panel():
+    """As many as allowed, within the bytes, but not fewer than 2048; multiples of 128."""
+    most, size = backend.Panels().backward_rows, backend.Panels().backward_bytes
+    rows = {n: backend.rows_of_panel(most, size, n, n, 2) for n in (100, 8192, 65536, 131072, 1 << 20)}
+    assert rows == {100: 100, 8192: 8192, 65536: 8192, 131072: 4096, 1 << 20: 2048}
+    assert backend.rows_of_panel(most, size, 65536, 65536, 4) == 4096
+    assert backend.rows_of_panel(most, size, 1 << 20, 70001, 2) % 128 == 0
+
+
 def test_strips_of_several_tiles(monkeypatch):
     monkeypatch.setattr(Tiles, "strip_tiles", lambda self, rows, cols: 2)
     monkeypatch.setattr(backend, "panels", backend.Panels(forward_rows=384, backward_rows=256))

@@ -13,8 +13,8 @@ tiles need, so that a program makes one tile.  A sum that looks like an underflo
 ids searched for a pair that takes part, n m comparisons where every sum is empty.
 
 Workspace in bytes, with 128 x 128 tiles:
-    forward     forward_rows / 128 * 12 m + O(n + m)            384 m by default (640 m on sm_100, 64 columns online)
-    backward    backward_rows * (itemsize * m + 4 d) + 4 m d + O(n + m), or 4 max(n, m) d + O(n + m)
+    forward     forward_rows / 128 * 12 m + O(n + m)            768 m by default (1280 m on sm_100, 64 columns online)
+    backward    rows of P * (itemsize * m + 4 d) + 4 m d + O(n + m), or 4 max(n, m) d + O(n + m)
     both        itemsize * (n + m) d where 32 does not divide d
 """
 
@@ -34,6 +34,7 @@ from cibr_kernels.ops.triton_call import unsupported  # noqa: F401
 BLOCK_R = 16  # rows of features that a program of an elementwise kernel takes
 BLOCK_L = 128  # elements of (n,) and (m,)
 BLOCK_T = 32  # tiles that are folded, or ids that are looked at, at a time
+BLOCK_F = 32  # rows or columns of a program that folds: few, so that the few thousand rows of a panel are many programs
 ALIGNMENT = 32  # divides the features' width, or they are copied
 # addmm of half precision onto float32: PyTorch 2.8 and 2.9 refuse it (pytorch#167931), on ROCm float32 results at all.
 ADDS_TO_FLOAT32 = torch.__version__ >= "2.11"
@@ -43,15 +44,24 @@ ADDS_TO_FLOAT32 = torch.__version__ >= "2.11"
 class Panels:
     """Rows at a time, multiples of 128; what they cost is above.
 
-    Below a width of 128 or so writing P once and reading it twice takes longer than computing it twice.
+    Many: a step at N = 65536, D = 512 takes 30.5 ms with 8192 rows, 32.6 with 2048 (H200; the vendor's matmuls like
+    large operands), and every launch takes time of the host.  Below a width of 128 or so writing P once and reading it
+    twice takes longer than computing it twice.
     """
 
-    forward_rows: int = 4096
-    backward_rows: int = 2048
+    forward_rows: int = 8192
+    backward_rows: int = 8192  # at most
+    backward_bytes: int = 1 << 30  # of P, unless LEAST_ROWS need more
     owned_width: int = 128  # at most 128: the rows' gradients are kept in registers
 
 
 panels = Panels()
+LEAST_ROWS = 2048
+
+
+def rows_of_panel(most: int, most_bytes: int, n: int, m: int, itemsize: int) -> int:
+    """Rows of P (rows, m), a multiple of 128 or n."""
+    return min(n, most, max(LEAST_ROWS, most_bytes // (itemsize * _pitch(m)) // 128 * 128))
 
 
 def stash_shape(n: int, m: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
@@ -111,10 +121,10 @@ def forward(
                 triton_call.launch(kernels.online_scores_kernel, grid, problem | maxima, constants, **t.options)
             parts = {f"part_{name}": part for name, part in (sums | maxima).items()}
             triton_call.launch(
-                kernels.fold_kernel, (blocks(end - first, BLOCK_L) + blocks(cols.numel(), BLOCK_L),),
+                kernels.fold_kernel, (blocks(end - first, BLOCK_F) + blocks(cols.numel(), BLOCK_F),),
                 {"mode": mode, **parts, **totals, "first_row": first, "rows": end - first, "m": m, "panel": height,
-                 "strips": strips, "col_tiles": col_tiles, "row_blocks": blocks(end - first, BLOCK_L)},
-                {"WANTED": wanted, "MAX": need_max or t is online, "BLOCK_T": BLOCK_T, "BLOCK_L": BLOCK_L},
+                 "strips": strips, "col_tiles": col_tiles, "row_blocks": blocks(end - first, BLOCK_F)},
+                {"WANTED": wanted, "MAX": need_max or t is online, "BLOCK_T": BLOCK_T, "BLOCK_L": BLOCK_F},
             )  # fmt: skip
         triton_call.launch(
             kernels.finish_kernel, (vectors,), finish,
@@ -157,7 +167,7 @@ def backward(
             _features_gradient(sums, y, x, dy, along_y, **finish_y)
         return dx if need_dx else x.new_empty(0), dy, _total(along_x if with_dx else along_y)
 
-    height = min(panels.backward_rows, n)
+    height = rows_of_panel(panels.backward_rows, panels.backward_bytes, n, m, x.element_size())
     panel = x.new_empty((height, _pitch(m)))
     dx_sums, dy_sums = new((height, d) if with_dx else 0), new((m, d) if need_dy else 0)
     make_panel = _panels(x, y, scale, weights, stash, pairs)

@@ -31,12 +31,13 @@ class Configs(NamedTuple):
 
 
 # By target and bytes of a feature.  Two blocks live on a multiprocessor: one multiplies while the other sums its tile.
+# With two stages instead of three `scores` has three blocks on sm_90: 6 % faster on an H200 (`gradient`: 22 % slower).
 # On sm_100 it is one, whose programs walk down a strip with specialised warps.  No entry spills a register.
 _FLOAT32 = Config(64, 64, 16, 4, 4)
 _FLOAT32_HIP = Config(64, 64, 16, 4, 2)
 CONFIGS = {
     ("sm_80", 2): Configs(Config(128, 128, 32, 4, 4), Config(128, 128, 32, 4, 4), Config(64, 128, 32, 4, 4)),
-    ("sm_90", 2): Configs(Config(128, 128, 64, 4, 3), Config(128, 128, 64, 4, 3), Config(64, 128, 64, 4, 3)),
+    ("sm_90", 2): Configs(Config(128, 128, 64, 4, 2), Config(128, 128, 64, 4, 3), Config(64, 128, 64, 4, 3)),
     ("sm_100", 2): Configs(Config(128, 128, 64, 8, 5), Config(128, 128, 64, 8, 5), Config(64, 64, 64, 8, 3)),
     ("sm_120", 2): Configs(Config(128, 128, 32, 8, 4), Config(128, 128, 32, 8, 4), Config(64, 128, 32, 8, 3)),
     ("hip", 2): Configs(Config(128, 128, 32, 8, 2), Config(128, 128, 32, 8, 2), Config(64, 64, 32, 4, 2)),
@@ -48,7 +49,9 @@ CONFIGS = {
 }
 OWNED = {  # by target, for features of 2 bytes: block_k is unused, a tile is as wide as the features (<= 128)
     "sm_80": Config(64, 64, 0, 4, 3),
-    "sm_90": Config(128, 64, 0, 8, 3),
+    "sm_90": Config(
+        64, 64, 0, 4, 2
+    ),  # 14 % faster than (128, 64, 0, 8, 3) on an H200; (64, 128, 0, 4, 2) is 20 %, and spills
     "sm_100": Config(128, 64, 0, 8, 3),
     "sm_120": Config(64, 64, 0, 4, 3),
     "hip": Config(64, 32, 0, 8, 1),

@@ -9,7 +9,7 @@ which shows where all pairs are such; rows, cols and dbias are float32 to the en
 
 Workspace in bytes, with 128 x 128 tiles:
     sums        rows / 128 * 8 m + O(n + m), rows = panels.rows or .gradient_rows
-    gradients   gradient_rows * (itemsize * m + 4 d) + 4 m d + 4 n m / 128^2
+    gradients   rows of G * (itemsize * m + 4 d) + 4 m d + 4 n m / 128^2
     both        itemsize * (n + m) d where 32 does not divide d
 """
 
@@ -22,11 +22,19 @@ import torch
 from torch import Tensor
 
 from cibr_kernels.ops import triton_call
-from cibr_kernels.ops.dot_lse.triton import BLOCK_R, _aligned, _features_gradient, _multiply_into, _pitch, _total
+from cibr_kernels.ops.dot_lse.triton import (
+    BLOCK_R,
+    _aligned,
+    _features_gradient,
+    _multiply_into,
+    _pitch,
+    _total,
+    rows_of_panel,
+)  # fmt: skip
 from cibr_kernels.ops.dot_lse.triton_configs import Config, Tiles, blocks, target_name
 from cibr_kernels.ops.triton_call import unsupported  # noqa: F401
 
-BLOCK_T, BLOCK_L = 32, 128  # a fold: sums of tiles at a time, rows or columns of a program
+BLOCK_T, BLOCK_L = 32, 32  # a fold: sums of tiles at a time, rows or columns of a program
 BLOCK_P = 4096  # features that a program of poison_kernel looks at
 
 # With weights or ids, by target, for features of 2 bytes: four numbers for each pair live at once, dot_lse has two.
@@ -43,8 +51,9 @@ CONFIGS = {
 class Panels:
     """Rows at a time, multiples of 128; what they cost is above."""
 
-    rows: int = 4096
-    gradient_rows: int = 2048
+    rows: int = 8192
+    gradient_rows: int = 8192  # at most
+    gradient_bytes: int = 1 << 30  # of G: dot_lse's Panels
 
 
 panels = Panels()
@@ -67,7 +76,9 @@ def forward(
     gradient = row_weights is not None
     with_dx, with_dy = gradient and (need_dx or not need_dy), gradient and need_dy  # dscale needs one of the two
     tiles = _tiles(x) if gradient or row_ids is not None else Tiles.of("scores", x)
-    height = min(panels.gradient_rows if gradient else panels.rows, n)
+    height = min(panels.rows, n)
+    if gradient:
+        height = rows_of_panel(panels.gradient_rows, panels.gradient_bytes, n, m, x.element_size())
     heights = [min(height, n - first) for first in range(0, n, height)]
     strip_tiles = [tiles.strip_tiles(rows, m) for rows in heights]
     strips = [blocks(rows, k * tiles.config.block_m) for rows, k in zip(heights, strip_tiles, strict=True)]

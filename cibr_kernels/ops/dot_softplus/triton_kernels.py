@@ -1,8 +1,8 @@
 """The Triton kernels of dot_softplus: poison, then per panel of rows the sums of tiles and, where wanted, G.
 
 Logits are kept in units of log2, t2 = log2(e) t, so that u = exp(-|t|) is one fused multiply-add and one ex2.  With
-u <= 1 neither softplus(t) = max(t, 0) + log1p(u) nor sigmoid(t) = (t > 0 ? 1 : u) / (1 + u) can overflow, and both keep
-their digits where t is far below 0.  A pair that does not count has t2 = -inf: its u is 0.
+u <= 1 neither softplus(t) = max(t, 0) + log1p(u) nor sigmoid(t) = exp(min(t, 0) - log1p(u)), without a division, can
+overflow, and both keep their digits where t is far below 0.  A pair that does not count has t2 = -inf: its u is 0.
 
 Every output element has one writer, and sums over tiles are made in a fixed order.
 """
@@ -70,7 +70,8 @@ def _tile(
         counts = (i < n)[:, None] & (j < m)[None, :] & (j[None, :] != i[:, None] + offset)
         t2 = tl.where(counts, t2, nothing)
     u = tl.exp2(-tl.abs(t2))
-    e = tl.maximum(t2, 0.0) * LN2 + _log1p(u)
+    log1p = _log1p(u)
+    e = tl.maximum(t2, 0.0) * LN2 + log1p
     tl.store(row_sum + top + tl.arange(0, BLOCK_M), tl.sum(e, 1), mask=i < n)
     if COLS:
         above = above + (e if STRIPS else tl.sum(e, 0))
@@ -79,7 +80,9 @@ def _tile(
         weight = tl.load(g_rows + i, mask=i < n, other=0.0)[:, None] * power
         if COL_WEIGHTS:
             weight = weight + tl.load(g_cols + j, mask=j < m, other=0.0)[None, :] * power
-        g = tl.where(t2 > 0.0, 1.0, u) / (1.0 + u) * weight
+        # in strips Triton 3.8 specialises 896 threads for the form without a division (sm_100), and they spill
+        sigmoid = tl.where(t2 > 0.0, 1.0, u) / (1.0 + u) if STRIPS else tl.exp2(tl.minimum(t2, 0.0) - log1p * LOG2E)
+        g = sigmoid * weight
         if IDS and ATTRACT:
             g = tl.where(same, -g, g)
         store_panel(p, g, top, col, first_row, n, pitch, BLOCK_M, BLOCK_N, TMA)
