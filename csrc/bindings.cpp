@@ -118,8 +118,7 @@ PYBIND11_MODULE(_C, m) {
     c.def(py::init<>());
     FIELD(a), FIELD(b), FIELD(w), FIELD(n), FIELD(m), FIELD(h), FIELD(offset), FIELD(include_diagonal),
         FIELD(activation), FIELD(slope), FIELD(need_a), FIELD(need_b), FIELD(need_w), FIELD(features_dtype),
-        FIELD(threads), FIELD(moments),
-        FIELD(ga), FIELD(gb), FIELD(gw);
+        FIELD(threads), FIELD(moments), FIELD(ga), FIELD(gb), FIELD(gw);
   }
   {
     using P = AdditiveScores;

@@ -141,9 +141,13 @@ void with_tile(const Problem& p, const F& f) {
     case Activation::relu: return f(Kinked{}, 0.0f);
     case Activation::leaky_relu: return f(Kinked{}, p.slope);
     case Activation::silu: done = with_factors(FactoredSilu{}); break;
-    case Activation::elu: done = with_factors(FactoredElu{p.slope}); break;
+    case Activation::elu:
+      if constexpr (FUSED) done = with_factors(FactoredElu{p.slope});
+      break;
     case Activation::softplus: done = with_factors(FactoredSoftplus{}); break;
-    case Activation::tanh: done = with_factors(FactoredTanh{}); break;
+    case Activation::tanh:
+      if constexpr (FUSED) done = with_factors(FactoredTanh{});
+      break;
     default: break;
   }
   if (!done) with_smooth(p.activation, p.slope, [&f](const auto& phi) { f(smooth(direct(phi)), 0.0f); });

@@ -178,8 +178,7 @@ inline float sum_lanes(vf x) { return reduce_add(x); }
 #endif
 #if defined(__AVX512F__)
 inline float sum_lanes(__m512 x) {
-  const __m256d upper = _mm512_maskz_extractf64x4_pd(0xff, _mm512_castps_pd(x), 1);
-  return sum_lanes(_mm256_add_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(upper)));
+  return sum_lanes(_mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, x, 0), _mm512_maskz_extractf32x8_ps(0xff, x, 1)));
 }
 #endif
 

@@ -2,7 +2,8 @@
 // computed once per row and unit, not an exponential per pair.  c is an offset of the unit, so that large biases that cancel
 // cost nothing; `SPAN` bounds |a + c| and |b - c|, where products stay normal numbers (factors_fit of common/additive.h).
 // Factors are made in double precision.  Where e^t - 1 needs its digits near t = 0 they are kept as a high and a low part:
-// the fused high product less 1 is rounded once, and two products of a low part repair it.
+// the fused high product less 1 is rounded once, and two products of a low part repair it.  Without a fused multiply-add
+// (FUSED) that does not work, and elu and tanh are taken as they are.
 //
 // A form of an activation packs A numbers of each a and B of each b, and has two functions of them:
 //   value(a, b, kept)   phi(a + b), and KEPT numbers that
@@ -32,6 +33,12 @@ struct Direct {
   }
   CK_INLINE_MEMBER ValueAndSlope again(const vf*, const vf*, const vf* kept) const { return {kept[0], kept[1]}; }
 };
+
+#if defined(__FMA__) || defined(__AVX512F__) || defined(__ARM_FEATURE_FMA)
+constexpr bool FUSED = true;
+#else
+constexpr bool FUSED = false;
+#endif
 
 struct Parts {
   vf high, low;
@@ -146,11 +153,12 @@ struct FactoredTanh {
     packed[0] = parts.high, packed[1] = parts.low;
   }
   void pack_b(vf x, vf centre, vf* packed) const { pack_a(x, centre, packed); }
-  // (e^{2t} - 1) / (e^{2t} + 1)
+  // (e^{2t} - 1) / (e^{2t} + 1), repaired by what is left of the numerator: phi' = 1 - phi^2 doubles its error.
   template <int N>
   CK_INLINE_MEMBER Vectors<N> value(const Vectors<N>* a, const vf* b, Vectors<N>* kept) const {
     const Vectors<N> less = product_minus_one(a[0], a[1], b[0], b[1]);
-    return kept[0] = vquotient(less, less + 2.0f);
+    const Vectors<N> r = rough_reciprocal(less + 2.0f), quotient = less * r;
+    return kept[0] = quotient + r * ((less - quotient * less) - quotient * 2.0f);
   }
   CK_INLINE_MEMBER ValueAndSlope again(const vf*, const vf*, const vf* kept) const {
     return {kept[0], 1.0f - kept[0] * kept[0]};
