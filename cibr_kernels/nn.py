@@ -31,14 +31,21 @@ class ConcatCritic(nn.Module):
 
     Args: x_dim, z_dim and hidden widths; activation, one of relu, leaky_relu, gelu, gelu_tanh, silu, elu, softplus,
     tanh; slope, leaky_relu's negative slope or elu's alpha (defaults: torch's); layers, the number of hidden layers.
-    Raises ValueError for other names, layers and non-positive widths.
+        storage: bfloat16 or float16 to keep a and b, and the gradients of them, in half the memory; scores and sums stay
+            float32.  Not the default: it rounds a and b, an error of the input that no kernel can undo (scores of
+            standard deviation 1 move by 0.002 to 0.003 in bfloat16).  One hidden layer only.
+    Raises ValueError for other names, layers, dtypes and non-positive widths.
     """
 
     def __init__(
         self, x_dim: int, z_dim: int, hidden: int = 512, layers: int = 1, *, activation: str = "relu",
-        slope: float | None = None,
+        slope: float | None = None, storage: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        if storage not in (None, torch.float32, torch.bfloat16, torch.float16) or (storage and layers == 2):
+            raise ValueError(
+                f"storage must be float32, bfloat16 or float16, of one hidden layer, got {storage} with layers={layers}"
+            )
         if layers not in (1, 2):
             raise ValueError(f"ConcatCritic has one or two hidden layers, got layers={layers}")
         if activation not in ACTIVATIONS:
@@ -47,6 +54,7 @@ class ConcatCritic(nn.Module):
             raise ValueError(f"widths must be positive, got x_dim={x_dim}, z_dim={z_dim}, hidden={hidden}")
         self.activation = activation
         self.slope = (1.0 if activation == "elu" else 0.01) if slope is None else slope
+        self.storage = storage
         self.x_proj = nn.Linear(x_dim, hidden, bias=False)
         self.z_proj = nn.Linear(z_dim, hidden)
         self.inner = nn.Linear(hidden, hidden) if layers == 2 else None
@@ -67,7 +75,10 @@ class ConcatCritic(nn.Module):
 
     def _additive_parts(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, str, float]:
         w, bias = self.out.weight.squeeze(0), self.out.bias.squeeze(0)
-        return *self.pair_parts(x, z), w, bias, self.activation, self.slope
+        a, b = self.pair_parts(x, z)
+        if self.storage is not None and a.dtype != torch.float64:
+            a, b = a.to(self.storage), b.to(self.storage)
+        return a, b, w, bias, self.activation, self.slope
 
     @property
     def pair_width(self) -> int:

@@ -144,15 +144,15 @@ PYBIND11_MODULE(_C, m) {
     py::class_<P> c(m, "AdditiveMoments");
     c.def(py::init<>());
     FIELD(a), FIELD(b), FIELD(w), FIELD(n), FIELD(m), FIELD(h), FIELD(offset), FIELD(include_diagonal),
-        FIELD(activation), FIELD(slope), FIELD(need_a), FIELD(need_b), FIELD(need_w), FIELD(threads), FIELD(moments),
-        FIELD(ga), FIELD(gb), FIELD(gw);
+        FIELD(activation), FIELD(slope), FIELD(need_a), FIELD(need_b), FIELD(need_w), FIELD(features_dtype),
+        FIELD(threads), FIELD(moments), FIELD(ga), FIELD(gb), FIELD(gw);
   }
   {
     using P = AdditiveScores;
     py::class_<P> c(m, "AdditiveScores");
     c.def(py::init<>());
-    FIELD(a), FIELD(b), FIELD(w), FIELD(n), FIELD(m), FIELD(h), FIELD(activation), FIELD(slope), FIELD(threads),
-        FIELD(scores), FIELD(grad), FIELD(ga), FIELD(gb), FIELD(gw);
+    FIELD(a), FIELD(b), FIELD(w), FIELD(n), FIELD(m), FIELD(h), FIELD(activation), FIELD(slope),
+        FIELD(features_dtype), FIELD(threads), FIELD(scores), FIELD(grad), FIELD(ga), FIELD(gb), FIELD(gw);
   }
   {
     using P = AdditiveShifts;

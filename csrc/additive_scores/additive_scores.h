@@ -13,10 +13,11 @@
 namespace ck {
 
 struct AdditiveScores {
-  const float *a, *b, *w;  // (n, h), (m, h), (h,) contiguous
+  const float *a, *b, *w;  // (n, h), (m, h), (h,) contiguous; a, b, ga, gb point to `features_dtype`
   int64_t n, m, h;
   int32_t activation;      // an Activation (common/activation_names.h)
   float slope;             // leaky_relu's negative slope; elu's alpha
+  int32_t features_dtype;  // a Dtype (common/dtype.h)
   int32_t threads;
   float* scores;           // (n, m), forward
   const float* grad;       // (n, m), backward

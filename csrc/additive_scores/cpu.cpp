@@ -19,8 +19,7 @@ class Forward : Operands<Tile> {
   using Base::ROWS, Base::COLS, Base::block, Base::blocks;
 
  public:
-  Forward(const AdditiveScores& p, const Tile& tile, float below)
-      : Base(p.a, p.b, p.w, p.n, p.m, p.h, p.threads, below), p(p), tile(tile) {}
+  Forward(const AdditiveScores& p, const Tile& tile, float below) : Base(p, tile, below), p(p) {}
 
   void run() {
 #pragma omp parallel num_threads(p.threads)
@@ -29,7 +28,7 @@ class Forward : Operands<Tile> {
       for (int64_t index = 0; index < blocks; index++) {
         const int64_t first = index * block, last = smaller(first + block, p.m);
 #pragma omp for
-        for (int64_t column = first; column < last; column += COLS) this->pack_panel(column, column - first);
+        for (int64_t column = first; column < last; column += COLS) this->pack_panel(column, column - first, t);
 #pragma omp for schedule(dynamic)
         for (int64_t row = 0; row < p.n; row += ROWS) sweep_rows(row, first, last, t);
       }
@@ -41,35 +40,34 @@ class Forward : Operands<Tile> {
     const int64_t count = smaller(ROWS, p.n - row);
     this->pack_tile(row, count, t);
     for (int64_t column = first; column < last; column += COLS) {
-      this->template scores<false>(tile, row, count, t, this->panel(column - first, nullptr, nullptr));
+      this->template scores<false>(row, count, t, this->panel(column - first, nullptr, nullptr));
       for (int64_t i = 0; i < count; i++)
         memcpy(p.scores + (row + i) * p.m + column, t.s + i * COLS, smaller(COLS, p.m - column) * sizeof(float));
     }
   }
 
   const AdditiveScores& p;
-  const Tile& tile;
 };
 
 template <class Tile>
 class Backward : Operands<Tile> {
   using Base = Operands<Tile>;
-  using Base::ROWS, Base::COLS, Base::KINKED, Base::SCORES, Base::block, Base::blocks, Base::width;
+  using Base::ROWS, Base::COLS, Base::KINKED, Base::SCORES, Base::RUN, Base::SLICE, Base::block, Base::blocks,
+      Base::width;
 
  public:
   Backward(const AdditiveScores& p, const Tile& tile, float below)
-      : Base(p.a, p.b, p.w, p.n, p.m, p.h, p.threads, below),
+      : Base(p, tile, below),
         p(p),
-        tile(tile),
         for_a(p.ga || p.gw || !KINKED),
         for_b(p.gb || p.gw || !KINKED),
         groups(count_groups(p.n, ROWS, MAX_GROUPS, TILES_PER_GROUP)),
         row_mass(below != 0.0f ? p.n : 0),
         column_mass(below != 0.0f ? p.m : 0),
-        own_ga(for_a && !p.ga ? p.n * p.h : 0),
-        own_gb(for_b && !p.gb ? p.m * p.h : 0),
-        ga(p.ga ? p.ga : own_ga.data),
-        gb(p.gb ? p.gb : own_gb.data),
+        own_ga(for_a && !(p.ga && p.features_dtype == kFloat32) ? p.n * p.h : 0),
+        own_gb(for_b && !(p.gb && p.features_dtype == kFloat32) ? p.m * p.h : 0),
+        ga(own_ga.data ? own_ga.data : p.ga),
+        gb(own_gb.data ? own_gb.data : p.gb),
         group_gb(for_b ? groups * block * width : 0),
         group_gw(KINKED ? 0 : groups * width) {}
 
@@ -86,7 +84,7 @@ class Backward : Operands<Tile> {
       for (int64_t index = 0; index < blocks; index++) {
         const int64_t first = index * block, last = smaller(first + block, p.m);
 #pragma omp for
-        for (int64_t column = first; column < last; column += COLS) this->pack_panel(column, column - first);
+        for (int64_t column = first; column < last; column += COLS) this->pack_panel(column, column - first, t);
 #pragma omp for schedule(dynamic)
         for (int64_t g = 0; g < groups; g++) (this->*sweep)(g, first, t);
         if (for_b) merge(first, last);
@@ -129,11 +127,11 @@ class Backward : Operands<Tile> {
       if (!KINKED) memset(t.gw, 0, width * sizeof(float));
       for (int64_t at = 0; at < block && first_column + at < p.m; at += COLS) {
         const Panel panel = this->panel(at, sum + (FOR_B ? at * width : 0), nullptr);
-        if (!KINKED) this->template scores<true>(tile, row, count, t, panel);  // for phi and phi'
+        if (!KINKED) this->template scores<true>(row, count, t, panel);  // for phi and phi'
         load_grad(row, count, first_column + at, t.s);
-        tile.template gradients<FOR_A, FOR_B>(t, panel, p.h);
+        this->tile.template gradients<FOR_A, FOR_B>(t, panel, p.h);
       }
-      if (FOR_A) add_rows(t.ga, count, p.h, ROWS, ga + row * p.h);
+      if (FOR_A) add_rows<RUN>(t.ga, count, p.h, ROWS, ga + row * p.h);
       if (!KINKED)
         for (int64_t k = 0; k < p.h; k++) group_gw.data[g * width + k] += t.gw[k];
     }
@@ -149,17 +147,15 @@ class Backward : Operands<Tile> {
 
   // gb of one block of columns: its groups, in order.
   void merge(int64_t first, int64_t last) {
+    float factor[MAX_GROUPS];
+    fill(factor, groups, 1.0f);
+#pragma omp for
+    for (int64_t at = 0; at < block * width; at += SLICE)
+      merge_groups(group_gb.data, groups, block * width, factor, at, smaller(at + SLICE, block * width));
 #pragma omp for nowait  // the next block may be packed meanwhile, and packing ends with a barrier
     for (int64_t column = first; column < last; column++) {
       const int64_t at = (column - first) / COLS * COLS, j = (column - first) % COLS;
-      for (int64_t k0 = 0; k0 < p.h; k0 += CHUNK) {
-        float sum[CHUNK] = {};
-        for (int64_t g = 0; g < groups; g++) {
-          const float* part = group_gb.data + (g * block + at) * width + chunked(COLS, k0) + j * CHUNK;
-          for (int k = 0; k < CHUNK; k++) sum[k] += part[k];
-        }
-        memcpy(gb + column * p.h + k0, sum, smaller(CHUNK, p.h - k0) * sizeof(float));
-      }
+      copy_row<RUN>(group_gb.data + at * width, j, COLS, p.h, gb + column * p.h);
     }
   }
 
@@ -168,10 +164,15 @@ class Backward : Operands<Tile> {
 #pragma omp parallel for num_threads(p.threads)
     for (int64_t k0 = 0; k0 < p.h; k0 += CHUNK) {
       double gw[CHUNK] = {};
-      for (int64_t i = 0; for_a && i < p.n; i++)
-        this->finish_vector(p.a + i * p.h, ga + i * p.h, k0, 1.0, leaky ? row_mass.data[i] : 0.0f, 1.0, gw);
-      for (int64_t j = 0; for_b && j < p.m; j++)
-        this->finish_vector(p.b + j * p.h, gb + j * p.h, k0, 1.0, leaky ? column_mass.data[j] : 0.0f, -1.0, gw);
+      const int64_t count = smaller(CHUNK, p.h - k0);
+      for (int64_t i = 0; for_a && i < p.n; i++) {
+        this->finish_vector(this->a, i, ga, k0, 1.0, leaky ? row_mass.data[i] : 0.0f, 1.0, gw);
+        if (p.ga && own_ga.data) write(ga + i * p.h + k0, i * p.h + k0, count, p.features_dtype, p.ga);
+      }
+      for (int64_t j = 0; for_b && j < p.m; j++) {
+        this->finish_vector(this->b, j, gb, k0, 1.0, leaky ? column_mass.data[j] : 0.0f, -1.0, gw);
+        if (p.gb && own_gb.data) write(gb + j * p.h + k0, j * p.h + k0, count, p.features_dtype, p.gb);
+      }
       for (int64_t k = k0; p.gw && k < smaller(k0 + CHUNK, p.h); k++) {
         double sum = KINKED ? gw[k - k0] : 0.0;
         for (int64_t g = 0; !KINKED && g < groups; g++) sum += group_gw.data[g * width + k];
@@ -181,11 +182,10 @@ class Backward : Operands<Tile> {
   }
 
   const AdditiveScores& p;
-  const Tile& tile;
   const bool for_a, for_b;              // sums over columns, over rows
   const int64_t groups;
   ZeroBuffer<float> row_mass, column_mass;  // (n,) (m,) sums of g; leaky ReLU only
-  ZeroBuffer<float> own_ga, own_gb;         // in place of gradients that only gw needs
+  Buffer<float> own_ga, own_gb;             // in place of gradients that only gw needs, or that are not float32
   float *const ga, *const gb;           // without w, until finish()
   ZeroBuffer<float> group_gb;
   ZeroBuffer<double> group_gw;          // smooth activations only
@@ -202,7 +202,8 @@ void backward(const AdditiveScores& p, const Tile& tile, float below) {
 }
 
 bool operands_finite(const AdditiveScores& p) {
-  return all_finite(p.a, p.n * p.h, p.threads) && all_finite(p.b, p.m * p.h, p.threads) && all_finite(p.w, p.h, 1) &&
+  return all_finite(Features{p.a, p.features_dtype}, p.n * p.h, p.threads) &&
+         all_finite(Features{p.b, p.features_dtype}, p.m * p.h, p.threads) && all_finite(p.w, p.h, 1) &&
          all_finite(&p.slope, 1, 1);
 }
 
@@ -210,18 +211,18 @@ bool operands_finite(const AdditiveScores& p) {
 
 void additive_scores_forward(const AdditiveScores& p) {
   if (!operands_finite(p)) return fill(p.scores, p.n * p.m, NAN);
-  with_tile(p.activation, p.slope, [&p](const auto& tile, float below) { forward(p, tile, below); });
+  with_tile(p, [&p](const auto& tile, float below) { forward(p, tile, below); });
 }
 
 void additive_scores_backward(const AdditiveScores& p) {
   if (!p.ga && !p.gb && !p.gw) return;
   if (!operands_finite(p) || !all_finite(p.grad, p.n * p.m, p.threads)) {
-    if (p.ga) fill(p.ga, p.n * p.h, NAN);
-    if (p.gb) fill(p.gb, p.m * p.h, NAN);
+    if (p.ga) write_nan(p.n * p.h, p.features_dtype, p.ga);
+    if (p.gb) write_nan(p.m * p.h, p.features_dtype, p.gb);
     if (p.gw) fill(p.gw, p.h, NAN);
     return;
   }
-  with_tile(p.activation, p.slope, [&p](const auto& tile, float below) { backward(p, tile, below); });
+  with_tile(p, [&p](const auto& tile, float below) { backward(p, tile, below); });
 }
 
 }  // namespace CK_ISA

@@ -10,8 +10,10 @@
 // max(a, -b) + b loses digits where a and b are large together (a unit dead behind a large bias), so a + centre_h and
 // b - centre_h stand in their place, with centre_h = -max(a, -b) for an a and a b typical of unit h.
 //
-// The other activations compute phi and phi' together, once, keep those of one small tile in cache until its e_ij are known,
-// and sum gw as they go.
+// The other activations compute phi and phi' together, once, keep those of one small tile in the L1 cache until its e_ij are
+// known, and sum gw as they go.  e^{a + b} is e^a e^b: elu, silu, softplus and tanh (common/factored.h) take one product
+// where they would take an exponential, wherever a and b are moderate (less than 40, or 20 for tanh, from an offset of the
+// unit's own).
 #pragma once
 
 #include <math.h>
@@ -31,39 +33,21 @@ int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit;
 int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
 int64_t larger(int64_t x, int64_t y) { return x > y ? x : y; }
 
-// A panel of `rows` vectors of length h is stored by chunks of CHUNK columns, each a dense (rows, CHUNK) array: rows are a
-// compile-time distance apart, in neighbouring cache lines.  This is the place of element k of row 0.
-inline int64_t chunked(int64_t rows, int64_t k) { return k / CHUNK * (CHUNK * rows) + k % CHUNK; }
-
-// panel = f(x, column), from and to `count` of its rows; padding is left as it is.
-template <class F>
-void pack_rows(const float* x, int64_t count, int64_t h, int64_t rows, float* panel, const F& f) {
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t k0 = 0; k0 < h; k0 += CHUNK) {
-      float* chunk = panel + chunked(rows, k0) + i * CHUNK;
-      for (int64_t k = k0; k < smaller(k0 + CHUNK, h); k++) chunk[k - k0] = f(x[i * h + k], k);
-    }
+// A panel of `rows` vectors of length h is stored by runs of RUN units, each a dense (rows, RUN) array: rows are a
+// compile-time distance apart, in neighbouring cache lines.  This is the place of unit k of row 0.
+template <int RUN>
+inline int64_t place(int64_t rows, int64_t k) {
+  return k / RUN * (RUN * rows) + k % RUN;
 }
 
 // x += the first `count` rows of the panel
+template <int RUN>
 void add_rows(const float* panel, int64_t count, int64_t h, int64_t rows, float* x) {
   for (int64_t i = 0; i < count; i++)
-    for (int64_t k0 = 0; k0 < h; k0 += CHUNK) {
-      const float* chunk = panel + chunked(rows, k0) + i * CHUNK;
-      for (int64_t k = k0; k < smaller(k0 + CHUNK, h); k++) x[i * h + k] += chunk[k - k0];
+    for (int64_t k0 = 0; k0 < h; k0 += RUN) {
+      const float* run = panel + k0 * rows + i * RUN;
+      for (int64_t k = 0; k < smaller(RUN, h - k0); k++) x[i * h + k0 + k] += run[k];
     }
-}
-
-bool all_finite(const float* x, int64_t size, int threads) {
-  int64_t bad = 0;
-#pragma omp parallel for reduction(+ : bad) num_threads(threads)
-  for (int64_t block = 0; block < size; block += 4096) {
-    float zero = 0.0f;
-#pragma omp simd reduction(+ : zero)
-    for (int64_t i = block; i < smaller(block + 4096, size); i++) zero += x[i] * 0.0f;  // NaN where x[i] is not finite
-    bad += zero != 0.0f;
-  }
-  return bad == 0;
 }
 
 #if defined(__AVX512F__)
@@ -78,46 +62,52 @@ inline vf add_where(mask m, vf sum, vf x) { return sum + reinterpret_cast<vf>(re
 
 // What one panel of columns offers to the tiles on it.
 struct Panel {
-  const float* b;         // (COLS, h) chunked
+  const float* b;         // (B COLS, h) in runs: what Tile packs of b
   const float* negative;  // (h, COLS) centre - b; ReLU family only
   const float* shift;     // (COLS,) the part of S that depends on j alone; NOTHING in the padding
-  float* gb;              // (COLS, h) chunked: sum_i e_ij phi', of one group
-  float* mass;            // (COLS,) sum_i e_ij, of one group
+  float* gb;              // (COLS, h) in runs: sum_i e_ij phi', of one group
+  float* mass;            // (COLS,) sum_i e_ij, of one group; ReLU family only
 };
 
 // What one thread needs for a tile.
 struct Scratch {
-  float* a;         // (ROWS, h) chunked; ReLU family: -a
-  float* centred;   // (ROWS, h) chunked: a + centre; ReLU family only
-  float* ga;        // (ROWS, h) chunked: sum_j e_ij phi'
+  float* row;       // (h,) of a or b in float32
+  float* a;         // (A ROWS, h) in runs: what Tile packs of a; ReLU family: -a, then a + centre
+  float* ga;        // (ROWS, h) in runs: sum_j e_ij phi'
   float* gw;        // (h,) sum_ij e_ij phi; smooth activations only
   float* s;         // (ROWS, COLS) scores, then e_ij
-  float* values;    // (h / VL, ROWS, COLS, VL) phi; smooth activations only
-  float* slopes;    // likewise, phi'
+  float* mass;      // (ROWS, VL) sums of e_ij over the panels so far, to be added up; (VL,) of all of them if smooth
+  float* kept;      // (KEPT COLS ROWS, h) in runs, of which phi and phi' are made; smooth activations only
 };
 
 // ReLU (below = 0) and leaky ReLU.
 struct Kinked {
 #if defined(__AVX512F__)
-  static constexpr int ROWS = 12;  // x 2 vectors of columns: 24 accumulators of 32 registers
+  static constexpr int ROWS = 12;   // x 2 vectors of columns: 24 accumulators of 32 registers
+  static constexpr int SOME = 6;    // rows of a gradient at a time, with 2 vectors of h: 12 of -a and 12 sums
 #else
   static constexpr int ROWS = 4;  // x 2: 8 of 16
+  static constexpr int SOME = 2;
 #endif
   static constexpr int COLS = 2 * VL;
-  static constexpr bool KINKED = true;
+  static constexpr int A = 2, B = 1, KEPT = 0, RUN = CHUNK;
+  static constexpr bool KINKED = true, CENTRED = true;
+
+  static void pack_a(vf x, vf centre, vf* packed) { packed[0] = -x, packed[1] = x + centre; }
+  static void pack_b(vf x, vf, vf* packed) { packed[0] = x; }
 
   // s += (1-s) sum_h w_h max(a_ih + centre_h, centre_h - b_jh); w comes multiplied by (1-s)
-  template <bool GRADIENTS>
+  template <bool>
   void scores(const Scratch& t, const Panel& panel, const float* w, int64_t h) const {
     for (int64_t k0 = 0; k0 < h; k0 += CHUNK) {
-      const float* a = t.centred + chunked(ROWS, k0);
+      const float* a = t.a + place<RUN>(A * ROWS, k0) + ROWS * RUN;
       vf sum[ROWS][2] = {};
       for (int64_t k = 0; k < smaller(CHUNK, h - k0); k++) {
         const vf left = load(panel.negative + (k0 + k) * COLS), right = load(panel.negative + (k0 + k) * COLS + VL);
         const vf weight = broadcast(w[k0 + k]);
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; i++) {
-          const vf ai = broadcast(a[i * CHUNK + k]);
+          const vf ai = broadcast(a[i * RUN + k]);
           sum[i][0] += weight * vmax(ai, left);
           sum[i][1] += weight * vmax(ai, right);
         }
@@ -133,90 +123,136 @@ struct Kinked {
 
   template <bool FOR_A, bool FOR_B>
   void gradients(const Scratch& t, const Panel& panel, int64_t h) const {
-    for (int64_t k = 0; k < h; k += VL) {
-      const float* a = t.a + chunked(ROWS, k);
-      const float* b = panel.b + chunked(COLS, k);
-      float* ga = t.ga + chunked(ROWS, k);
-      float* gb = panel.gb + chunked(COLS, k);
-      vf minus_a[ROWS], row_sum[ROWS];
+    for (int64_t k = 0; k < h; k += 2 * VL) {
+      const float* b = panel.b + place<RUN>(COLS, k);
+      float* gb = panel.gb + place<RUN>(COLS, k);
+      for (int first = 0; first < ROWS; first += SOME)
+        gradient_rows<FOR_A, FOR_B>(t.a + place<RUN>(A * ROWS, k) + first * RUN, b, t.s + first * COLS,
+                                    t.ga + place<RUN>(ROWS, k) + first * RUN, gb);
+    }
+  }
+
+ private:
+  // SOME rows, all columns, two vectors of h: each e_ij that is loaded serves four sums.
+  template <bool FOR_A, bool FOR_B>
+  static void gradient_rows(const float* a, const float* b, const float* e, float* ga, float* gb) {
+    vf minus_a[SOME][2], row_sum[SOME][2];
 #pragma GCC unroll 16
-      for (int i = 0; i < ROWS; i++) minus_a[i] = load(a + i * CHUNK), row_sum[i] = load(ga + i * CHUNK);
-      for (int j = 0; j < COLS; j++) {
-        const vf bj = load(b + j * CHUNK);
-        vf column_sum = FOR_B ? load(gb + j * CHUNK) : vf{};
-#pragma GCC unroll 16
-        for (int i = 0; i < ROWS; i++) {
-          const mask active = greater(bj, minus_a[i]);  // t > 0, exactly
-          const vf e = broadcast(t.s[i * COLS + j]);
-          if (FOR_A) row_sum[i] = add_where(active, row_sum[i], e);
-          if (FOR_B) column_sum = add_where(active, column_sum, e);
-        }
-        if (FOR_B) store(gb + j * CHUNK, column_sum);
+    for (int i = 0; i < SOME; i++)
+      for (int v = 0; v < 2; v++) {
+        minus_a[i][v] = load(a + i * RUN + v * VL);
+        row_sum[i][v] = load(ga + i * RUN + v * VL);
+      }
+    for (int j = 0; j < COLS; j++) {
+      vf bj[2], column_sum[2];
+      for (int v = 0; v < 2; v++) {
+        bj[v] = load(b + j * RUN + v * VL);
+        column_sum[v] = FOR_B ? load(gb + j * RUN + v * VL) : vf{};
       }
 #pragma GCC unroll 16
-      for (int i = 0; i < ROWS; i++) store(ga + i * CHUNK, row_sum[i]);
+      for (int i = 0; i < SOME; i++) {
+        const vf weight = broadcast(e[i * COLS + j]);
+        for (int v = 0; v < 2; v++) {
+          const mask active = greater(bj[v], minus_a[i][v]);  // t > 0, exactly
+          if (FOR_A) row_sum[i][v] = add_where(active, row_sum[i][v], weight);
+          if (FOR_B) column_sum[v] = add_where(active, column_sum[v], weight);
+        }
+      }
+      for (int v = 0; FOR_B && v < 2; v++) store(gb + j * RUN + v * VL, column_sum[v]);
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < SOME; i++)
+      for (int v = 0; FOR_A && v < 2; v++) store(ga + i * RUN + v * VL, row_sum[i][v]);
   }
 };
 
-// phi and phi' from one function of a vector of t.
+// The sum of the lanes, in an order of the instruction set's own.
+#if defined(__AVX2__)
+inline float sum_lanes(__m256 x) {
+  const __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
+}
+#else
+inline float sum_lanes(vf x) { return reduce_add(x); }
+#endif
+#if defined(__AVX512F__)
+inline float sum_lanes(__m512 x) {
+  return sum_lanes(_mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, x, 0), _mm512_maskz_extractf32x8_ps(0xff, x, 1)));
+}
+#endif
+
+// phi and phi' of a + b in a form of common/factored.h.
 template <class Phi>
 struct Smooth {
-  static constexpr int ROWS = 4, COLS = 16;  // phi and phi' of a tile take 8 h ROWS COLS bytes: 128 KiB at h = 256
-  static constexpr bool KINKED = false;
+  static constexpr int ROWS = 4, COLS = 4;  // what is kept of a tile takes 16 or 32 KiB at h = 256
+  static constexpr int TOGETHER = VL == 16 ? 4 : 2;  // rows that go through phi side by side, as registers allow
+  static constexpr int A = Phi::A, B = Phi::B, KEPT = Phi::KEPT, RUN = VL;
+  static constexpr bool KINKED = false, CENTRED = Phi::CENTRED;
   Phi phi;
+
+  void pack_a(vf x, vf centre, vf* packed) const { phi.pack_a(x, centre, packed); }
+  void pack_b(vf x, vf centre, vf* packed) const { phi.pack_b(x, centre, packed); }
 
   template <bool GRADIENTS>
   void scores(const Scratch& t, const Panel& panel, const float* w, int64_t h) const {
-    vf sum[ROWS * COLS] = {};
-    for (int64_t k = 0; k < h; k += VL) {
-      const float* a = t.a + chunked(ROWS, k);
-      const float* b = panel.b + chunked(COLS, k);
-      const vf weight = load(w + k);  // 0 in the padding
-      for (int i = 0; i < ROWS; i++) {
-        const vf ai = load(a + i * CHUNK);
-        for (int j = 0; j < COLS; j++) {
-          const ValueAndSlope f = phi(ai + load(b + j * CHUNK));
-          sum[i * COLS + j] += weight * f.value;
-          if (GRADIENTS) {
-            const int64_t place = k * ROWS * COLS + (i * COLS + j) * VL;
-            store(t.values + place, f.value);
-            store(t.slopes + place, f.slope);
-          }
+    for (int j = 0; j < COLS; j++)
+      for (int first = 0; first < ROWS; first += TOGETHER) {
+        const float *a = t.a + first * VL, *b = panel.b + j * VL;
+        float* keep = t.kept + (j * ROWS + first) * VL;
+        Vectors<TOGETHER> sum{};
+        for (int64_t k = 0; k < h; k += VL) {
+          Vectors<TOGETHER> left[A], kept[KEPT];
+          vf right[B];
+          for (int q = 0; q < A; q++)
+            for (int i = 0; i < TOGETHER; i++) left[q].v[i] = load(a + (q * ROWS + i) * VL);
+          for (int q = 0; q < B; q++) right[q] = load(b + q * COLS * VL);
+          sum = phi.value(left, right, kept) * load(w + k) + sum;  // w is 0 in the padding
+          for (int q = 0; GRADIENTS && q < KEPT; q++)
+            for (int i = 0; i < TOGETHER; i++) store(keep + (q * PAIRS + i) * VL, kept[q].v[i]);
+          a += A * ROWS * VL, b += B * COLS * VL, keep += KEPT * PAIRS * VL;
         }
+        for (int i = 0; i < TOGETHER; i++) t.s[(first + i) * COLS + j] += sum_lanes(sum.v[i]);
       }
-    }
-    for (int p = 0; p < ROWS * COLS; p++) t.s[p] += reduce_add(sum[p]);
   }
 
   // All three sums: next to phi, leaving one out would save nothing worth a template.
   template <bool, bool>
   void gradients(const Scratch& t, const Panel& panel, int64_t h) const {
-    for (int64_t k = 0; k < h; k += VL) {
-      const float* values = t.values + k * ROWS * COLS;
-      const float* slopes = t.slopes + k * ROWS * COLS;
-      float* ga = t.ga + chunked(ROWS, k);
-      float* gb = panel.gb + chunked(COLS, k);
-      vf row_sum[ROWS], weight_sum = load(t.gw + k);
+    vf e[PAIRS];
 #pragma GCC unroll 16
-      for (int i = 0; i < ROWS; i++) row_sum[i] = load(ga + i * CHUNK);
+    for (int p = 0; p < PAIRS; p++) e[p] = broadcast(t.s[p]);
+    const float *a = t.a, *b = panel.b, *keep = t.kept;
+    float *ga = t.ga, *gb = panel.gb, *gw = t.gw;
+    for (int64_t k = 0; k < h; k += VL) {
+      vf row_sum[ROWS], weight_sum[ROWS] = {load(gw)};
+#pragma GCC unroll 16
+      for (int i = 0; i < ROWS; i++) row_sum[i] = load(ga + i * VL);
+#pragma GCC unroll 16
       for (int j = 0; j < COLS; j++) {
-        vf column_sum = load(gb + j * CHUNK);
+        vf column_sum = load(gb + j * VL), right[B];
+        for (int q = 0; q < B; q++) right[q] = load(b + (q * COLS + j) * VL);
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; i++) {
-          const vf e = broadcast(t.s[i * COLS + j]);
-          const vf slope = load(slopes + (i * COLS + j) * VL);
-          row_sum[i] += e * slope;
-          column_sum += e * slope;
-          weight_sum += e * load(values + (i * COLS + j) * VL);
+          vf left[A], kept[KEPT];
+          for (int q = 0; q < A; q++) left[q] = load(a + (q * ROWS + i) * VL);
+          for (int q = 0; q < KEPT; q++) kept[q] = load(keep + (q * PAIRS + j * ROWS + i) * VL);
+          const ValueAndSlope f = phi.again(left, right, kept);
+          row_sum[i] += e[i * COLS + j] * f.slope;
+          column_sum += e[i * COLS + j] * f.slope;
+          weight_sum[i] += e[i * COLS + j] * f.value;
         }
-        store(gb + j * CHUNK, column_sum);
+        store(gb + j * VL, column_sum);
       }
 #pragma GCC unroll 16
-      for (int i = 0; i < ROWS; i++) store(ga + i * CHUNK, row_sum[i]);
-      store(t.gw + k, weight_sum);
+      for (int i = 0; i < ROWS; i++) store(ga + i * VL, row_sum[i]);
+      store(gw, (weight_sum[0] + weight_sum[1]) + (weight_sum[2] + weight_sum[3]));
+      a += A * ROWS * VL, b += B * COLS * VL, keep += KEPT * PAIRS * VL, ga += ROWS * VL, gb += COLS * VL, gw += VL;
     }
   }
+
+ private:
+  static constexpr int PAIRS = ROWS * COLS;
 };
 
 }  // namespace

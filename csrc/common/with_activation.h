@@ -12,12 +12,12 @@ namespace {
 template <class F>
 void with_smooth(int32_t activation, float slope, const F& f) {
   switch (static_cast<Activation>(activation)) {
-    case Activation::gelu: return f([](vf t) { return gelu(t); });
-    case Activation::gelu_tanh: return f([](vf t) { return gelu_tanh(t); });
-    case Activation::silu: return f([](vf t) { return silu(t); });
-    case Activation::elu: return f([slope](vf t) { return elu(t, slope); });
-    case Activation::softplus: return f([](vf t) { return softplus(t); });
-    case Activation::tanh: return f([](vf t) { return tanh(t); });
+    case Activation::gelu: return f([](auto t) __attribute__((always_inline)) { return gelu(t); });
+    case Activation::gelu_tanh: return f([](auto t) __attribute__((always_inline)) { return gelu_tanh(t); });
+    case Activation::silu: return f([](auto t) __attribute__((always_inline)) { return silu(t); });
+    case Activation::elu: return f([slope](auto t) __attribute__((always_inline)) { return elu(t, slope); });
+    case Activation::softplus: return f([](auto t) __attribute__((always_inline)) { return softplus(t); });
+    case Activation::tanh: return f([](auto t) __attribute__((always_inline)) { return tanh(t); });
     default: return;
   }
 }

@@ -1,4 +1,4 @@
-"""additive_scores in C++: csrc/additive_scores, in float32 inside."""
+"""additive_scores in C++: csrc/additive_scores.  a and b are read in their dtype, a tile at a time; the rest is float32."""
 
 from __future__ import annotations
 
@@ -7,15 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cibr_kernels.backends import native_unsupported as unsupported  # noqa: F401
+from cibr_kernels import backends
 from cibr_kernels.ops.additive_moments.reference import ACTIVATIONS
-from cibr_kernels.ops.native_call import call
+from cibr_kernels.ops.native_call import DTYPES, call
+
+
+def unsupported(*tensors: Tensor) -> str | None:
+    """Float32, bfloat16 and float16 on the CPU; a and b must share one."""
+    if tensors[0].dtype != tensors[1].dtype:
+        return f"the C++ kernel takes a and b of one dtype, got {tensors[0].dtype} and {tensors[1].dtype}"
+    return backends.native_unsupported(*tensors)
 
 
 def _problem(a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float) -> dict[str, Any]:
     return {
         "work": a.numel() * b.shape[0],
-        "a": a.float(), "b": b.float(), "w": w.float(), "n": a.shape[0], "m": b.shape[0], "h": a.shape[1],
+        "a": a, "b": b, "w": w.float(), "n": a.shape[0], "m": b.shape[0], "h": a.shape[1],
+        "features_dtype": DTYPES[a.dtype],
         "activation": list(ACTIVATIONS).index(activation), "slope": slope,
     }  # fmt: skip
 
@@ -32,12 +40,10 @@ def backward(
     need_w: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """grad (n, m) -> da (n, h), db (m, h), dw (h,), each empty unless needed."""
-    da, db, dw = (
-        torch.empty_like(t, dtype=torch.float32) if need else a.new_empty(0)
-        for t, need in ((a, need_a), (b, need_b), (w, need_w))
-    )
+    da, db = (torch.empty_like(t) if need else t.new_empty(0) for t, need in ((a, need_a), (b, need_b)))
+    dw = torch.empty_like(w, dtype=torch.float32) if need_w else w.new_empty(0)
     call(
         "additive_scores_backward", "AdditiveScores", **_problem(a, b, w, activation, slope), grad=grad, ga=da, gb=db,
         gw=dw,
     )  # fmt: skip
-    return da.to(a.dtype), db.to(b.dtype), dw.to(w.dtype)
+    return da, db, dw.to(w.dtype)

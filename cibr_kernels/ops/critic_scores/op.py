@@ -67,7 +67,8 @@ def additive_contrast_forward(
     per_row = m if include_diagonal else m - 1
     loss, gbias = (torch.zeros((), dtype=torch.float64, device=a.device) for _ in range(2))
     positives, clamped = a.new_empty(n, dtype=sums), a.new_empty(0 if clamp is None else n, dtype=sums)
-    ga, gb, gw = (t.new_zeros(t.shape if need else 0) for t, need in ((a, need_a), (b, need_b), (w, need_w)))
+    ga = a.new_empty(a.shape if need_a else 0)
+    gb, gw = (t.new_zeros(t.shape if need else 0, dtype=sums) for t, need in ((b, need_b), (w, need_w)))
     for first in range(0, n, rows):
         here = a[first : first + rows]
         span, column = slice(first, first + len(here)), offset + first
@@ -83,11 +84,14 @@ def additive_contrast_forward(
         loss += losses.sum(dtype=torch.float64)
         if any(needs):
             more = additive_scores_backward(g / n, here, b, w, activation, slope, *needs, backend)
-            for total, part, need in ((ga[span], more[0], need_a), (gb, more[1], need_b), (gw, more[2], need_w)):
+            if need_a:
+                ga[span] = more[0]
+            for total, part, need in ((gb, more[1], need_b), (gw, more[2], need_w)):
                 if need:
                     total += part
         if need_bias:
             gbias += g.sum(dtype=torch.float64)
+    gb, gw = gb.to(b.dtype), gw.to(w.dtype)
     return (loss / n).to(sums), positives, clamped, ga, gb, gw, (gbias / n).to(bias.dtype)
 
 

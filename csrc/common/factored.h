@@ -1,0 +1,170 @@
+// Activations of a + b from factors of their own: e^{a + b} = e^{a + c} e^{b - c} takes a product of two numbers that are
+// computed once per row and unit, not an exponential per pair.  c is an offset of the unit, so that large biases that cancel
+// cost nothing; `SPAN` bounds |a + c| and |b - c|, where products stay normal numbers (factors_fit of common/additive.h).
+// Factors are made in double precision.  Where e^t - 1 needs its digits near t = 0 they are kept as a high and a low part:
+// the fused high product less 1 is rounded once, and two products of a low part repair it.  Without a fused multiply-add
+// (FUSED) that does not work, and elu and tanh are taken as they are.
+//
+// A form of an activation packs A numbers of each a and B of each b, and has two functions of them:
+//   value(a, b, kept)   phi(a + b), and KEPT numbers that
+//   again(a, b, kept)   makes phi and phi' of once more: fewer numbers kept per pair cost less than what they save
+#pragma once
+
+#include "common/activations.h"
+
+namespace ck {
+namespace CK_ISA {
+namespace {
+
+// An activation as it is.
+template <class F>
+struct Direct {
+  static constexpr int A = 1, B = 1, KEPT = 2;
+  static constexpr bool CENTRED = false;
+  F f;
+
+  void pack_a(vf x, vf, vf* packed) const { packed[0] = x; }
+  void pack_b(vf x, vf, vf* packed) const { packed[0] = x; }
+  template <int N>
+  CK_INLINE_MEMBER Vectors<N> value(const Vectors<N>* a, const vf* b, Vectors<N>* kept) const {
+    const auto x = f(a[0] + b[0]);
+    kept[0] = x.value, kept[1] = x.slope;
+    return x.value;
+  }
+  CK_INLINE_MEMBER ValueAndSlope again(const vf*, const vf*, const vf* kept) const { return {kept[0], kept[1]}; }
+};
+
+#if defined(__FMA__) || defined(__AVX512F__) || defined(__ARM_FEATURE_FMA)
+constexpr bool FUSED = true;
+#else
+constexpr bool FUSED = false;
+#endif
+
+struct Parts {
+  vf high, low;
+};
+
+// e^{factor (x + centre)} to 40 bits, for exponents within 87: ln 2 reduction and the Taylor series in double precision.
+inline Parts exponential_parts(vf x, vf centre, double factor) {
+  float in[VL], offset[VL], high[VL], low[VL];
+  store(in, x), store(offset, centre);
+#pragma omp simd
+  for (int n = 0; n < VL; n++) {
+    const double y = factor * (static_cast<double>(in[n]) + offset[n]);
+    const double magic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to the nearest integer
+    const double shifted = y * 1.4426950408889634 + magic;
+    const double r = y - (shifted - magic) * 0.6931471805599453;
+    double p = 1.0 / 3628800;
+    p = p * r + 1.0 / 362880;
+    p = p * r + 1.0 / 40320;
+    p = p * r + 1.0 / 5040;
+    p = p * r + 1.0 / 720;
+    p = p * r + 1.0 / 120;
+    p = p * r + 1.0 / 24;
+    p = p * r + 1.0 / 6;
+    p = p * r + 0.5;
+    p = p * r + 1.0;
+    p = p * r + 1.0;
+    uint64_t bits;
+    memcpy(&bits, &shifted, sizeof(bits));
+    bits = (bits << 52) + (uint64_t{1023} << 52);  // 2^k
+    double power;
+    memcpy(&power, &bits, sizeof(power));
+    const double value = p * power;
+    high[n] = static_cast<float>(value);
+    low[n] = static_cast<float>(value - high[n]);
+  }
+  return {load(high), load(low)};
+}
+
+// a b - 1 of numbers in two parts each.
+template <int N>
+CK_INLINE Vectors<N> product_minus_one(Vectors<N> a_high, Vectors<N> a_low, vf b_high, vf b_low) {
+  return a_high * b_low + (a_low * b_high + (a_high * b_high - 1.0f));
+}
+
+struct FactoredSilu {
+  static constexpr int A = 2, B = 2, KEPT = 1;
+  static constexpr bool CENTRED = true;
+  static constexpr float SPAN = 40.0f;
+
+  void pack_a(vf x, vf centre, vf* packed) const {
+    packed[0] = x, packed[1] = exponential_parts(x, centre, -1.0).high;
+  }
+  void pack_b(vf x, vf centre, vf* packed) const { pack_a(x, centre, packed); }
+  template <int N>
+  CK_INLINE_MEMBER Vectors<N> value(const Vectors<N>* a, const vf* b, Vectors<N>* kept) const {
+    kept[0] = vreciprocal(a[1] * b[1] + 1.0f);  // sigma
+    return (a[0] + b[0]) * kept[0];
+  }
+  CK_INLINE_MEMBER ValueAndSlope again(const vf* a, const vf* b, const vf* kept) const {
+    const vf value = (a[0] + b[0]) * kept[0];
+    return {value, value * (a[1] * b[1] * kept[0]) + kept[0]};
+  }
+};
+
+struct FactoredElu {
+  static constexpr int A = 3, B = 3, KEPT = 1;
+  static constexpr bool CENTRED = true;
+  static constexpr float SPAN = 40.0f;
+  float alpha;
+
+  void pack_a(vf x, vf centre, vf* packed) const {
+    const Parts parts = exponential_parts(x, centre, 1.0);
+    packed[0] = x, packed[1] = parts.high, packed[2] = parts.low;
+  }
+  void pack_b(vf x, vf centre, vf* packed) const { pack_a(x, centre, packed); }
+  template <int N>
+  CK_INLINE_MEMBER Vectors<N> value(const Vectors<N>* a, const vf* b, Vectors<N>* kept) const {
+    const Vectors<N> t = a[0] + b[0];
+    return kept[0] = where_positive(t, t, product_minus_one(a[1], a[2], b[1], b[2]) * broadcast(alpha));
+  }
+  CK_INLINE_MEMBER ValueAndSlope again(const vf* a, const vf* b, const vf* kept) const {
+    return {kept[0], where_positive(a[0] + b[0], 1.0f, a[1] * b[1] * broadcast(alpha))};
+  }
+};
+
+struct FactoredSoftplus {
+  static constexpr int A = 3, B = 3, KEPT = 2;
+  static constexpr bool CENTRED = true;
+  static constexpr float SPAN = 40.0f;
+
+  void pack_a(vf x, vf centre, vf* packed) const {
+    packed[0] = x;
+    packed[1] = exponential_parts(x, centre, 1.0).high, packed[2] = exponential_parts(x, centre, -1.0).high;
+  }
+  void pack_b(vf x, vf centre, vf* packed) const { pack_a(x, centre, packed); }
+  template <int N>
+  CK_INLINE_MEMBER Vectors<N> value(const Vectors<N>* a, const vf* b, Vectors<N>* kept) const {
+    const Vectors<N> rest = a[2] * b[2];  // e^-t
+    kept[1] = vreciprocal(rest + 1.0f);   // sigma
+    return kept[0] = at_least(a[0] + b[0], 0.0f) + log_one_plus(at_most(a[1] * b[1], rest));
+  }
+  CK_INLINE_MEMBER ValueAndSlope again(const vf*, const vf*, const vf* kept) const { return {kept[0], kept[1]}; }
+};
+
+struct FactoredTanh {
+  static constexpr int A = 2, B = 2, KEPT = 1;
+  static constexpr bool CENTRED = true;
+  static constexpr float SPAN = 20.0f;
+
+  void pack_a(vf x, vf centre, vf* packed) const {
+    const Parts parts = exponential_parts(x, centre, 2.0);
+    packed[0] = parts.high, packed[1] = parts.low;
+  }
+  void pack_b(vf x, vf centre, vf* packed) const { pack_a(x, centre, packed); }
+  // (e^{2t} - 1) / (e^{2t} + 1), repaired by what is left of the numerator: phi' = 1 - phi^2 doubles its error.
+  template <int N>
+  CK_INLINE_MEMBER Vectors<N> value(const Vectors<N>* a, const vf* b, Vectors<N>* kept) const {
+    const Vectors<N> less = product_minus_one(a[0], a[1], b[0], b[1]);
+    const Vectors<N> r = rough_reciprocal(less + 2.0f), quotient = less * r;
+    return kept[0] = quotient + r * ((less - quotient * less) - quotient * 2.0f);
+  }
+  CK_INLINE_MEMBER ValueAndSlope again(const vf*, const vf*, const vf* kept) const {
+    return {kept[0], 1.0f - kept[0] * kept[0]};
+  }
+};
+
+}  // namespace
+}  // namespace CK_ISA
+}  // namespace ck
