@@ -92,6 +92,14 @@ def with_gradients(forward: Callable[..., tuple[Tensor, ...]], general: Callable
     return WithGradients.apply
 
 
+def or_zeros(gradients: tuple[Tensor | None, ...], like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The gradients of outputs, zeros for those that nobody used.
+
+    Where ctx.set_materialize_grads(False) spares the zeros of outputs that have no gradient, such as n x m exponentials.
+    """
+    return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(gradients, like, strict=True))
+
+
 def plain(*inputs: Any) -> bool:
     """Nobody but autograd wants to see a call with these inputs."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():

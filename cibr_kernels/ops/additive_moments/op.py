@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cibr_kernels import backends
+from cibr_kernels.library import operator, or_zeros
 from cibr_kernels.ops.additive_moments.reference import ACTIVATIONS
 
 
@@ -44,7 +45,7 @@ def _sums(a: Tensor) -> torch.dtype:
     return torch.float64 if a.dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("cibr_kernels::additive_moments_forward", mutates_args=())
+@operator
 def additive_moments_forward(
     a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, offset: int, include_diagonal: bool,
     need_a: bool, need_b: bool, need_w: bool, backend: str,
@@ -63,7 +64,7 @@ def _(a, b, w, activation, slope, offset, include_diagonal, need_a, need_b, need
     return moment, torch.empty_like(moment), *empty
 
 
-@torch.library.custom_op("cibr_kernels::additive_moments_backward", mutates_args=())
+@operator
 def additive_moments_backward(
     grad_j: Tensor, grad_l: Tensor, a: Tensor, b: Tensor, w: Tensor, ga: Tensor, gb: Tensor, gw: Tensor,
     activation: str, slope: float, offset: int, need_a: bool, need_b: bool, need_w: bool,
@@ -89,10 +90,14 @@ def _(grad_j, grad_l, a, b, w, ga, gb, gw, activation, slope, offset, need_a, ne
 
 def _setup(ctx, inputs, output) -> None:
     a, b, w, ctx.activation, ctx.slope, ctx.offset, _, *ctx.computed, _ = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)  # zeros for each of those
     ctx.save_for_backward(a, b, w, *output[2:])
 
 
 def _backward(ctx, grad_j, grad_l, *_):
+    moment = ctx.saved_tensors[0].new_empty((), dtype=_sums(ctx.saved_tensors[0]))
+    grad_j, grad_l = or_zeros((grad_j, grad_l), (moment, moment))
     needs = [wanted and had for wanted, had in zip(ctx.needs_input_grad[:3], ctx.computed, strict=True)]
     grads = additive_moments_backward(grad_j, grad_l, *ctx.saved_tensors, ctx.activation, ctx.slope, ctx.offset, *needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 8

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cibr_kernels import backends
+from cibr_kernels.library import operator
 
 
 def additive_scores(
@@ -31,7 +32,7 @@ def additive_scores(
     return additive_scores_forward(a.contiguous(), b.contiguous(), w.contiguous(), activation, slope, backend)
 
 
-@torch.library.custom_op("cibr_kernels::additive_scores_forward", mutates_args=())
+@operator
 def additive_scores_forward(a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, backend: str) -> Tensor:
     """-> scores (n, m)."""
     return backends.run("additive_scores", "forward", backend, (a, b, w), a, b, w, activation, slope)
@@ -43,7 +44,7 @@ def _(a, b, w, activation, slope, backend):
     return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
 
 
-@torch.library.custom_op("cibr_kernels::additive_scores_backward", mutates_args=())
+@operator
 def additive_scores_backward(
     grad: Tensor, a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, need_a: bool, need_b: bool,
     need_w: bool, backend: str,

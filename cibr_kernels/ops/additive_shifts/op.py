@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cibr_kernels import backends
+from cibr_kernels.library import operator
 
 
 def additive_shifts(
@@ -34,7 +35,7 @@ def additive_shifts(
     return additive_shifts_forward(a.contiguous(), b.contiguous(), w.contiguous(), first, k, activation, slope, backend)
 
 
-@torch.library.custom_op("cibr_kernels::additive_shifts_forward", mutates_args=())
+@operator
 def additive_shifts_forward(
     a: Tensor, b: Tensor, w: Tensor, first: int, k: int, activation: str, slope: float, backend: str
 ) -> Tensor:
@@ -48,7 +49,7 @@ def _(a, b, w, first, k, activation, slope, backend):
     return a.new_empty((k, a.shape[0]), dtype=dtype)
 
 
-@torch.library.custom_op("cibr_kernels::additive_shifts_backward", mutates_args=())
+@operator
 def additive_shifts_backward(
     grad: Tensor, a: Tensor, b: Tensor, w: Tensor, first: int, k: int, activation: str, slope: float,
     need_a: bool, need_b: bool, need_w: bool, backend: str,

@@ -19,6 +19,7 @@ import math
 import torch
 from torch import Tensor
 
+from cibr_kernels.library import operator
 from cibr_kernels.ops.additive_scores.op import additive_scores_backward, additive_scores_forward
 from cibr_kernels.ops.critic_scores.panels import log_sum_clamped, panel_rows
 from cibr_kernels.ops.numerics import softplus
@@ -56,7 +57,7 @@ def additive_contrast(
     return loss, positives, clamped
 
 
-@torch.library.custom_op("cibr_kernels::additive_contrast_forward", mutates_args=())
+@operator
 def additive_contrast_forward(
     a: Tensor, b: Tensor, w: Tensor, bias: Tensor, kind: str, clamp: float | None, activation: str, slope: float,
     offset: int, include_diagonal: bool, rows: int, need_a: bool, need_b: bool, need_w: bool, need_bias: bool,
@@ -140,7 +141,7 @@ def _(
     return a.new_empty((), dtype=sums), positives, clamped, *grads, torch.empty_like(bias)
 
 
-@torch.library.custom_op("cibr_kernels::additive_contrast_backward", mutates_args=())
+@operator
 def additive_contrast_backward(
     grad: Tensor, a: Tensor, b: Tensor, w: Tensor, bias: Tensor, ga: Tensor, gb: Tensor, gw: Tensor, gbias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -157,6 +158,7 @@ def _setup(ctx, inputs, output) -> None:
     _, positives, clamped, *grads = output
     a, b, w, bias, *_, ctx.need_a, ctx.need_b, ctx.need_w, ctx.need_bias, _ = inputs
     ctx.mark_non_differentiable(positives, clamped, *grads)
+    ctx.set_materialize_grads(False)  # zeros for each of those
     ctx.save_for_backward(a, b, w, bias, *grads)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cibr_kernels import backends
-from cibr_kernels.library import operator
+from cibr_kernels.library import operator, or_zeros
 from cibr_kernels.ops import checks, native_call
 
 _STASH_BYTES = 64 * 2**20
@@ -136,13 +136,10 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, g_rows, g_cols, g_positives, *_):
     need_x, need_y, need_scale = ctx.needs_input_grad[:3]
-    rows, cols, positives = ctx.saved_tensors[5:8]
-    g_rows, g_cols, g_positives = (
-        torch.zeros_like(t) if g is None else g for g, t in ((g_rows, rows), (g_cols, cols), (g_positives, positives))
-    )
+    gradients = or_zeros((g_rows, g_cols, g_positives), ctx.saved_tensors[5:8])
     # dscale comes from <x, dx> or <y, dy>: one of the two is computed for it
     dx, dy, dscale = dot_lse_backward(
-        g_rows, g_cols, g_positives, *ctx.saved_tensors, ctx.offset, ctx.mask_positives, need_x or not need_y, need_y,
+        *gradients, *ctx.saved_tensors, ctx.offset, ctx.mask_positives, need_x or not need_y, need_y,
         ctx.backend,
     )  # fmt: skip
     return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, *(None,) * 8

@@ -119,6 +119,7 @@ def _(g, x, y, scale, bias, row_weights, col_weights, gradients, needed):
 def _setup_total(ctx, inputs, output) -> None:
     _, rows, cols, dx, dy, dscale, dbias = output
     ctx.mark_non_differentiable(rows, cols, dx, dy, dscale, dbias)
+    ctx.set_materialize_grads(False)  # zeros for each of those
     ctx.save_for_backward(*inputs[:6], dx, dy, dscale, dbias, rows, cols)
 
 
