@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from cibr_kernels.library import operator
+from cibr_kernels.library import operator, or_zeros
 from cibr_kernels.ops.additive_scores.op import additive_scores_backward, additive_scores_forward
 from cibr_kernels.ops.critic_scores.panels import log_sum_clamped, panel_rows
 from cibr_kernels.ops.numerics import softplus
@@ -164,6 +164,7 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad, *_):
     had = ctx.need_a, ctx.need_b, ctx.need_w, ctx.need_bias
+    (grad,) = or_zeros((grad,), ctx.saved_tensors[3:4])
     grads = additive_contrast_backward(grad, *ctx.saved_tensors)
     needs = [wanted and made for wanted, made in zip(ctx.needs_input_grad[:4], had, strict=True)]
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 12

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cibr_kernels import backends
-from cibr_kernels.library import operator
+from cibr_kernels.library import operator, or_zeros
 from cibr_kernels.ops import checks
 
 
@@ -125,6 +125,7 @@ def _setup_total(ctx, inputs, output) -> None:
 
 def _backward_total(ctx, g, *_):
     *inputs, dx, dy, dscale, dbias, rows, cols = ctx.saved_tensors
+    (g,) = or_zeros((g,), (dscale,))
     needs = list(ctx.needs_input_grad[:6])
     grads = dot_softplus_scale(g, *inputs, [dx, dy, dscale, dbias, rows, cols], needs)
     return *(t if need else None for t, need in zip(grads, needs, strict=True)), *(None,) * 7
