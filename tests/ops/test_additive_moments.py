@@ -60,9 +60,10 @@ def expected(
 
 
 def check(
-    shape: tuple, activation: str, isa: str, *, size: float = 1.0, shift: float = 0.0, include: bool = False
-) -> None:
-    inputs, eager, truth, exponent, magnitudes = expected(shape, activation, size, shift, include)
+    shape: tuple, activation: str, isa: str, *, size: float = 1.0, shift: float = 0.0, include: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
+    inputs, eager, truth, exponent, magnitudes = expected(shape, activation, size, shift, include, dtype)
     n, m, offset, h = shape
 
     def moments(a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +76,7 @@ def check(
         actual = with_gradients(moments, *inputs, weights=WEIGHTS)
     for name, a, e, t, magnitude in zip(NAMES, actual, eager, truth, magnitudes, strict=True):
         testing.assert_close(
-            name, a, e, t, terms=n + m + h, exponent=exponent, features=torch.float32, magnitude=magnitude
+            name, a, e, t, terms=n + m + h, exponent=exponent, features=dtype, magnitude=magnitude
         )
 
 
@@ -85,6 +86,27 @@ def check(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernel_matches_float64(shape, activation, include, isa):
     check(shape, activation, isa, include=include)
+
+
+@each_isa
+@each_activation
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision_storage(dtype, activation, isa):
+    check((33, 70, 9, 100), activation, isa, dtype=dtype)
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_storage_in_half_precision_rounds_nothing_but_the_gradients(dtype, isa):
+    # the kernel's sums are those of the same numbers in float32: equal bits, and gradients rounded once
+    torch.manual_seed(5)
+    a, b, w = torch.randn(40, 70).to(dtype), torch.randn(90, 70).to(dtype), torch.randn(70) / 8
+    kernel = functools.partial(additive_moments, activation="leaky_relu", slope=0.1, backend="native")
+    with testing.instruction_set(isa):
+        j, el, da, db, dw = with_gradients(kernel, a, b, w, weights=(0, 1))
+        wide = with_gradients(kernel, a.float(), b.float(), w, weights=(0, 1))
+    assert torch.equal(j, wide[0]) and torch.equal(el, wide[1]) and torch.equal(dw, wide[4])
+    assert torch.equal(da, wide[2].to(dtype)) and torch.equal(db, wide[3].to(dtype))
 
 
 @each_isa
