@@ -95,7 +95,7 @@ def with_gradients(forward: Callable[..., tuple[Tensor, ...]], general: Callable
 def or_zeros(gradients: tuple[Tensor | None, ...], like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The gradients of outputs, zeros for those that nobody used.
 
-    Where ctx.set_materialize_grads(False) spares the zeros of outputs that have no gradient, such as n x m exponentials.
+    Where ctx.set_materialize_grads(False) spares those of outputs that have no gradient, such as n x m exponentials.
     """
     return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(gradients, like, strict=True))
 

@@ -2,6 +2,7 @@
 
 import gc
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,3 +164,29 @@ def test_scratch_is_kept_within_its_limit_and_used_again():
         assert module.scratch_kept() <= 8 << 20
     finally:
         module.set_scratch_limit(limit)
+
+
+class Losses(torch.utils.data.Dataset):
+    """What a worker sees: its threads before and after a loss that would like two, and the loss."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> tuple[int, int, int, float]:
+        def threads() -> int:
+            return len(list(Path("/proc/self/task").iterdir()))
+
+        x, y, scale, _ = inputs(300, 128, 10.0)
+        before = threads()
+        value = ck.clip_loss(x, y, scale).item()
+        return torch.get_num_threads(), before, threads(), value
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_a_data_loader_worker_starts_no_threads():
+    torch.set_num_threads(2)
+    x, y, scale, _ = inputs(300, 128, 10.0)
+    expected = ck.clip_loss(x, y, scale).item()  # the pool is running when the worker is forked
+    ((allowed, before, after, value),) = torch.utils.data.DataLoader(Losses(), num_workers=1, batch_size=None)
+    assert allowed == 1 and before == after
+    assert value == pytest.approx(expected)
