@@ -145,9 +145,6 @@ void with_tile(const Problem& p, const F& f) {
       if constexpr (FUSED) done = with_factors(FactoredElu{p.slope});
       break;
     case Activation::softplus: done = with_factors(FactoredSoftplus{}); break;
-    case Activation::tanh:
-      if constexpr (FUSED) done = with_factors(FactoredTanh{});
-      break;
     default: break;
   }
   if (!done) with_smooth(p.activation, p.slope, [&f](const auto& phi) { f(smooth(direct(phi)), 0.0f); });

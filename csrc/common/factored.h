@@ -3,7 +3,7 @@
 // cost nothing; `SPAN` bounds |a + c| and |b - c|, where products stay normal numbers (factors_fit of common/additive.h).
 // Factors are made in double precision.  Where e^t - 1 needs its digits near t = 0 they are kept as a high and a low part:
 // the fused high product less 1 is rounded once, and two products of a low part repair it.  Without a fused multiply-add
-// (FUSED) that does not work, and elu and tanh are taken as they are.
+// (FUSED) that does not work, and elu is taken as it is.
 //
 // A form of an activation packs A numbers of each a and B of each b, and has two functions of them:
 //   value(a, b, kept)   phi(a + b), and KEPT numbers that
@@ -141,28 +141,6 @@ struct FactoredSoftplus {
     return kept[0] = at_least(a[0] + b[0], 0.0f) + log_one_plus(at_most(a[1] * b[1], rest));
   }
   CK_INLINE_MEMBER ValueAndSlope again(const vf*, const vf*, const vf* kept) const { return {kept[0], kept[1]}; }
-};
-
-struct FactoredTanh {
-  static constexpr int A = 2, B = 2, KEPT = 1;
-  static constexpr bool CENTRED = true;
-  static constexpr float SPAN = 20.0f;
-
-  void pack_a(vf x, vf centre, vf* packed) const {
-    const Parts parts = exponential_parts(x, centre, 2.0);
-    packed[0] = parts.high, packed[1] = parts.low;
-  }
-  void pack_b(vf x, vf centre, vf* packed) const { pack_a(x, centre, packed); }
-  // (e^{2t} - 1) / (e^{2t} + 1), repaired by what is left of the numerator: phi' = 1 - phi^2 doubles its error.
-  template <int N>
-  CK_INLINE_MEMBER Vectors<N> value(const Vectors<N>* a, const vf* b, Vectors<N>* kept) const {
-    const Vectors<N> less = product_minus_one(a[0], a[1], b[0], b[1]);
-    const Vectors<N> r = rough_reciprocal(less + 2.0f), quotient = less * r;
-    return kept[0] = quotient + r * ((less - quotient * less) - quotient * 2.0f);
-  }
-  CK_INLINE_MEMBER ValueAndSlope again(const vf*, const vf*, const vf* kept) const {
-    return {kept[0], 1.0f - kept[0] * kept[0]};
-  }
 };
 
 }  // namespace
