@@ -75,9 +75,7 @@ def check(
     with testing.instruction_set(isa):
         actual = with_gradients(moments, *inputs, weights=WEIGHTS)
     for name, a, e, t, magnitude in zip(NAMES, actual, eager, truth, magnitudes, strict=True):
-        testing.assert_close(
-            name, a, e, t, terms=n + m + h, exponent=exponent, features=dtype, magnitude=magnitude
-        )
+        testing.assert_close(name, a, e, t, terms=n + m + h, exponent=exponent, features=dtype, magnitude=magnitude)
 
 
 @each_isa
