@@ -1,6 +1,6 @@
-"""Errors of the critics' activations and their slopes against float64, through additive_scores: one unit, so S = phi(a + b).
+"""Errors of the activations and their slopes against float64, through additive_scores: one unit, so S = phi(a + b).
 
-The bounds stand in csrc/common/activations.h and may not grow.  Every activation is measured twice where it has two forms:
+The bounds stand in csrc/common/activations.h and may not grow.  Where an activation has two forms both are measured:
 a and b of moderate size, whose exponentials are products of factors, and wide ones, whose are not.
 """
 

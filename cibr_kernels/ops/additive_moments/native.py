@@ -44,8 +44,8 @@ def forward(
     if cuda_call.takes(a):
         found = cuda_call.target(a.device)
         cuda_call.call(
-            "additive_moments", "AdditiveMomentsCuda", **fields, w=w, gw=gw, dtype=DTYPES[a.dtype], w_dtype=DTYPES[w.dtype],
-            processors=found.processors, score_budget=SCORE_BUDGET,
+            "additive_moments", "AdditiveMomentsCuda", **fields, w=w, gw=gw, dtype=DTYPES[a.dtype],
+            w_dtype=DTYPES[w.dtype], processors=found.processors, score_budget=SCORE_BUDGET,
         )  # fmt: skip
     else:
         wide_gw = gw.float()

@@ -1,4 +1,4 @@
-"""additive_scores in C++: csrc/additive_scores.  a and b are read in their dtype, a tile at a time; the rest is float32."""
+"""additive_scores in C++: csrc/additive_scores.  a and b are read in their dtype; the rest is float32."""
 
 from __future__ import annotations
 
