@@ -269,11 +269,19 @@ def test_the_curve_measures_a_point_and_finds_a_cliff():
 
 def test_ratios_are_tried_again_and_then_fail():
     results = iter([1.1, 1.2, 1.6])
-    found = ratios.attempts(1.0, lambda: next(results), recorded=2.0)
-    assert found == [1.0, 1.1, 1.2, 1.6] and ratios.reached(found, 2.0) and not ratios.reached(found[:3], 2.0)
-    assert ratios.attempts(1.5, lambda: 1 / 0, recorded=2.0) == [1.5]
-    assert len(ratios.attempts(1.0, lambda: 1.0, recorded=2.0)) == ratios.ATTEMPTS
+    assert ratios.attempts(1.0, lambda: next(results), needed=1.5) == [1.0, 1.1, 1.2, 1.6]
+    assert ratios.attempts(1.5, lambda: 1 / 0, needed=1.5) == [1.5]
+    assert len(ratios.attempts(1.0, lambda: 1.0, needed=1.5)) == ratios.ATTEMPTS
     assert [case.name for case in ratios.cases()] and set(ratios.NAMES) == {case.name for case in ratios.cases()}
+
+
+def test_a_ratio_is_held_to_this_processor_or_loosely_to_another(monkeypatch):
+    monkeypatch.setattr(ratios.machine, "processor", lambda: "ours")
+    monkeypatch.setattr(ratios, "instruction_set", lambda: "avx512")
+    here, there = {"avx512, ours": {"a": 2.0}}, {"avx512, theirs": {"a": 3.0, "b": 4.0}, "avx2, ours": {"c": 5.0}}
+    assert ratios.least(here | there, "a") == 2.0 * ratios.MARGIN
+    assert ratios.least(here | there, "b") == 4.0 * ratios.OTHER_PROCESSOR
+    assert ratios.least(here | there, "c") is None
 
 
 def test_a_race_takes_turns_and_names_the_strongest():
