@@ -3,8 +3,8 @@
 Seconds differ between machines and between minutes; the ratio of two implementations that take turns does much less.
 An attempt runs them in turn on one thread and compares the least processor time of each: on two threads a busy
 neighbour stops one of them at a barrier and the fused op with it (a ratio of 50 became 8), and wall time counts the
-neighbour's share.  The record (results/ratios.json) is by instruction set of the float32 kernels and processor.  bfloat16
-is left out: there the ratio is that of the vendor's bfloat16 units.
+neighbour's share.  The record (results/ratios.json) is by processor and instruction set of the float32 kernels.
+bfloat16 is left out: there the ratio is that of the vendor's bfloat16 units.
 
 A case fails when none of ATTEMPTS attempts reaches MARGIN of its record; on a processor without one, OTHER_PROCESSOR of
 one with the same instruction set, whose caches and vendor kernels are others.  On two cores under a load of 4, single
