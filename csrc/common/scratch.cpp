@@ -22,7 +22,7 @@ struct alignas(64) Header {
 
 Header* kept[kSlots];  // oldest first
 int count = 0;
-int64_t total = 0, limit = int64_t{128} << 20;
+std::atomic<int64_t> total{0}, limit{int64_t{128} << 20};
 std::atomic_flag busy = ATOMIC_FLAG_INIT;
 
 // Who finds the list in use does without it, so a child forked meanwhile cannot wait for a thread that it does not have.
