@@ -118,7 +118,7 @@ class Dot(_Checked):
             small = configs.Config(*self.tile)
             table = {key: configs.Configs(small, small, small) for key in configs.CONFIGS}
             for name, case in self.cases.items():
-                panels = launcher.Panels(self.panel, self.panel, 128 if case.owned else 0)
+                panels = launcher.Panels(self.panel, self.panel, owned_width=128 if case.owned else 0)
                 with (
                     patch.object(configs, "CONFIGS", table),
                     patch.object(launcher, "panels", panels),
