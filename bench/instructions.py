@@ -1,4 +1,4 @@
-"""`python bench/ instructions`: how many instructions every C++ kernel takes, counted by valgrind's callgrind.
+"""`python bench/ instructions`: how many instructions the C++ kernels take, counted by valgrind's callgrind.
 
 One thread and seeded data: counts repeat within 0.3 % (what is left is where memory happens to lie), whatever else the
 machine does.  They stand in results/instructions.json by compiler and instruction set, and a kernel whose count is more
