@@ -20,8 +20,6 @@ namespace CK_ISA {
 namespace {
 
 constexpr int64_t MAX_GROUPS = 64;      // also the most threads that can help
-constexpr int64_t TILES_PER_GROUP = 8;  // at least, to keep the merging of their sums for gb near 2% of the time
-constexpr int64_t SMOOTH_TILES_PER_GROUP = 24;  // of a third as many rows
 constexpr float HEADROOM = 40.0f;       // e^40 times the number of pairs stays far inside float
 
 void scale(float* x, int64_t size, float factor) {
@@ -53,7 +51,7 @@ class Sweep : Operands<Tile> {
         p(p),
         for_a(p.need_a || p.need_w || (!KINKED && p.need_b)),
         for_b(p.need_b || p.need_w || (!KINKED && p.need_a)),
-        groups(count_groups(p.n, ROWS, MAX_GROUPS, KINKED ? TILES_PER_GROUP : SMOOTH_TILES_PER_GROUP)),
+        groups(count_groups(p.n, ROWS, MAX_GROUPS, Tile::GROUP_TILES)),
         row_mass(KINKED ? p.n : 0),
         column_mass(KINKED ? p.m : 0),
         own_ga(for_a && !(p.need_a && p.features_dtype == kFloat32) ? p.n * p.h : 0),

@@ -11,7 +11,6 @@ namespace CK_ISA {
 namespace {
 
 constexpr int64_t MAX_GROUPS = 64;
-constexpr int64_t TILES_PER_GROUP = 4;  // at least: panels of few rows keep several threads busy
 
 template <class Tile>
 class Forward : Operands<Tile> {
@@ -61,7 +60,7 @@ class Backward : Operands<Tile> {
         p(p),
         for_a(p.ga || p.gw || !KINKED),
         for_b(p.gb || p.gw || !KINKED),
-        groups(count_groups(p.n, ROWS, MAX_GROUPS, TILES_PER_GROUP)),
+        groups(count_groups(p.n, ROWS, MAX_GROUPS, KINKED ? Tile::GROUP_TILES / 2 : 4)),
         row_mass(below != 0.0f ? p.n : 0),
         column_mass(below != 0.0f ? p.m : 0),
         own_ga(for_a && !(p.ga && p.features_dtype == kFloat32) ? p.n * p.h : 0),

@@ -26,6 +26,7 @@ namespace ck {
 namespace CK_ISA {
 namespace {
 
+// GROUP_TILES of a tile: a group of rows has at least as many, to keep the merging of the groups' sums near 2 % of the time.
 constexpr int CHUNK = 64;            // products summed in one accumulator before joining S: keeps its rounding error low
 constexpr float NOTHING = -INFINITY;  // the score of a pair outside P
 
@@ -53,7 +54,10 @@ void add_rows(const float* panel, int64_t count, int64_t h, int64_t rows, float*
 #if defined(__AVX512F__)
 typedef __mmask16 mask;
 inline mask greater(vf x, vf y) { return _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ); }
-inline vf add_where(mask m, vf sum, vf x) { return _mm512_mask_add_ps(sum, m, sum, x); }
+inline vf add_where(mask m, vf sum, vf x) {
+  asm("vaddps %1, %0, %0%{%2%}" : "+v"(sum) : "v"(x), "Yk"(m));  // GCC copies the sum first, of the intrinsic
+  return sum;
+}
 #else
 typedef vi mask;
 inline mask greater(vf x, vf y) { return x > y; }
@@ -83,10 +87,13 @@ struct Scratch {
 // ReLU (below = 0) and leaky ReLU.
 struct Kinked {
 #if defined(__AVX512F__)
-  static constexpr int ROWS = 12;   // x 2 vectors of columns: 24 accumulators of 32 registers
-  static constexpr int SOME = 6;    // rows of a gradient at a time, with 2 vectors of h: 12 of -a and 12 sums
+  static constexpr int GROUP_TILES = 4;
+  static constexpr int ROWS = 24;  // share what is loaded of a panel
+  static constexpr int PART = 12;  // rows of scores at a time, x 2 vectors of columns: 24 accumulators of 32 registers
+  static constexpr int SOME = 6;   // rows of a gradient at a time, with 2 vectors of h: 12 of -a and 12 sums
 #else
-  static constexpr int ROWS = 4;  // x 2: 8 of 16
+  static constexpr int GROUP_TILES = 8;
+  static constexpr int ROWS = 4, PART = 4;  // x 2: 8 of 16
   static constexpr int SOME = 2;
 #endif
   static constexpr int COLS = 2 * VL;
@@ -99,26 +106,10 @@ struct Kinked {
   // s += (1-s) sum_h w_h max(a_ih + centre_h, centre_h - b_jh); w comes multiplied by (1-s)
   template <bool>
   void scores(const Scratch& t, const Panel& panel, const float* w, int64_t h) const {
-    for (int64_t k0 = 0; k0 < h; k0 += CHUNK) {
-      const float* a = t.a + place<RUN>(A * ROWS, k0) + ROWS * RUN;
-      vf sum[ROWS][2] = {};
-      for (int64_t k = 0; k < smaller(CHUNK, h - k0); k++) {
-        const vf left = load(panel.negative + (k0 + k) * COLS), right = load(panel.negative + (k0 + k) * COLS + VL);
-        const vf weight = broadcast(w[k0 + k]);
-#pragma GCC unroll 16
-        for (int i = 0; i < ROWS; i++) {
-          const vf ai = broadcast(a[i * RUN + k]);
-          sum[i][0] += weight * vmax(ai, left);
-          sum[i][1] += weight * vmax(ai, right);
-        }
-      }
-#pragma GCC unroll 16
-      for (int i = 0; i < ROWS; i++) {
-        float* s = t.s + i * COLS;
-        store(s, load(s) + sum[i][0]);
-        store(s + VL, load(s + VL) + sum[i][1]);
-      }
-    }
+    for (int64_t k0 = 0; k0 < h; k0 += CHUNK)
+      for (int first = 0; first < ROWS; first += PART)
+        score_rows(t.a + place<RUN>(A * ROWS, k0) + (ROWS + first) * RUN, panel.negative + k0 * COLS, w + k0,
+                   smaller(CHUNK, h - k0), t.s + first * COLS);
   }
 
   template <bool FOR_A, bool FOR_B>
@@ -133,6 +124,25 @@ struct Kinked {
   }
 
  private:
+  // PART rows, all columns, `count` units.
+  static void score_rows(const float* a, const float* negative, const float* w, int64_t count, float* s) {
+    vf sum[PART][2] = {};
+    for (int64_t k = 0; k < count; k++) {
+      const vf left = load(negative + k * COLS), right = load(negative + k * COLS + VL), weight = broadcast(w[k]);
+#pragma GCC unroll 16
+      for (int i = 0; i < PART; i++) {
+        const vf ai = broadcast(a[i * RUN + k]);
+        sum[i][0] += weight * vmax(ai, left);
+        sum[i][1] += weight * vmax(ai, right);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < PART; i++, s += COLS) {
+      store(s, load(s) + sum[i][0]);
+      store(s + VL, load(s + VL) + sum[i][1]);
+    }
+  }
+
   // SOME rows, all columns, two vectors of h: each e_ij that is loaded serves four sums.
   template <bool FOR_A, bool FOR_B>
   static void gradient_rows(const float* a, const float* b, const float* e, float* ga, float* gb) {
@@ -185,6 +195,7 @@ inline float sum_lanes(__m512 x) {
 // phi and phi' of a + b in a form of common/factored.h.
 template <class Phi>
 struct Smooth {
+  static constexpr int GROUP_TILES = 24;
   static constexpr int ROWS = 4, COLS = 4;  // what is kept of a tile takes 16 or 32 KiB at h = 256
   static constexpr int TOGETHER = VL == 16 ? 4 : 2;  // rows that go through phi side by side, as registers allow
   static constexpr int A = Phi::A, B = Phi::B, KEPT = Phi::KEPT, RUN = VL;

@@ -200,24 +200,18 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
     Buffer<float> tile(two_forms ? W * rows_cap * kBlock : 0);
     Buffer<T> paired(two_forms ? W * rows_cap * kBlock : 0), own(p.dx ? 0 : W * rows_cap * kBlock);
     Engine<T>::enter();
-    if (scores) {
-#pragma omp for schedule(static)
-      for (int64_t b = 0; b < blocks; b++) pack_b_transposed(y, b, b + 1, yt.data, dp);
-    }
-    if (p.dx) {
-#pragma omp for schedule(static)
-      for (int64_t r = 0; r < mp; r += kBlock) pack_b(y, r, r + kBlock, dblocks, yb.data, mp);
+#pragma omp for schedule(static) nowait
+    for (int64_t b = 0; b < blocks; b++) {
+      if (scores) pack_b_transposed(y, b, b + 1, yt.data, dp);
+      if (p.dx) pack_b(y, b * kBlock, (b + 1) * kBlock, dblocks, yb.data, mp);
     }
     for (int64_t i0 = 0; i0 < p.n; i0 += panel) {
       const int64_t valid = p.n - i0 < panel ? p.n - i0 : panel, rows = pad32(valid);
       const Rows<S> x{xs, p.n, p.d, i0, rows};
-      if (scores) {
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r += kBlock) pack_blocked<T>(x, r, r + kBlock, dblocks, xa.data, rows);
-      }
-      if (p.dy) {
-#pragma omp for schedule(static)
-        for (int64_t b = 0; b < rows / kBlock; b++) pack_transposed<T>(x, b, b + 1, xt.data, dp);
+      for (int64_t b = 0; b < rows / kBlock; b++) {
+        if (scores) pack_blocked<T>(x, b * kBlock, (b + 1) * kBlock, dblocks, xa.data, rows);
+        if (p.dy) pack_transposed<T>(x, b, b + 1, xt.data, dp);
       }
       for (int64_t b0 = 0; b0 < blocks; b0 += chunk) {
         const int64_t b1 = b0 + chunk < blocks ? b0 + chunk : blocks;
@@ -261,7 +255,7 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
         }
       }
       if (!p.dx) continue;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait  // the next panel's packing writes elsewhere
       for (int64_t r = 0; r < valid; r++) {
         const int64_t i = i0 + r;
         const bool positive = p.positive_grad;

@@ -36,32 +36,60 @@ template <typename T>
 struct Engine;
 
 // ---------------------------------------------------------------- float
-// MR rows by NV vectors of accumulators: 6 x 4 of the 32 AVX-512 registers (two blocks), 6 x 2 of 16 in AVX2.
+// MR rows by NV vectors of accumulators: 6 x 4 of the 32 AVX-512 registers (two blocks), 6 x 2 of 16 in AVX2, and 4 x 2 where a
+// product takes a register of its own before it is added.
 #if defined(__AVX512F__)
 constexpr int MR = 6, NV = 4;
-#else
+#elif defined(__AVX2__) || defined(__aarch64__)
 constexpr int MR = 6, NV = 2;
+#else
+constexpr int MR = 4, NV = 2;
 #endif
 
-// ROWS rows by V vectors.  C is fetched while the products are summed, and A one block of k ahead: its lines a few at a
-// time, because in one burst they held up the loads of B (6 % of the tile's rate).
+// sum += x y in one instruction, in place: left to itself GCC picks other forms here, and a copy of a register for each.
+static inline void accumulate(vf* sum, vf x, vf y) {
+#if defined(__FMA__) || defined(__AVX512F__)
+  asm("vfmadd231ps %1, %2, %0" : "+v"(*sum) : "v"(x), "v"(y));
+#else
+  *sum += x * y;
+#endif
+}
+
+constexpr int kLine = 16;  // floats of a cache line
+
+// What comes nearer while a tile computes, a few lines at a time: a burst would hold up the tile's own loads (4 to 8 % of its
+// rate where B and C are streamed).
+struct Ahead {
+  const float* a;         // of the next tile, into the L1 cache
+  Blocks<const float> c;  // of the next tile, into the L1 cache
+  Blocks<const float> b;  // of the next sweep, into the L2 cache
+  int64_t lines;          // of each block of b, for each block of k
+};
+
+// ROWS rows by V vectors.
 template <int ROWS, int V>
-__attribute__((always_inline)) static inline void float_tile(Blocks<const float> a, Blocks<const float> b, int64_t k, Blocks<float> c, bool add) {
-  constexpr int kUnroll = 4, kLine = 16, kLines = (ROWS * kUnroll + kLine - 1) / kLine;  // of the next block of A
+__attribute__((always_inline)) static inline void float_tile(Blocks<const float> a, Blocks<const float> b, int64_t k,
+                                                             Blocks<float> c, bool add, Ahead ahead) {
+  constexpr int kUnroll = VL > 4 ? 8 : 4;
+  constexpr int kLines = (ROWS * kUnroll + kLine - 1) / kLine;  // of the next block of A
+  constexpr bool kPair = V * VL > kBlock;
   vf acc[ROWS][V] = {};
-  if (add)
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v++) __builtin_prefetch(c.column(v * VL) + r * kBlock);
   asm volatile("" : "+r"(c.data), "+r"(c.stride));  // or GCC keeps the addresses of 24 lines through the loop
   for (int64_t k0 = 0; k0 < k; k0 += kBlock, a.data += a.stride, b.data += kBlock * kBlock) {
-    const float* next = a.data + a.stride;
+    const float* next = k0 + kBlock < k ? a.data + a.stride : ahead.a;
+    const float* end = ahead.b.data + ahead.lines * kLine;
 #pragma GCC unroll 1
-    for (int k1 = 0; k1 < kBlock; k1 += kUnroll, next += kLines * kLine) {
+    for (int k1 = 0; k1 < kBlock; k1 += kUnroll, next += kLines * kLine, ahead.c.data += kLine) {
 #pragma GCC unroll 4
       for (int line = 0; line < kLines; line++) __builtin_prefetch(next + line * kLine);
-#pragma GCC unroll 4
+      __builtin_prefetch(ahead.c.data, 1);
+      if (kPair) __builtin_prefetch(ahead.c.data + ahead.c.stride, 1);
+      if (ahead.b.data < end) {
+        __builtin_prefetch(ahead.b.data, 0, 2);
+        if (kPair) __builtin_prefetch(ahead.b.data + ahead.b.stride, 0, 2);
+        ahead.b.data += kLine;
+      }
+#pragma GCC unroll 8
       for (int kk = k1; kk < k1 + kUnroll; kk++) {
         vf bv[V];
 #pragma GCC unroll 4
@@ -70,7 +98,7 @@ __attribute__((always_inline)) static inline void float_tile(Blocks<const float>
         for (int r = 0; r < ROWS; r++) {
           const vf ar = broadcast(a.data[r * kBlock + kk]);
 #pragma GCC unroll 4
-          for (int v = 0; v < V; v++) acc[r][v] += ar * bv[v];
+          for (int v = 0; v < V; v++) accumulate(&acc[r][v], ar, bv[v]);
         }
       }
     }
@@ -86,11 +114,11 @@ __attribute__((always_inline)) static inline void float_tile(Blocks<const float>
 
 template <int ROWS, int V>
 static inline void float_tail(int64_t rows, Blocks<const float> a, Blocks<const float> b, int64_t k, Blocks<float> c,
-                              bool add) {
+                              bool add, const Ahead& ahead) {
   if (rows == ROWS)
-    float_tile<ROWS, V>(a, b, k, c, add);
+    float_tile<ROWS, V>(a, b, k, c, add, ahead);
   else if constexpr (ROWS > 2)
-    float_tail<ROWS - 2, V>(rows, a, b, k, c, add);
+    float_tail<ROWS - 2, V>(rows, a, b, k, c, add, ahead);
 }
 
 template <>
@@ -109,27 +137,28 @@ struct Engine<float> {
       const int64_t kn = k - k0 < kDepth ? k - k0 : kDepth;
       const Blocks<const float> next{k0 + kDepth < k ? b.data + kDepth * kBlock : following, b.stride};
       if (NV * VL > kBlock && blocks == kWidth)
-        sweep<NV>(a, rows, b, kn, c, add || k0 > 0, next, blocks);
+        sweep<NV>(a, rows, b, kn, c, add || k0 > 0, next, true);
       else
         for (int64_t v = 0; v < blocks * kBlock; v += 2 * VL)
-          sweep<2>(a, rows, {b.column(v), b.stride}, kn, {c.column(v), c.stride}, add || k0 > 0, next,
-                   v == 0 ? blocks : 0);
+          sweep<2>(a, rows, {b.column(v), b.stride}, kn, {c.column(v), c.stride}, add || k0 > 0,
+                   {next.column(v), next.stride}, v % kBlock == 0);
     }
   }
 
  private:
-  // All rows by V vectors, while `fetched` blocks of the next k rows of B come into the L2 cache.
+  // All rows by V vectors, while the next k rows of B come into the L2 cache where `fetch`.
   template <int V>
   static void sweep(Blocks<const float> a, int64_t rows, Blocks<const float> b, int64_t k, Blocks<float> c, bool add,
-                    Blocks<const float> next, int64_t fetched) {
-    const int64_t share = (k * MR / rows + 1) * kBlock;  // of one tile, floats of each block
+                    Blocks<const float> next, bool fetch) {
+    const int64_t lines = fetch ? (kBlock * kBlock * MR / rows + kLine - 1) / kLine : 0;  // a tile's share
+    const int64_t share = lines * kLine * (k / kBlock);
     for (int64_t r = 0; r < rows; r += MR, next.data += share) {
-      for (int64_t f = 0; f < fetched; f++)
-        for (int64_t i = 0; i < share; i += 16) __builtin_prefetch(next.data + f * next.stride + i, 0, 2);
+      const Blocks<float> below = c.row(r + MR);
+      const Ahead ahead{a.row(r + MR).data, {below.data, below.stride}, next, lines};
       if (rows - r >= MR)
-        float_tile<MR, V>(a.row(r), b, k, c.row(r), add);
+        float_tile<MR, V>(a.row(r), b, k, c.row(r), add, ahead);
       else
-        float_tail<MR - 2, V>(rows - r, a.row(r), b, k, c.row(r), add);
+        float_tail<MR - 2, V>(rows - r, a.row(r), b, k, c.row(r), add, ahead);
     }
   }
 };

@@ -180,7 +180,7 @@ static bool forward_sweep(const DotForward& p, bool fixed, float off) {
   {
     Buffer<float> tile(W * rows_cap * kBlock);
     Engine<T>::enter();
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t b = 0; b < blocks; b++) {
       pack_b_transposed(y, b, b + 1, yt.data, dp);
       for (int c = 0; c < kBlock; c++) {
