@@ -151,9 +151,17 @@ static inline void transpose_in_place(float* block) {
 #endif
 }
 
+static inline doubles8 to_doubles(floats8 v) {
+#if defined(__AVX512F__)
+  return (doubles8)_mm512_maskz_cvtps_pd(0xff, (__m256)v);  // GCC 12 converts halves and puts them together
+#else
+  return __builtin_convertvector(v, doubles8);
+#endif
+}
+
 // One row of a gradient: out = scale (sums + weight positive); `positive` may be null.  Returns <out / scale, along>, summed
-// in eight lanes of float64.
-template <typename S>
+// in eight lanes of float64, where ALONG.
+template <bool ALONG, typename S>
 static inline double finish_row(const DotProblem& p, const float* sums, int64_t block, float weight, const S* positive,
                                 const S* along, S* out) {
   doubles8 lanes{};
@@ -163,12 +171,12 @@ static inline double finish_row(const DotProblem& p, const float* sums, int64_t 
       floats8 g = load8(sums + c);
       if (positive) g += weight * load8(positive + c0 + c);
       store8(p.scale * g, out + c0 + c);
-      lanes += __builtin_convertvector(g, doubles8) * __builtin_convertvector(load8(along + c0 + c), doubles8);
+      if constexpr (ALONG) lanes += to_doubles(g) * to_doubles(load8(along + c0 + c));
     }
     for (int64_t c = whole; c < cols; c++) {
       const float g = sums[c] + (positive ? weight * to_float(positive[c0 + c]) : 0);
       from_float(p.scale * g, out + c0 + c);
-      lanes[c % 8] += static_cast<double>(g) * to_float(along[c0 + c]);
+      if constexpr (ALONG) lanes[c % 8] += static_cast<double>(g) * to_float(along[c0 + c]);
     }
   }
   return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
@@ -260,8 +268,9 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
         const int64_t i = i0 + r;
         const bool positive = p.positive_grad;
         dscale_lines.data[i] =
-            finish_row(p, dxp.data + r * kBlock, rows * kBlock, positive ? p.positive_grad[i] : 0,
-                       positive ? ys + (p.offset + i) * p.d : nullptr, xs + i * p.d, static_cast<S*>(p.dx) + i * p.d);
+            finish_row<true>(p, dxp.data + r * kBlock, rows * kBlock, positive ? p.positive_grad[i] : 0,
+                             positive ? ys + (p.offset + i) * p.d : nullptr, xs + i * p.d,
+                             static_cast<S*>(p.dx) + i * p.d);
       }
     }
     Engine<T>::leave();
@@ -278,9 +287,10 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
         for (int64_t j = b * kBlock; j < p.m && j < (b + 1) * kBlock; j++) {
           const int64_t i = j - p.offset;
           const bool positive = p.positive_grad && i >= 0 && i < p.n;
+          const auto finish = p.dx ? finish_row<false, S> : finish_row<true, S>;  // dscale comes from dx if that is made
           const double along =
-              finish_row(p, block + j % kBlock * kBlock, kBlock * kBlock, positive ? p.positive_grad[i] : 0,
-                         positive ? xs + i * p.d : nullptr, ys + j * p.d, static_cast<S*>(p.dy) + j * p.d);
+              finish(p, block + j % kBlock * kBlock, kBlock * kBlock, positive ? p.positive_grad[i] : 0,
+                     positive ? xs + i * p.d : nullptr, ys + j * p.d, static_cast<S*>(p.dy) + j * p.d);
           if (!p.dx) dscale_lines.data[j] = along;
         }
       }

@@ -125,7 +125,7 @@ template <>
 struct Engine<float> {
   static constexpr int64_t kPanelRows = 384;  // whole tiles of 6; 768 KiB at d = 512, of an L2 cache of 1 to 2 MiB
   static constexpr int64_t kWidth = 2;        // blocks of one product
-  static constexpr int64_t kDepth = 128;      // k of one sweep: 128 x 64 floats of B are 32 KiB, the L1 cache
+  static constexpr int64_t kDepth = 96;       // k of one sweep: 96 x 64 floats of B are 24 of the 32 KiB of an L1 cache
 
   static void enter() {}
   static void leave() {}
@@ -133,9 +133,10 @@ struct Engine<float> {
   static void multiply(Blocks<const float> a, int64_t rows, Blocks<const float> b, int64_t blocks, int64_t k,
                        Blocks<float> c, bool add) {
     const float* following = b.data + blocks * b.stride;  // B of the product that probably comes next
-    for (int64_t k0 = 0; k0 < k; k0 += kDepth, a.data += kDepth / kBlock * a.stride, b.data += kDepth * kBlock) {
-      const int64_t kn = k - k0 < kDepth ? k - k0 : kDepth;
-      const Blocks<const float> next{k0 + kDepth < k ? b.data + kDepth * kBlock : following, b.stride};
+    for (int64_t k0 = 0, kn; k0 < k; k0 += kn, a.data += kn / kBlock * a.stride, b.data += kn * kBlock) {
+      const int64_t left = k - k0;
+      kn = left <= kDepth ? left : left < 2 * kDepth ? pad32(left / 2) : kDepth;  // the last two alike
+      const Blocks<const float> next{kn < left ? b.data + kn * kBlock : following, b.stride};
       if (NV * VL > kBlock && blocks == kWidth)
         sweep<NV>(a, rows, b, kn, c, add || k0 > 0, next, true);
       else
