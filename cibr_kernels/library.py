@@ -61,7 +61,7 @@ def operator(function: Callable[..., Any]) -> Operator:
 def with_gradients(forward: Callable[..., tuple[Any, ...]], general: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A scalar of tensors whose gradients are made with it, as one node of autograd; only where `plain`.
 
-    forward(*tensors, *options, needs): -> the scalar, and for each tensor its gradient, or anything where `needs` is False.
+    forward(*tensors, *options, needs): -> the scalar, and for each tensor its gradient, unread where `needs` has False.
     general(*tensors, *options): the same scalar made of operators, for a backward with create_graph: they refuse a
     second derivative, which this node would forget.
     """
