@@ -58,10 +58,10 @@ def operator(function: Callable[..., Any]) -> Operator:
     return Operator(function)
 
 
-def with_gradients(forward: Callable[..., tuple[Tensor, ...]], general: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def with_gradients(forward: Callable[..., tuple[Any, ...]], general: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A scalar of tensors whose gradients are made with it, as one node of autograd; only where `plain`.
 
-    forward(*tensors, *options, needs): -> the scalar, and for each tensor its gradient, empty where `needs` has False.
+    forward(*tensors, *options, needs): -> the scalar, and for each tensor its gradient, unread where `needs` has False.
     general(*tensors, *options): the same scalar made of operators, for a backward with create_graph: they refuse a
     second derivative, which this node would forget.
     """
@@ -76,17 +76,17 @@ def with_gradients(forward: Callable[..., tuple[Tensor, ...]], general: Callable
 
         @staticmethod
         def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-            count = len(ctx.saved_tensors) // 2
-            tensors, grads = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-            needs = ctx.needs_input_grad[:count]
+            saved, needs, options = ctx.saved_tensors, ctx.needs_input_grad, ctx.options  # each access makes them anew
+            count = len(saved) // 2
+            grads, needs = saved[count:], needs[:count]
             if torch.is_grad_enabled():
+                tensors = saved[:count]
                 wanted = [t for t, need in zip(tensors, needs, strict=True) if need]
-                made = iter(torch.autograd.grad(general(*tensors, *ctx.options), wanted, g, create_graph=True))
+                made = iter(torch.autograd.grad(general(*tensors, *options), wanted, g, create_graph=True))
                 grads = tuple(next(made) if need else None for need in needs)
             elif g.device.type != "cpu" or g.item() != 1.0:  # what loss.backward() asks for
-                grads = tuple(t * g for t in grads)
-            found = (t if need else None for t, need in zip(grads, needs, strict=True))
-            return *found, *(None,) * len(ctx.options)
+                grads = [t * g if need else None for t, need in zip(grads, needs, strict=True)]
+            return *[t if need else None for t, need in zip(grads, needs, strict=True)], *(None,) * len(options)
 
     WithGradients.__name__ = forward.__name__
     return WithGradients.apply

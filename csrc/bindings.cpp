@@ -105,44 +105,45 @@ PYBIND11_MODULE(_C, m) {
   {
     using P = DotGradient;
     py::class_<P, DotProblem> c(m, "DotGradient");
+    inherit<P, DotProblem>();
     FIELD(positive_grad), FIELD(dx), FIELD(dy), FIELD(dscale);
   }
   {
     using P = DotForward;
     py::class_<P, DotProblem> c(m, "DotForward");
-    c.def(py::init<>());
+    constructible(c);
     FIELD(mask_positives), FIELD(row_lse), FIELD(col_lse), FIELD(row_max), FIELD(col_max), FIELD(positives),
         FIELD(stash), FIELD(stash_dtype), FIELD(stash_offset);
   }
   {
     using P = DotBackward;
     py::class_<P, DotGradient> c(m, "DotBackward");
-    c.def(py::init<>());
+    constructible(c);
     FIELD(mask_positives), FIELD(row_lse), FIELD(row_weight), FIELD(col_lse), FIELD(col_weight), FIELD(stash),
         FIELD(stash_dtype), FIELD(stash_offset);
   }
   {
     using P = ClipLoss;
     py::class_<P, DotGradient> c(m, "ClipLoss");
-    c.def(py::init<>());
+    constructible(c);
     FIELD(one_way), FIELD(loss);
   }
   {
     using P = DotSoftplus;
     py::class_<P, DotGradient> c(m, "DotSoftplus");
-    c.def(py::init<>());
+    constructible(c);
     FIELD(bias), FIELD(attract), FIELD(row_weight), FIELD(col_weight), FIELD(row_sum), FIELD(col_sum), FIELD(dbias);
   }
   {
     using P = SiglipLoss;
     py::class_<P, DotGradient> c(m, "SiglipLoss");
-    c.def(py::init<>());
+    constructible(c);
     FIELD(bias), FIELD(share), FIELD(loss), FIELD(dbias);
   }
   {
     using P = AdditiveMoments;
     py::class_<P> c(m, "AdditiveMoments");
-    c.def(py::init<>());
+    constructible(c);
     FIELD(a), FIELD(b), FIELD(w), FIELD(n), FIELD(m), FIELD(h), FIELD(offset), FIELD(include_diagonal),
         FIELD(activation), FIELD(slope), FIELD(need_a), FIELD(need_b), FIELD(need_w), FIELD(features_dtype),
         FIELD(threads), FIELD(moments), FIELD(ga), FIELD(gb), FIELD(gw);
@@ -150,14 +151,14 @@ PYBIND11_MODULE(_C, m) {
   {
     using P = AdditiveScores;
     py::class_<P> c(m, "AdditiveScores");
-    c.def(py::init<>());
+    constructible(c);
     FIELD(a), FIELD(b), FIELD(w), FIELD(n), FIELD(m), FIELD(h), FIELD(activation), FIELD(slope),
         FIELD(features_dtype), FIELD(threads), FIELD(scores), FIELD(grad), FIELD(ga), FIELD(gb), FIELD(gw);
   }
   {
     using P = AdditiveShifts;
     py::class_<P> c(m, "AdditiveShifts");
-    c.def(py::init<>());
+    constructible(c);
     FIELD(a), FIELD(b), FIELD(w), FIELD(n), FIELD(m), FIELD(h), FIELD(first), FIELD(k), FIELD(activation), FIELD(slope),
         FIELD(threads), FIELD(scores), FIELD(g), FIELD(need_a), FIELD(need_b), FIELD(need_w), FIELD(da), FIELD(db),
         FIELD(dw);
@@ -165,13 +166,13 @@ PYBIND11_MODULE(_C, m) {
   {
     using P = LogMeanExp;
     py::class_<P> c(m, "LogMeanExp");
-    c.def(py::init<>());
+    constructible(c);
     FIELD(scores), FIELD(mask), FIELD(dtype), FIELD(count), FIELD(threads), FIELD(el), FIELD(grad), FIELD(dscores);
   }
   {
     using P = IssueRate;
     py::class_<P> c(m, "IssueRate");
-    c.def(py::init<>());
+    constructible(c);
     FIELD(iterations), FIELD(threads), FIELD(issued);
   }
 

@@ -62,14 +62,14 @@ void bind_cuda(py::module_& m) {
   {
     using P = cuda::AdditiveMoments;
     py::class_<P, AdditiveMoments> c(m, "AdditiveMomentsCuda");
-    c.def(py::init<>());
+    constructible(c);
     FIELD(dtype), FIELD(w_dtype), FIELD(device), FIELD(processors), FIELD(score_budget),
         FIELD(workspace), FIELD(stream);
   }
   {
     using P = cuda::AdditiveShifts;
     py::class_<P, AdditiveShifts> c(m, "AdditiveShiftsCuda");
-    c.def(py::init<>());
+    constructible(c);
     FIELD(dtype), FIELD(w_dtype), FIELD(device), FIELD(workspace), FIELD(stream);
   }
   bind(m, "additive_moments", cuda::additive_moments, cuda::additive_moments_workspace, cuda::additive_moments_plan);

@@ -17,7 +17,7 @@ def matrix(name: str, t: Tensor) -> None:
     not_transformed(name, t)
     if t.dim() != 2:
         raise ValueError(f"{name} must be 2-d (rows, features), got shape {tuple(t.shape)}")
-    if t.shape[0] == 0 or t.shape[1] == 0:
+    if t.numel() == 0:
         raise ValueError(f"{name} is empty: shape {tuple(t.shape)}")
 
 
@@ -67,7 +67,7 @@ def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:
         raise TypeError(f"{name} must be floating, got {value.dtype}")
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device} but the features are on {like.device}")
-    return value.reshape(()).to(dtype)
+    return value if value.dim() == 0 and value.dtype == dtype else value.reshape(()).to(dtype)
 
 
 def scalar_or_rows(name: str, value: Tensor | float, like: Tensor) -> Tensor:
@@ -98,6 +98,7 @@ def positive(name: str, value: Tensor) -> None:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, features in the dtype a matmul would take; logits and sums stay float32 inside the ops."""
     kind = tensors[0].device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
+    if known and torch.is_autocast_enabled(kind):
         return tuple(t.to(torch.get_autocast_dtype(kind)) if t.dtype != torch.float64 else t for t in tensors)
     return tensors

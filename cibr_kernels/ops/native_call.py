@@ -16,14 +16,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/
 
 
 def fill(params: Any, fields: dict[str, Any]) -> Any:
-    """Sets the fields of a new parameter struct; None and empty tensors stay null pointers."""
-    for name, value in fields.items():
-        if isinstance(value, Tensor):
-            assert value.is_contiguous(), name
-            if value.numel():
-                setattr(params, name, value.data_ptr())
-        elif value is not None:
-            setattr(params, name, value)
+    """Sets the fields of a new parameter struct; None and empty tensors stay null pointers (csrc/common/fields.h)."""
+    params.fill(fields)
     return params
 
 
@@ -33,9 +27,8 @@ def call(kernel: str, struct: str, work: int, **fields: Any) -> None:
     work: about how many multiply-adds it is; results do not depend on the number of threads.
     """
     module = backends.compiled()
-    params = fill(getattr(module, struct)(), fields)
-    params.threads = max(1, min(torch.get_num_threads(), work // GRAIN))
-    getattr(module, kernel)(params)
+    fields["threads"] = max(1, min(torch.get_num_threads(), work // GRAIN))
+    getattr(module, kernel)(fill(getattr(module, struct)(), fields))
 
 
 def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -51,3 +44,8 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     if fill and torch.are_deterministic_algorithms_enabled():
         memory.fill_(0xFF)  # NaN in every floating dtype, as torch.empty would do
     return memory.view(dtype).view(shape)
+
+
+def scratch_like(t: Tensor) -> Tensor:
+    """`scratch` of the shape, dtype and device of `t`."""
+    return torch.empty_like(t) if t.nbytes < KEEP else scratch(t.shape, t.dtype, t.device)

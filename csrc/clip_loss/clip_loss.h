@@ -1,4 +1,4 @@
-// The CLIP loss of a small batch and its gradients; the mathematics is in cibr_kernels/ops/clip_loss/plain.py.
+// The CLIP loss and, of a small batch, its gradients; the mathematics is in cibr_kernels/ops/clip_loss/plain.py.
 #pragma once
 
 #include "common/isa.h"

@@ -1,4 +1,5 @@
-// clip_loss on the CPU: dot_lse forward, O(n) arithmetic, dot_lse backward from the exponentials, which are still in cache.
+// clip_loss on the CPU: dot_lse forward, O(n) arithmetic and, where gradients are wanted, dot_lse backward from the
+// exponentials, which are still in cache.
 //
 //     t_i = R_i - p_i, and C_i - p_i     loss = 1/kn sum softplus(t)     u = v = sigmoid(t) / kn     dp = -(u + v)
 #include "clip_loss.h"
@@ -26,8 +27,9 @@ static double softplus_terms(int64_t n, const float* sums, const float* positive
 
 void clip_loss(const ClipLoss& p) {
   const int64_t n = p.n, blocks = (n + 31) / 32;
-  const bool both = !p.one_way;
-  Buffer<float> rows(n), cols(both ? n : 0), positives(n), row_grad(n), col_grad(both ? n : 0), stash(blocks * n * 32);
+  const bool both = !p.one_way, gradients = p.dx || p.dy;
+  Buffer<float> rows(n), cols(both ? n : 0), positives(n), row_grad(n), col_grad(both ? n : 0),
+      stash(gradients ? blocks * n * 32 : 0);
   ZeroBuffer<float> positive_grad(n);
   float stash_offset = 0;
   DotForward f{};
@@ -41,6 +43,7 @@ void clip_loss(const ClipLoss& p) {
   double loss = softplus_terms(n, rows.data, positives.data, share, row_grad.data, positive_grad.data);
   if (both) loss += softplus_terms(n, cols.data, positives.data, share, col_grad.data, positive_grad.data);
   *p.loss = static_cast<float>(loss);
+  if (!gradients) return;
 
   DotBackward b{};
   static_cast<DotGradient&>(b) = p;

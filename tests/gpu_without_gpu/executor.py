@@ -188,8 +188,33 @@ def compile(
     known = _compiled.setdefault(kernel, {})
     if key not in known:
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-        known[key] = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
+        with _not_assembled():
+            known[key] = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
     return known[key], names
+
+
+@contextmanager
+def _not_assembled() -> Iterator[None]:
+    """Inside, Triton (since 3.5) stops at PTX: ptxas would take a seventh of the time, for code that nobody reads here.
+
+    static_table.py assembles every kernel that ships.
+    """
+
+    def hook(backend: Any = None, stages: Any = None, *_: Any) -> tuple[str, str] | None:
+        if stages is None:  # Triton asks for a part of its cache's key and a hash
+            return "not assembled", "not assembled"
+        stages["cubin"] = lambda ptx, metadata: b""
+        return None
+
+    runtime = getattr(getattr(triton, "knobs", None), "runtime", None)
+    if not hasattr(runtime, "add_stages_inspection_hook"):
+        yield
+        return
+    before, runtime.add_stages_inspection_hook = runtime.add_stages_inspection_hook, hook
+    try:
+        yield
+    finally:
+        runtime.add_stages_inspection_hook = before
 
 
 @contextmanager

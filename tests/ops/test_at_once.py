@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import LARGE, leaves, towers
+from cases import LARGE, each_isa, leaves, towers
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,6 +64,18 @@ def test_equals_float64_whatever_the_upstream_gradient(loss, dtype, n, scale):
     for what, a, e, t in zip(("loss", "dx", "dy", "dscale", "dbias"), actual, eager, truth, strict=True):
         magnitude = max(1.0, t.abs().max().item()) if t.dim() < 2 else 0.0
         testing.assert_close(what, a, e, t, terms=n + 40, exponent=1.5 * scale, features=dtype, magnitude=3 * magnitude)
+
+
+@each_loss
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_loss_alone_is_that_of_a_training_step(loss, dtype, isa):
+    for n in (1, 33, 97):
+        own = leaves(*inputs(n, 40, 14.3, dtype))
+        with testing.instruction_set(isa):
+            expected = loss(*own)
+            with torch.no_grad():
+                torch.testing.assert_close(loss(*own), expected.detach(), rtol=1e-6, atol=0)
 
 
 @each_loss
@@ -139,6 +151,20 @@ def test_the_backward_makes_nothing_of_the_size_of_the_stash():
         torch.autograd.grad(loss, own)
     assert "cibr_kernels.dot_lse_backward.default" in recorder.names
     assert recorder.largest < n * n  # the stash's "gradient" of zeros would be one
+
+
+def test_what_is_no_field_of_a_kernel_is_refused():
+    params = backends.compiled().ClipLoss()
+    x = torch.randn(3, 4)
+    native_call.fill(params, {"x": x, "y": None, "dx": x[:0], "n": 3, "one_way": True, "scale": 2})
+    assert (params.x, params.y, params.dx) == (x.data_ptr(), 0, 0)
+    assert (params.n, params.one_way, params.scale) == (3, 1, 2.0)
+    with pytest.raises(TypeError, match="no field 'z'"):
+        native_call.fill(params, {"z": x})
+    with pytest.raises(ValueError, match="dx: a tensor that is not contiguous"):
+        native_call.fill(params, {"dx": x.T})
+    with pytest.raises(ValueError, match=r"n: .*cast"):
+        native_call.fill(params, {"n": "3"})
 
 
 def test_scratch_is_kept_within_its_limit_and_used_again():

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cibr_kernels import library
 from cibr_kernels.distributed import merge
 from cibr_kernels.distributed.collectives import gather
 from cibr_kernels.distributed.lse import sharded_dot_lse
@@ -56,13 +55,6 @@ class Problem:
     shards: Shards | None
     strategy: str
     backend: str
-
-    @property
-    def plain(self) -> bool:
-        """No option asks for more than positives, rows and columns, and nobody looks on but autograd."""
-        options = self.several_positives or self.label_smoothing or self.metrics or self.scale.dim()
-        extra = self.image_negatives is not None or self.text_negatives is not None
-        return not (options or extra) and library.plain(self.image, self.text, self.scale)
 
     def directions(self) -> tuple[list[Direction], Tensor]:
         """-> image to text and, unless one_way, text to image; positives (n,)."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from cibr_kernels import library
 from cibr_kernels.distributed.lse import STRATEGIES
 from cibr_kernels.distributed.shards import Agreement, Shards
 from cibr_kernels.ops import checks, contrastive
@@ -88,6 +89,13 @@ def clip_loss(
     checks.choice("strategy", strategy, STRATEGIES)
     checks.choice("reduction", reduction, contrastive.REDUCTIONS)
     checks.choice("group_mode", group_mode, contrastive.GROUP_MODES)
+    given = any(t is not None for t in (group_ids, image_negatives, text_negatives, weights, process_group))
+    plain = not (given or label_smoothing or return_metrics) and reduction == "mean"
+    if plain and library.plain(image_features, text_features, logit_scale):
+        x, y, scale, bias = _inputs(image_features, text_features, logit_scale, logit_bias)
+        if not scale.dim():
+            loss = plain_loss(x, y, scale, one_way, backend)
+            return loss if bias is None else loss + 0.0 * bias
     options = {
         "one_way": one_way, "strategy": strategy, "group_ids": group_ids is not None and group_mode,
         "image_negatives": image_negatives is not None, "text_negatives": text_negatives is not None,
@@ -95,9 +103,7 @@ def clip_loss(
         "return_metrics": return_metrics,
     }  # fmt: skip
     with Agreement("clip_loss", process_group, **options) as agreement:
-        x, y = contrastive.check_features(image_features, text_features)
-        scale = checks.scalar_or_rows("logit_scale", logit_scale, x)
-        bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, x)
+        x, y, scale, bias = _inputs(image_features, text_features, logit_scale, logit_bias)
         ids, weights = contrastive.check_ids(group_ids, x), contrastive.check_weights(weights, x)
         several = ids is not None and group_mode == "positives"
         if not 0 <= label_smoothing < 1:
@@ -116,9 +122,6 @@ def clip_loss(
         agreement.options["number of logit_scales"] = "one per pair" if scale.dim() else "one"
         agreement.describe(image_features=x, text_features=y)
     shards = agreement.shards
-    if shards is None and ids is None and weights is None and reduction == "mean" and problem.plain:
-        loss = plain_loss(x, y, scale, one_way, backend)
-        return loss if bias is None else loss + 0.0 * bias
     if shards is not None or ids is not None:
         problem = replace(problem, shards=shards, groups=contrastive.Groups.of(ids, shards))
     ways, positives = problem.directions()
@@ -127,6 +130,15 @@ def clip_loss(
     loss = contrastive.reduce(pairs, weights, reduction, shards)
     loss = loss if bias is None else loss + 0.0 * bias
     return (loss, problem.measure(ways, positives, bias)) if return_metrics else loss
+
+
+def _inputs(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Checked -> x (n, d), y (n, d), scale () or (n,), bias ()."""
+    x, y = contrastive.check_features(image_features, text_features)
+    scale = checks.scalar_or_rows("logit_scale", logit_scale, x)
+    return x, y, scale, None if logit_bias is None else checks.scalar("logit_bias", logit_bias, x)
 
 
 def rectangular_clip_loss(

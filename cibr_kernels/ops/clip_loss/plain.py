@@ -4,8 +4,9 @@ longer than the matmuls.  The arithmetic is clip_loss/op.py's:
     loss = 1/kn sum_w sum_i softplus(t_wi)      t_wi = R_i - p_i, and C_i - p_i unless one_way (k = 2)
     dR, dC = sigmoid(t) / kn                    dp = -sum_w of it
 
-One node of autograd; and where the logits of a training step are small, one call of C++ that makes the gradients with
-the loss.  (Without a backward they are made for nothing, but at this size that costs less than coming back.)
+One node of autograd; and on the CPU one call of C++ for a loss without gradients, or for one whose logits are small,
+which makes the gradients with it.  (Without a backward they are made for nothing, but at this size that costs less than
+coming back.)
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ AT_ONCE = 1 << 22  # bytes of float32 logits up to which gradients are made with
 
 def plain_loss(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str) -> Tensor:
     """x (n, d), y (n, d), scale () -> ().  Only where `library.plain` says that nobody but autograd looks on."""
-    if not torch.is_grad_enabled() or not (x.requires_grad or y.requires_grad or scale.requires_grad):
-        gaps, _ = _gaps(x, y, scale, one_way, 0, backend)
-        return _mean_softplus(gaps)
-    small = 4 * x.shape[0] ** 2 <= min(AT_ONCE, stash_budget())
-    node = _loss_at_once if small and backends.takes_native("clip_loss", backend, x, y) else _Plain.apply
-    return node(x, y, scale, one_way, backend)
+    native = backends.takes_native("clip_loss", backend, x)  # y has its dtype and device
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad):
+        small = 4 * x.shape[0] ** 2 <= min(AT_ONCE, stash_budget())
+        return (_loss_at_once if native and small else _Plain.apply)(x, y, scale, one_way, backend)
+    if native:
+        return _at_once(x, y, scale, one_way, backend, None)[0]
+    gaps, _ = _gaps(x, y, scale, one_way, 0, backend)
+    return _mean_softplus(gaps)
 
 
 def _gaps(
@@ -69,13 +72,13 @@ class _Plain(torch.autograd.Function):
 
 
 def _at_once(
-    x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str, needs: tuple[bool, ...]
-) -> tuple[Tensor, ...]:
+    x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str, needs: tuple[bool, ...] | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """-> the loss and, unless `needs` is None, its gradients; one of dx, dy at least, because dscale comes from it."""
+    need_y = needs is not None and needs[1]
+    need_x = needs is not None and (needs[0] or not need_y)
     checks.positive("logit_scale", scale)
-    need_x, need_y, *_ = needs
-    return backends.run(
-        "clip_loss", "forward", "native", (x, y), x, y, scale, one_way, need_x or not need_y, need_y
-    )  # fmt: skip
+    return backends.run("clip_loss", "forward", "native", (x,), x, y, scale, one_way, need_x, need_y)
 
 
 _loss_at_once = library.with_gradients(_at_once, _Plain.apply)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from cibr_kernels import backends, library
 from cibr_kernels.distributed import merge
 from cibr_kernels.distributed.lse import STRATEGIES
 from cibr_kernels.distributed.shards import Agreement, Shards
@@ -21,7 +22,7 @@ from cibr_kernels.distributed.softplus import sharded_dot_softplus, sharded_dot_
 from cibr_kernels.ops import checks, contrastive
 from cibr_kernels.ops.dot_softplus.op import dot_softplus, dot_softplus_sums
 from cibr_kernels.ops.numerics import promote, softplus
-from cibr_kernels.ops.siglip_loss import plain
+from cibr_kernels.ops.siglip_loss.plain import plain_loss
 
 
 def siglip_loss(
@@ -67,15 +68,19 @@ def siglip_loss(
     checks.choice("strategy", strategy, STRATEGIES)
     checks.choice("reduction", reduction, contrastive.REDUCTIONS)
     checks.choice("group_mode", group_mode, contrastive.GROUP_MODES)
+    given = any(t is not None for t in (group_ids, image_negatives, text_negatives, weights, process_group))
+    plain = not (given or return_metrics) and reduction != "none"
+    if plain and library.plain(image_features, text_features, logit_scale, logit_bias):
+        x, y, scale, bias = _inputs(image_features, text_features, logit_scale, logit_bias)
+        if backends.takes_native("siglip_loss", backend, x):
+            return plain_loss(x, y, scale, bias, 1 / len(x) if reduction == "mean" else 1.0)
     options = {
         "strategy": strategy, "group_ids": group_ids is not None and group_mode,
         "image_negatives": image_negatives is not None, "text_negatives": text_negatives is not None,
         "weights": weights is not None, "reduction": reduction, "return_metrics": return_metrics,
     }  # fmt: skip
     with Agreement("siglip_loss", process_group, **options) as agreement:
-        x, y = contrastive.check_features(image_features, text_features)
-        scale = checks.scalar("logit_scale", logit_scale, x)
-        bias = checks.scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, x)
+        x, y, scale, bias = _inputs(image_features, text_features, logit_scale, logit_bias)
         ids, weights = contrastive.check_ids(group_ids, x), contrastive.check_weights(weights, x)
         extra = (
             (x, contrastive.check_negatives("text_negatives", text_negatives, x)),
@@ -89,9 +94,6 @@ def siglip_loss(
             checks.positive("logit_scale", scale)
         agreement.describe(image_features=x, text_features=y)
     shards = agreement.shards
-    options_used = return_metrics or any(t is not None for t in (shards, ids, weights, extra[0][1], extra[1][1]))
-    if not options_used and reduction != "none" and plain.supported(x, y, scale, bias, backend):
-        return plain.plain_loss(x, y, scale, bias, 1 / len(x) if reduction == "mean" else 1.0)
     groups = contrastive.Groups.of(ids, shards)
     common: dict[str, Any] = {"attract": group_mode == "positives", "backend": backend}
     if groups is not None:
@@ -122,6 +124,15 @@ def siglip_loss(
             if negatives is not None:
                 loss = loss + dot_softplus(anchors, negatives, scale, bias, c, offset=len(negatives), backend=backend)
     return (loss, _measure(x, y, scale, bias, positives, shards)) if return_metrics else loss
+
+
+def _inputs(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Checked -> x (n, d), y (n, d), scale (), bias ()."""
+    x, y = contrastive.check_features(image_features, text_features)
+    scale = checks.scalar("logit_scale", logit_scale, x)
+    return x, y, scale, checks.scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, x)
 
 
 def _measure(

@@ -14,14 +14,13 @@ from cibr_kernels.ops.dot_softplus.op import dot_softplus
 from cibr_kernels.ops.numerics import promote, softplus
 
 
-def supported(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, backend: str) -> bool:
-    """Whether `plain_loss` runs here."""
-    return library.plain(x, y, scale, bias) and backends.takes_native("siglip_loss", backend, x, y)
-
-
 def plain_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float) -> Tensor:
-    """x (n, d), y (n, d), scale (), bias () -> (): share (the sum of softplus over all pairs, signed)."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, scale, bias)):
+    """x (n, d), y (n, d), scale (), bias () -> (): share (the sum of softplus over all pairs, signed).
+
+    Only where `library.plain` says that nobody but autograd looks on, and the kernel takes x.
+    """
+    some = x.requires_grad or y.requires_grad or scale.requires_grad or bias.requires_grad
+    if some and torch.is_grad_enabled():
         return _loss_with_gradients(x, y, scale, bias, share)
     return _native(x, y, scale, bias, share, (False,) * 4)[0]
 
@@ -35,11 +34,11 @@ def general_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float
 
 def _native(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, needs: tuple[bool, ...]
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     checks.positive("logit_scale", scale)
     need_x, need_y, need_scale, need_bias, *_ = needs
     need_x = need_x or ((need_scale or need_bias) and not need_y)  # dscale comes from <x, dx> or <y, dy>
-    return backends.run("siglip_loss", "forward", "native", (x, y), x, y, scale, bias, share, need_x, need_y)
+    return backends.run("siglip_loss", "forward", "native", (x,), x, y, scale, bias, share, need_x, need_y)
 
 
 _loss_with_gradients = library.with_gradients(_native, general_loss)
