@@ -103,7 +103,7 @@ struct FactoredSilu {
   }
 };
 
-// phi of t <= 0 is kept at or below 0, so that its sign alone tells the slope.
+// phi of t <= 0 is kept at or below 0, so that its sign tells on which side t is.
 struct FactoredElu {
   static constexpr int A = 3, B = 3, KEPT = 1;
   static constexpr bool CENTRED = true;
@@ -120,8 +120,8 @@ struct FactoredElu {
     const Vectors<N> t = a[0] + b[0], below = product_minus(a[1], a[2], b[1], b[2], alpha);
     return kept[0] = where_positive(t, t, at_most(below, 0.0f));
   }
-  CK_INLINE_MEMBER ValueAndSlope again(const vf*, const vf*, const vf* kept) const {
-    return {kept[0], where_positive(kept[0], 1.0f, kept[0] + alpha)};
+  CK_INLINE_MEMBER ValueAndSlope again(const vf* a, const vf* b, const vf* kept) const {
+    return {kept[0], where_positive(kept[0], 1.0f, a[1] * b[1])};
   }
 
  private:
@@ -161,17 +161,18 @@ struct FactoredTanh {
     packed[0] = parts.high, packed[1] = parts.low;
   }
   void pack_b(vf x, vf centre, vf* packed) const { pack_a(x, centre, packed); }
-  // phi = (u - 1) / (u + 1), u = e^{2t}.  phi' = 1 - phi^2 doubles the error of phi, so that of a rounded u + 1 must not be in
-  // it: `rest` is 1 - (u + 1) r from the numerator, where 1 - 2 r is exact.  r does not wait for the numerator.
+  // u = e^{2t}: phi = (u - 1) r, phi' = 4 u r^2, r = 1 / (u + 1), where 1 - phi^2 would lose digits of a small slope.  `rest`
+  // is 1 - (u + 1) r from the numerator: 1 - 2 r is exact, and u + 1 is not.  The rough r does not wait for the numerator.
   template <int N>
   CK_INLINE_MEMBER Vectors<N> value(const Vectors<N>* a, const vf* b, Vectors<N>* kept) const {
     const Vectors<N> less = product_minus(a[0], a[1], b[0], b[1], 1.0f);
-    const Vectors<N> r = rough_reciprocal(a[0] * b[0] + 1.0f);
-    const Vectors<N> quotient = less * r, rest = (1.0f - r * 2.0f) - less * r;
-    return kept[0] = quotient * rest + quotient;
+    const Vectors<N> r = rough_reciprocal(a[0] * b[0] + 1.0f), rest = (1.0f - r * 2.0f) - less * r;
+    kept[0] = r * rest + r;
+    return less * kept[0];
   }
-  CK_INLINE_MEMBER ValueAndSlope again(const vf*, const vf*, const vf* kept) const {
-    return {kept[0], 1.0f - kept[0] * kept[0]};
+  CK_INLINE_MEMBER ValueAndSlope again(const vf* a, const vf* b, const vf* kept) const {
+    const vf less = a[0] * b[1] + (a[1] * b[0] + (a[0] * b[0] - 1.0f)), r = kept[0];
+    return {less * r, (less + 1.0f) * r * (r * 4.0f)};
   }
 };
 
