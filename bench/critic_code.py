@@ -1,17 +1,23 @@
 """What the critic's sweep costs in instructions, read from the machine code of the kernel that runs here.
 
 A pair (i, j) of an additive critic costs, per hidden unit, a score and, in training, its share of the gradients.  The
-kernel makes vectors of them: of 16 columns j for the scores and of 16 units h for the gradients (8 or 4 on smaller
-instruction sets).  So the hot loops tell themselves how many vectors one turn covers:
+kernel makes vectors of them: of 16 columns j or units h (8 or 4 on smaller instruction sets).  instructions / vectors
+of one turn of a hot loop is the cost: loads, broadcasts and the loop's own instructions included, because they are
+issued too.  Exponentials of the scores, packing and merging are outside (O(N^2 + N H), not N^2 H).
+
+In the ReLU family (relu, leaky_relu) the loops tell themselves how many vectors one turn covers:
 
     scores      one maximum and one multiply-add a vector         vectors = maxima
     gradients   one comparison and two masked additions a vector  vectors = comparisons
 
-and instructions / vectors of one turn is the cost: loads, broadcasts and the loop's own instructions included, because
-they are issued too.  Exponentials of the scores, packing and merging are outside (O(N^2 + N H), not N^2 H).
+A smooth activation's loops (Smooth of csrc/common/additive_tiles.h) are a page of polynomial, one loop a function.
+What they store tells the vectors, and what they multiply is held against it:
 
-This reads the ReLU family (relu, leaky_relu) on x86-64.  A smooth activation's loop is a page of polynomial in which
-nothing says how many vectors a turn covers, so those rows have no floor.
+    scores      4 rows side by side (2 on smaller instruction sets), each at least one kept number and a product with w
+    gradients   a tile of 4 rows and C columns a turn, whose 4 + C sums and gw's are stored; three products a pair
+
+This is of x86-64, and of the form in which an activation usually runs: wide inputs of silu, elu, softplus or tanh,
+whose exponentials are no products of factors (csrc/common/factored.h), take more.
 """
 
 from __future__ import annotations
@@ -24,8 +30,10 @@ from pathlib import Path
 from bench.disassembly import Loop, Unreadable, functions, innermost_loops, listing
 from cibr_kernels import backends
 
-READABLE = ("relu", "leaky_relu")
+KINKED = ("relu", "leaky_relu")
+FUSED = ("avx2", "avx512")  # namespaces with a multiply-add
 NAMESPACES = {"amx": "avx512", "avx512bf16": "avx512"}  # float kernels have no copies of their own there
+ROWS = 4  # of a smooth tile
 
 
 @dataclass(frozen=True)
@@ -51,37 +59,76 @@ def count(loop: Loop, *ends: str) -> int:
     return sum(name.startswith(ends) for name in names)
 
 
+def stores(loop: Loop) -> int:
+    """How many vectors it writes, to the stack too."""
+    moves = [i for i in loop if i.mnemonic.removeprefix("v").startswith("mov") and i.floats > 0]
+    return sum(i.operands.endswith(")") for i in moves)
+
+
 def score_vectors(loop: Loop) -> int:
-    """Vectors of scores a turn covers; 0 for another kind of loop."""
+    """Vectors of scores a turn covers in the ReLU family; 0 for another kind of loop."""
     maxima, products = count(loop, "maxps"), count(loop, "fmadd", "mulps")
     return maxima if maxima == products and not count(loop, "cmp") else 0
 
 
 def gradient_vectors(loop: Loop) -> int:
-    """Vectors of gradients a turn covers; 0 for another kind of loop."""
+    """Vectors of gradients a turn covers in the ReLU family; 0 for another kind of loop."""
     comparisons, sums = count(loop, "cmp"), count(loop, "addps")
     return comparisons if sums == 2 * comparisons and not count(loop, "fmadd", "mulps", "maxps") else 0
 
 
+def smooth_score_vectors(loop: Loop) -> int:
+    """Rows that a turn takes side by side; 0 for another kind of loop."""
+    together = 4 if max(i.floats for i in loop) == 16 else 2
+    return together if min(stores(loop), count(loop, "fmadd", "mulps")) >= together else 0
+
+
+def smooth_gradient_vectors(loop: Loop) -> int:
+    """Pairs of the tile that a turn covers; 0 for another kind of loop."""
+    columns = stores(loop) - ROWS - 1
+    pairs = ROWS * columns if columns in (2, 4) else 0
+    return pairs if count(loop, "fmadd", "mulps") >= 3 * pairs else 0
+
+
 def cost(loops: list[Loop], vectors: Callable[[Loop], int], what: str) -> Cost:
     """Of the loop that covers most vectors a turn: the others are what is left over of it.  Raises Unreadable."""
-    covered, loop = max(((vectors(loop), loop) for loop in loops), key=lambda pair: pair[0], default=(0, ()))
+    key = lambda pair: (pair[0], len(pair[1]))  # noqa: E731
+    covered, loop = max(((vectors(loop), loop) for loop in loops), key=key, default=(0, ()))
     if not covered:
         raise Unreadable(f"no loop of {what} was recognised in the critic's machine code")
     arithmetic = sum(i.arithmetic for i in loop)
     return Cost(len(loop) / covered, arithmetic / covered, max(i.floats for i in loop))
 
 
-def sweep(text: str, namespace: str) -> Sweep:
+def form(activation: str, namespace: str) -> str:
+    """How the kernel's symbols name what a smooth activation is computed by."""
+    name = activation.title().replace("_", "")
+    factored = activation in ("silu", "softplus") or (activation in ("elu", "tanh") and namespace in FUSED)
+    name = f"Factored{name}" if factored else name
+    return f"{len(name)}{name}" if factored else f"6DirectINS1_{len(name)}{name}E"
+
+
+def sweep(text: str, namespace: str, activation: str = "relu") -> Sweep:
     """Reads a listing; `namespace` is that of the kernel's copy.  Raises Unreadable."""
-    parts = f"2ck{len(namespace)}{namespace}", "6Kinked"
-    loops = [loop for _, code in functions(text, *parts) for loop in innermost_loops(code)]
-    return Sweep(cost(loops, score_vectors, "scores"), cost(loops, gradient_vectors, "gradients"))
+    kernel = f"2ck{len(namespace)}{namespace}"
+
+    def loops(*parts: str) -> list[Loop]:
+        return [loop for _, code in functions(text, kernel, *parts) for loop in innermost_loops(code)]
+
+    if activation in KINKED:
+        found = loops("6Kinked")
+        return Sweep(cost(found, score_vectors, "scores"), cost(found, gradient_vectors, "gradients"))
+    name = form(activation, namespace)
+    again = "6Direct" if name.startswith("6Direct") else name  # compilers merge those gradients: they are the same
+    return Sweep(
+        cost(loops("6Smooth", name, "6scoresILb1E"), smooth_score_vectors, "scores"),
+        cost(loops("6Smooth", again, "9gradientsI"), smooth_gradient_vectors, "gradients"),
+    )
 
 
 @lru_cache
-def chosen_sweep() -> Sweep:
+def chosen_sweep(activation: str = "relu") -> Sweep:
     """Of the kernel that runs on this machine.  Raises Unreadable, or RuntimeError without compiled kernels."""
     module = backends.compiled()
     isa = module.isa()
-    return sweep(listing(Path(module.__file__ or "")), NAMESPACES.get(isa, isa))
+    return sweep(listing(Path(module.__file__ or "")), NAMESPACES.get(isa, isa), activation)

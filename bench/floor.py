@@ -21,8 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.critic_code import READABLE, Sweep, chosen_sweep
-from bench.disassembly import Unreadable
+from bench.critic_code import Sweep, chosen_sweep
 from bench.registry import Case
 from cibr_kernels import backends
 from cibr_kernels.ops.native_call import fill
@@ -110,9 +109,7 @@ class Floor:
 
 def critic_floor(case: Case, rate: float) -> Floor:
     """From the code of the kernel in use, at `rate`.  Raises Unreadable where that cannot be read."""
-    if case.activation not in READABLE:
-        raise Unreadable(f"{case.activation} is not of the ReLU family (bench/critic_code.py)")
-    sweep = chosen_sweep()
+    sweep = chosen_sweep(case.activation)
     size = (case.n, case.n, case.width, case.backward, rate)
     parts = (sweep.scores, sweep.gradients) if case.backward else (sweep.scores,)
     costs = " + ".join(f"{c.instructions:.2f}" for c in parts), " + ".join(f"{c.arithmetic:g}" for c in parts)

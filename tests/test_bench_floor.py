@@ -78,6 +78,41 @@ def test_the_critics_hot_loops_are_found_in_the_module(namespace, floats):
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the reading is of x86-64")
+@pytest.mark.parametrize("namespace, floats", [("avx512", 16), ("avx2", 8)])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "elu", "softplus", "tanh"])
+def test_a_smooth_critics_hot_loops_are_found_in_the_module(activation, namespace, floats):
+    read = critic_code.sweep(_module_text(), namespace, activation)
+    assert read.scores.floats == read.gradients.floats == floats
+    # at least: t or e^t, phi, w; three sums.  At most: gelu's exponential, reciprocal and polynomial; silu's slope
+    assert 6 <= read.scores.arithmetic <= 45 and 3 <= read.gradients.arithmetic <= 15
+    for cost in (read.scores, read.gradients):
+        assert cost.arithmetic < cost.instructions < 3 * cost.arithmetic
+
+
+SMOOTH = """
+0000000000001000 <_ZNK2ck6avx51212_GLOBAL__N_16SmoothINS1_12FactoredTanhEE6scoresILb1EEEvv>:
+    1000:\tvfmadd231ps %zmm2,%zmm3,%zmm4
+    1006:\tvmovaps %zmm4,(%rax)
+    100c:\tjne    1000 <_ZNK>
+
+0000000000002000 <_ZNK2ck6avx51212_GLOBAL__N_16SmoothINS1_12FactoredTanhEE9gradientsILb1ELb1EEEvv>:
+    2000:\tvfmadd231ps %zmm2,%zmm3,%zmm4
+    2006:\tjne    2000 <_ZNK>
+"""
+
+
+def test_a_smooth_loop_that_stores_too_little_is_not_taken_for_one():
+    rows = 4 * "    1000:\tvfmadd231ps %zmm2,%zmm3,%zmm4\n    1006:\tvmovaps %zmm4,(%rax)\n"
+    whole = SMOOTH.replace("".join(SMOOTH.splitlines(True)[2:4]), rows)
+    with pytest.raises(disassembly.Unreadable, match="no loop of scores"):
+        critic_code.sweep(SMOOTH, "avx512", "tanh")
+    with pytest.raises(disassembly.Unreadable, match="no loop of gradients"):
+        critic_code.sweep(whole, "avx512", "tanh")
+    with pytest.raises(disassembly.Unreadable, match="no loop of scores"):
+        critic_code.sweep(whole, "avx512", "gelu")
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the reading is of x86-64")
 @pytest.mark.parametrize("namespace", ["avx512", "avx2", "generic"])
 def test_the_issue_rate_counts_the_instructions_of_its_loop(namespace):
     """And nothing else is in it: a spilled accumulator once made it half as fast."""
@@ -108,7 +143,7 @@ def test_a_critic_without_a_floor_says_why(monkeypatch):
         pytest.skip("the compiled kernels are not built")
     for case, says in (
         (Case("critic_moments", 64, 32), "objdump (binutils) is not installed"),
-        (Case("critic_moments", 64, 32, activation="gelu"), "gelu is not of the ReLU family"),
+        (Case("critic_moments", 64, 32, activation="gelu"), "objdump (binutils) is not installed"),
     ):
         result = measure.Result(case, [Row("fused", [1.0], 10)], 1e9, "issue")
         measure.add_floor(result)

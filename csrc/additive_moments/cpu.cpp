@@ -137,8 +137,7 @@ class Sweep : Operands<Tile> {
     for (int64_t x = count * COLS; x < SCORES; x++) t.s[x] = NOTHING;
     vf top = load(t.s);
     for (int64_t x = VL; x < SCORES; x += VL) top = vmax(load(t.s + x), top);
-    const float highest = reduce_max(top);
-    if (highest > g.shift + HEADROOM) move_shift(g, highest, t);
+    if (any(greater(top, broadcast(g.shift + HEADROOM)))) move_shift(g, reduce_max(top), t);
     const vf shift = broadcast(g.shift == NOTHING ? 0.0f : g.shift);
     if constexpr (!KINKED) {
       vf sum = load(t.mass);

@@ -6,6 +6,7 @@
 // critic with small pre-activations loses nothing.
 #pragma once
 
+#include "common/pieces.h"
 #include "common/simd.h"
 
 #define CK_INLINE_MEMBER inline __attribute__((always_inline))
@@ -122,6 +123,7 @@ CK_LIFT(vreciprocal)
 CK_LIFT(rough_reciprocal)
 CK_LIFT_TWO(at_least, float, s)
 CK_LIFT_TWO(at_most, Vectors<N>, s.v[n])
+CK_LIFT_TWO(at_most, float, s)
 CK_LIFT_TWO(clamp, float, s)
 CK_LIFT_TWO(magnitude, float, s)
 template <int N>
@@ -190,6 +192,37 @@ using ValueAndSlope = Activated<vf>;
 
 constexpr float LOG2E = 1.44269504088896341f;
 
+#if defined(__AVX512F__)
+// numbers[index modulo 32]; the index is the low bits of a float
+CK_INLINE vf lookup(const float* numbers, vf index) {
+  return _mm512_maskz_permutex2var_ps(0xffff, load(numbers), reinterpret_cast<__m512i>(index), load(numbers + VL));
+}
+template <int N>
+CK_INLINE Vectors<N> lookup(const float* numbers, Vectors<N> index) {
+  Vectors<N> z;
+  for (int n = 0; n < N; n++) z.v[n] = lookup(numbers, index.v[n]);
+  return z;
+}
+
+// t Phi(t) and its slope; Phi in pieces.
+template <class V>
+CK_INLINE Activated<V> piecewise(V t, const Pieces& phi) {
+  const V x = clamp(t, phi.bound);
+  const V index = x * phi.per_unit + 12582912.0f;  // rounds to the nearest integer, and has it in its low bits
+  const V r = x - (index - 12582912.0f) * phi.step;
+  V slope = lookup(phi.c[5], index), p = slope * r + lookup(phi.c[4], index);
+  for (int m = 3; m >= 0; m--) {
+    slope = slope * r + p;
+    p = p * r + lookup(phi.c[m], index);
+  }
+  return {t * p, t * slope + p};
+}
+
+template <class V>
+CK_INLINE Activated<V> gelu(V t) { return piecewise(t, gelu_pieces); }
+template <class V>
+CK_INLINE Activated<V> gelu_tanh(V t) { return piecewise(t, gelu_tanh_pieces); }
+#else
 // phi = t Phi(t), phi' = Phi(t) + t N(t).  The tail Phi(-|t|) = N(t) Q(k), k = 1 / (1 + 0.295 |t|): one exponential serves
 // both.  Q is a minimax fit: Phi is off by at most 7e-9, before rounding.
 template <class V>
@@ -218,6 +251,15 @@ CK_INLINE Activated<V> gated(V t, V y, V dz) {
   return {value, value * (u * r) * dz + r};
 }
 
+// 0.5 t (1 + tanh(u)) = t sigma(2 u), u = sqrt(2/pi) (t + 0.044715 t^3).
+template <class V>
+CK_INLINE Activated<V> gelu_tanh(V t) {
+  const V x = clamp(t, 10.0f);  // 1 - sigma(2 u) < 1e-38 there, and t^3 cannot overflow
+  const V square = x * x;
+  return gated(t, x * (square * (-0.0713548163f * LOG2E) - 1.595769122f * LOG2E), square * 0.214064449f + 1.595769122f);
+}
+#endif
+
 template <class V>
 CK_INLINE Activated<V> silu(V t) {
   const V x = at_least(t, -87.0f);  // 1 + u and its reciprocal stay finite; phi is below 1e-35 there
@@ -225,14 +267,6 @@ CK_INLINE Activated<V> silu(V t) {
   const V r = vreciprocal(u + 1.0f);
   const V value = x * r;
   return {value, value * (u * r) + r};
-}
-
-// 0.5 t (1 + tanh(u)) = t sigma(2 u), u = sqrt(2/pi) (t + 0.044715 t^3).
-template <class V>
-CK_INLINE Activated<V> gelu_tanh(V t) {
-  const V x = clamp(t, 10.0f);  // 1 - sigma(2 u) < 1e-38 there, and t^3 cannot overflow
-  const V square = x * x;
-  return gated(t, x * (square * (-0.0713548163f * LOG2E) - 1.595769122f * LOG2E), square * 0.214064449f + 1.595769122f);
 }
 
 CK_INLINE ValueAndSlope elu(vf t, float alpha) {

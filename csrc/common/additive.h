@@ -142,7 +142,7 @@ void with_tile(const Problem& p, const F& f) {
     case Activation::leaky_relu: return f(Kinked{}, p.slope);
     case Activation::silu: done = with_factors(FactoredSilu{}); break;
     case Activation::elu:
-      if constexpr (FUSED) done = with_factors(FactoredElu{p.slope});
+      if constexpr (FUSED) done = FactoredElu::takes(p.slope) && with_factors(FactoredElu{p.slope});
       break;
     case Activation::softplus: done = with_factors(FactoredSoftplus{}); break;
     case Activation::tanh:
@@ -183,7 +183,7 @@ class Operands {
  protected:
   static constexpr int ROWS = Tile::ROWS, COLS = Tile::COLS, A = Tile::A, B = Tile::B, RUN = Tile::RUN;
   static constexpr bool KINKED = Tile::KINKED;
-  static constexpr int64_t SCORES = ROWS * COLS, MASSES = KINKED ? ROWS * VL : VL;
+  static constexpr int64_t SCORES = (ROWS * COLS + VL - 1) / VL * VL, MASSES = KINKED ? ROWS * VL : VL;
   static constexpr int64_t SLICE = 2048;  // numbers of a group's sum that are merged at a time
 
   template <class Problem>
@@ -203,10 +203,10 @@ class Operands {
         w(width),
         centre(width),
         row_shift(below != 0.0f ? n : 0),
-        scratch_size((A + 1) * ROWS * width + 2 * width + SCORES + MASSES + Tile::KEPT * SCORES * width),
+        scratch_size((A + 1) * ROWS * width + 2 * width + SCORES + MASSES + Tile::KEPT * ROWS * COLS * width),
         panels(block * width * B),
         negative(KINKED ? block * width : 0),
-        column_shift(block),
+        column_shift(KINKED ? block : block / COLS * SCORES),
         scratch(threads * scratch_size) {
     for (int64_t k = 0; k < h; k++) w.data[k] = (1.0f - below) * weights[k];
     if constexpr (Tile::CENTRED) {
@@ -254,7 +254,9 @@ class Operands {
     const int64_t count = smaller(COLS, m - column);
     float* panel = panels.data + at * width * B;
     if (count < COLS) memset(panel, 0, COLS * width * B * sizeof(float));
-    for (int64_t j = 0; j < COLS; j++) column_shift.data[at + j] = j < count ? 0.0f : NOTHING;
+    float* shift = column_shift.data + place_of_shift(at);
+    for (int64_t x = 0; x < (KINKED ? COLS : SCORES); x++)
+      shift[x] = x % COLS < count && x < ROWS * COLS ? 0.0f : NOTHING;
     for (int64_t j = 0; j < count; j++) {
       const float* bj = padded_row(b, column + j, t.row);
       pack<B>(bj, -1.0f, COLS, panel + j * RUN, [this](vf x, vf c, vf* out) { tile.pack_b(x, c, out); });
@@ -264,14 +266,14 @@ class Operands {
         double sum = 0.0;
 #pragma omp simd reduction(+ : sum)
         for (int64_t k = 0; k < h; k++) sum += weights[k] * (bj[k] - static_cast<double>(1.0f - below) * centre.data[k]);
-        column_shift.data[at + j] = static_cast<float>(sum);
+        shift[j] = static_cast<float>(sum);
       }
     }
   }
 
   // The panel at place `at` of the block, with a group's sums for it where there are any.
   Panel panel(int64_t at, float* gb, float* mass) const {
-    return {panels.data + at * width * B, negative.data + (KINKED ? at * width : 0), column_shift.data + at, gb, mass};
+    return {panels.data + at * width * B, negative.data + (KINKED ? at * width : 0), column_shift.data + place_of_shift(at), gb, mass};
   }
 
   // `count` rows of a from `row` on.
@@ -284,7 +286,7 @@ class Operands {
   // t.s = S of the packed rows and a panel; NOTHING in the padding of columns.
   template <bool GRADIENTS>
   void scores(int64_t row, int64_t count, const Scratch& t, const Panel& panel) const {
-    for (int i = 0; i < ROWS; i++) {
+    for (int i = 0; KINKED && i < ROWS; i++) {
       const float shift = below != 0.0f ? row_shift.data[row + (i < count ? i : 0)] : 0.0f;
       for (int j = 0; j < COLS; j++) t.s[i * COLS + j] = shift + panel.shift[j];
     }
@@ -316,6 +318,8 @@ class Operands {
   const Tile& tile;
 
  private:
+  static int64_t place_of_shift(int64_t at) { return KINKED ? at : at / COLS * SCORES; }
+
   // Row i of x, and zeros up to the padded width: where it is, or in `buffer`.
   const float* padded_row(const Features& x, int64_t i, float* buffer) const {
     const float* row = x.read(i * h, h, buffer);

@@ -10,8 +10,8 @@
 // max(a, -b) + b loses digits where a and b are large together (a unit dead behind a large bias), so a + centre_h and
 // b - centre_h stand in their place, with centre_h = -max(a, -b) for an a and a b typical of unit h.
 //
-// The other activations compute phi and phi' together, once, keep those of one small tile in the L1 cache until its e_ij are
-// known, and sum gw as they go.  e^{a + b} is e^a e^b: elu, silu, softplus and tanh (common/factored.h) take one product
+// The other activations compute phi once, keep one number (or phi and phi') of each pair of a small tile in the L1 cache until
+// its e_ij are known, make phi' of it then, and sum gw as they go.  e^{a + b} is e^a e^b: elu, silu, softplus and tanh (common/factored.h) take one product
 // where they would take an exponential, wherever a and b are moderate (less than 40, or 20 for tanh, from an offset of the
 // unit's own).
 #pragma once
@@ -53,6 +53,7 @@ void add_rows(const float* panel, int64_t count, int64_t h, int64_t rows, float*
 
 #if defined(__AVX512F__)
 typedef __mmask16 mask;
+inline bool any(mask m) { return m; }
 inline mask greater(vf x, vf y) { return _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ); }
 inline vf add_where(mask m, vf sum, vf x) {
   asm("vaddps %1, %0, %0%{%2%}" : "+v"(sum) : "v"(x), "Yk"(m));  // GCC copies the sum first, of the intrinsic
@@ -60,6 +61,15 @@ inline vf add_where(mask m, vf sum, vf x) {
 }
 #else
 typedef vi mask;
+inline bool any(mask m) {
+#if defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<vf>(m));
+#else
+  int32_t either = 0;
+  for (int i = 0; i < VL; i++) either |= m[i];
+  return either;
+#endif
+}
 inline mask greater(vf x, vf y) { return x > y; }
 inline vf add_where(mask m, vf sum, vf x) { return sum + reinterpret_cast<vf>(reinterpret_cast<vi>(x) & m); }
 #endif
@@ -68,7 +78,7 @@ inline vf add_where(mask m, vf sum, vf x) { return sum + reinterpret_cast<vf>(re
 struct Panel {
   const float* b;         // (B COLS, h) in runs: what Tile packs of b
   const float* negative;  // (h, COLS) centre - b; ReLU family only
-  const float* shift;     // (COLS,) the part of S that depends on j alone; NOTHING in the padding
+  const float* shift;     // ReLU family: (COLS,) the part of S that depends on j alone; others: (SCORES,) 0.  NOTHING in padding
   float* gb;              // (COLS, h) in runs: sum_i e_ij phi', of one group
   float* mass;            // (COLS,) sum_i e_ij, of one group; ReLU family only
 };
@@ -192,11 +202,21 @@ inline float sum_lanes(__m512 x) {
 }
 #endif
 
+// x[i] = y[i] + the sum of the lanes of v[i]; `count` is VL on AVX-512.
+inline void add_lanes_each(const vf* v, [[maybe_unused]] int count, const float* y, float* x) {
+#if defined(__AVX512F__)
+  reduce_add_each(v, x);
+  store(x, load(x) + load(y));
+#else
+  for (int i = 0; i < count; i++) x[i] = y[i] + sum_lanes(v[i]);
+#endif
+}
+
 // phi and phi' of a + b in a form of common/factored.h.
 template <class Phi>
 struct Smooth {
   static constexpr int GROUP_TILES = 24;
-  static constexpr int ROWS = 4, COLS = 4;  // what is kept of a tile takes 16 or 32 KiB at h = 256
+  static constexpr int ROWS = 4, COLS = VL == 16 && Phi::KEPT == 2 ? 2 : 4;  // with 2, what is kept takes 16 KiB at h = 256
   static constexpr int TOGETHER = VL == 16 ? 4 : 2;  // rows that go through phi side by side, as registers allow
   static constexpr int A = Phi::A, B = Phi::B, KEPT = Phi::KEPT, RUN = VL;
   static constexpr bool KINKED = false, CENTRED = Phi::CENTRED;
@@ -207,6 +227,7 @@ struct Smooth {
 
   template <bool GRADIENTS>
   void scores(const Scratch& t, const Panel& panel, const float* w, int64_t h) const {
+    vf sums[SCORES] = {};
     for (int j = 0; j < COLS; j++)
       for (int first = 0; first < ROWS; first += TOGETHER) {
         const float *a = t.a + first * VL, *b = panel.b + j * VL;
@@ -223,8 +244,9 @@ struct Smooth {
             for (int i = 0; i < TOGETHER; i++) store(keep + (q * PAIRS + i) * VL, kept[q].v[i]);
           a += A * ROWS * VL, b += B * COLS * VL, keep += KEPT * PAIRS * VL;
         }
-        for (int i = 0; i < TOGETHER; i++) t.s[(first + i) * COLS + j] += sum_lanes(sum.v[i]);
+        for (int i = 0; i < TOGETHER; i++) sums[(first + i) * COLS + j] = sum.v[i];
       }
+    add_lanes_each(sums, SCORES, panel.shift, t.s);
   }
 
   // All three sums: next to phi, leaving one out would save nothing worth a template.
@@ -263,7 +285,7 @@ struct Smooth {
   }
 
  private:
-  static constexpr int PAIRS = ROWS * COLS;
+  static constexpr int PAIRS = ROWS * COLS, SCORES = (PAIRS + VL - 1) / VL * VL;
 };
 
 }  // namespace

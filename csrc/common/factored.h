@@ -44,8 +44,8 @@ struct Parts {
   vf high, low;
 };
 
-// e^{factor (x + centre)} to 40 bits, for exponents within 87: ln 2 reduction and the Taylor series in double precision.
-inline Parts exponential_parts(vf x, vf centre, double factor) {
+// scale e^{factor (x + centre)} to 40 bits, for exponents within 87: ln 2 reduction and the Taylor series in double precision.
+inline Parts exponential_parts(vf x, vf centre, double factor, double scale = 1.0) {
   float in[VL], offset[VL], high[VL], low[VL];
   store(in, x), store(offset, centre);
 #pragma omp simd
@@ -70,17 +70,17 @@ inline Parts exponential_parts(vf x, vf centre, double factor) {
     bits = (bits << 52) + (uint64_t{1023} << 52);  // 2^k
     double power;
     memcpy(&power, &bits, sizeof(power));
-    const double value = p * power;
+    const double value = p * power * scale;
     high[n] = static_cast<float>(value);
     low[n] = static_cast<float>(value - high[n]);
   }
   return {load(high), load(low)};
 }
 
-// a b - 1 of numbers in two parts each.
+// a b - c of numbers in two parts each.
 template <int N>
-CK_INLINE Vectors<N> product_minus_one(Vectors<N> a_high, Vectors<N> a_low, vf b_high, vf b_low) {
-  return a_high * b_low + (a_low * b_high + (a_high * b_high - 1.0f));
+CK_INLINE Vectors<N> product_minus(Vectors<N> a_high, Vectors<N> a_low, vf b_high, vf b_low, float c) {
+  return a_high * b_low + (a_low * b_high + (a_high * b_high - c));
 }
 
 struct FactoredSilu {
@@ -103,29 +103,36 @@ struct FactoredSilu {
   }
 };
 
+// phi of t <= 0 is kept at or below 0, so that its sign tells on which side t is.
 struct FactoredElu {
   static constexpr int A = 3, B = 3, KEPT = 1;
   static constexpr bool CENTRED = true;
   static constexpr float SPAN = 40.0f;
   float alpha;
 
-  void pack_a(vf x, vf centre, vf* packed) const {
-    const Parts parts = exponential_parts(x, centre, 1.0);
-    packed[0] = x, packed[1] = parts.high, packed[2] = parts.low;
-  }
-  void pack_b(vf x, vf centre, vf* packed) const { pack_a(x, centre, packed); }
+  // Its factors are normal numbers, and alpha is positive.
+  static bool takes(float alpha) { return alpha >= 1e-6f && alpha <= 1e6f; }
+
+  void pack_a(vf x, vf centre, vf* packed) const { pack(x, centre, alpha, packed); }
+  void pack_b(vf x, vf centre, vf* packed) const { pack(x, centre, 1.0, packed); }
   template <int N>
   CK_INLINE_MEMBER Vectors<N> value(const Vectors<N>* a, const vf* b, Vectors<N>* kept) const {
-    const Vectors<N> t = a[0] + b[0];
-    return kept[0] = where_positive(t, t, product_minus_one(a[1], a[2], b[1], b[2]) * broadcast(alpha));
+    const Vectors<N> t = a[0] + b[0], below = product_minus(a[1], a[2], b[1], b[2], alpha);
+    return kept[0] = where_positive(t, t, at_most(below, 0.0f));
   }
   CK_INLINE_MEMBER ValueAndSlope again(const vf* a, const vf* b, const vf* kept) const {
-    return {kept[0], where_positive(a[0] + b[0], 1.0f, a[1] * b[1] * broadcast(alpha))};
+    return {kept[0], where_positive(kept[0], 1.0f, a[1] * b[1])};
+  }
+
+ private:
+  static void pack(vf x, vf centre, double scale, vf* packed) {
+    const Parts parts = exponential_parts(x, centre, 1.0, scale);
+    packed[0] = x, packed[1] = parts.high, packed[2] = parts.low;
   }
 };
 
 struct FactoredSoftplus {
-  static constexpr int A = 3, B = 3, KEPT = 2;
+  static constexpr int A = 3, B = 3, KEPT = 1;
   static constexpr bool CENTRED = true;
   static constexpr float SPAN = 40.0f;
 
@@ -136,15 +143,16 @@ struct FactoredSoftplus {
   void pack_b(vf x, vf centre, vf* packed) const { pack_a(x, centre, packed); }
   template <int N>
   CK_INLINE_MEMBER Vectors<N> value(const Vectors<N>* a, const vf* b, Vectors<N>* kept) const {
-    const Vectors<N> rest = a[2] * b[2];  // e^-t
-    kept[1] = vreciprocal(rest + 1.0f);   // sigma
-    return kept[0] = at_least(a[0] + b[0], 0.0f) + log_one_plus(at_most(a[1] * b[1], rest));
+    const Vectors<N> u = at_most(a[1] * b[1], a[2] * b[2]);  // e^{-|t|}
+    return kept[0] = at_least(a[0] + b[0], 0.0f) + log_one_plus(u);
   }
-  CK_INLINE_MEMBER ValueAndSlope again(const vf*, const vf*, const vf* kept) const { return {kept[0], kept[1]}; }
+  CK_INLINE_MEMBER ValueAndSlope again(const vf* a, const vf* b, const vf* kept) const {
+    return {kept[0], vreciprocal(a[2] * b[2] + 1.0f)};
+  }
 };
 
 struct FactoredTanh {
-  static constexpr int A = 2, B = 2, KEPT = 2;
+  static constexpr int A = 2, B = 2, KEPT = 1;
   static constexpr bool CENTRED = true;
   static constexpr float SPAN = 20.0f;
 
@@ -153,16 +161,19 @@ struct FactoredTanh {
     packed[0] = parts.high, packed[1] = parts.low;
   }
   void pack_b(vf x, vf centre, vf* packed) const { pack_a(x, centre, packed); }
-  // u = e^{2t}: phi = (u - 1) / (u + 1), repaired by what is left of the numerator; phi' = 4 u / (u + 1)^2, where 1 - phi^2
-  // would double the error of phi.
+  // u = e^{2t}: phi = (u - 1) r, phi' = 4 u r^2, r = 1 / (u + 1), where 1 - phi^2 would lose digits of a small slope.  `rest`
+  // is 1 - (u + 1) r from the numerator: 1 - 2 r is exact, and u + 1 is not.  The rough r does not wait for the numerator.
   template <int N>
   CK_INLINE_MEMBER Vectors<N> value(const Vectors<N>* a, const vf* b, Vectors<N>* kept) const {
-    const Vectors<N> less = product_minus_one(a[0], a[1], b[0], b[1]);
-    const Vectors<N> r = vreciprocal(less + 2.0f), quotient = less * r;
-    kept[1] = (less + 1.0f) * r * (r * 4.0f);
-    return kept[0] = quotient + r * ((less - quotient * less) - quotient * 2.0f);
+    const Vectors<N> less = product_minus(a[0], a[1], b[0], b[1], 1.0f);
+    const Vectors<N> r = rough_reciprocal(a[0] * b[0] + 1.0f), rest = (1.0f - r * 2.0f) - less * r;
+    kept[0] = r * rest + r;
+    return less * kept[0];
   }
-  CK_INLINE_MEMBER ValueAndSlope again(const vf*, const vf*, const vf* kept) const { return {kept[0], kept[1]}; }
+  CK_INLINE_MEMBER ValueAndSlope again(const vf* a, const vf* b, const vf* kept) const {
+    const vf less = a[0] * b[1] + (a[1] * b[0] + (a[0] * b[0] - 1.0f)), r = kept[0];
+    return {less * r, (less + 1.0f) * r * (r * 4.0f)};
+  }
 };
 
 }  // namespace

@@ -8,16 +8,31 @@ namespace ck {
 namespace CK_ISA {
 namespace {
 
+// Types with names: bench/critic_code.py finds their kernels by them.
+#define CK_ACTIVATION(Name, expression)                                                  \
+  struct Name {                                                                          \
+    float slope;                                                                         \
+    template <class V>                                                                   \
+    CK_INLINE_MEMBER Activated<V> operator()(V t) const { return expression; }           \
+  };
+CK_ACTIVATION(Gelu, gelu(t))
+CK_ACTIVATION(GeluTanh, gelu_tanh(t))
+CK_ACTIVATION(Silu, silu(t))
+CK_ACTIVATION(Elu, elu(t, slope))
+CK_ACTIVATION(Softplus, softplus(t))
+CK_ACTIVATION(Tanh, tanh(t))
+#undef CK_ACTIVATION
+
 // f(phi) with an activation outside the ReLU family.
 template <class F>
 void with_smooth(int32_t activation, float slope, const F& f) {
   switch (static_cast<Activation>(activation)) {
-    case Activation::gelu: return f([](auto t) __attribute__((always_inline)) { return gelu(t); });
-    case Activation::gelu_tanh: return f([](auto t) __attribute__((always_inline)) { return gelu_tanh(t); });
-    case Activation::silu: return f([](auto t) __attribute__((always_inline)) { return silu(t); });
-    case Activation::elu: return f([slope](auto t) __attribute__((always_inline)) { return elu(t, slope); });
-    case Activation::softplus: return f([](auto t) __attribute__((always_inline)) { return softplus(t); });
-    case Activation::tanh: return f([](auto t) __attribute__((always_inline)) { return tanh(t); });
+    case Activation::gelu: return f(Gelu{slope});
+    case Activation::gelu_tanh: return f(GeluTanh{slope});
+    case Activation::silu: return f(Silu{slope});
+    case Activation::elu: return f(Elu{slope});
+    case Activation::softplus: return f(Softplus{slope});
+    case Activation::tanh: return f(Tanh{slope});
     default: return;
   }
 }
