@@ -273,7 +273,8 @@ class Operands {
 
   // The panel at place `at` of the block, with a group's sums for it where there are any.
   Panel panel(int64_t at, float* gb, float* mass) const {
-    return {panels.data + at * width * B, negative.data + (KINKED ? at * width : 0), column_shift.data + place_of_shift(at), gb, mass};
+    return {panels.data + at * width * B, negative.data + (KINKED ? at * width : 0),
+            column_shift.data + place_of_shift(at), gb, mass};
   }
 
   // `count` rows of a from `row` on.

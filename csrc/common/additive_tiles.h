@@ -11,9 +11,9 @@
 // b - centre_h stand in their place, with centre_h = -max(a, -b) for an a and a b typical of unit h.
 //
 // The other activations compute phi once, keep one number (or phi and phi') of each pair of a small tile in the L1 cache until
-// its e_ij are known, make phi' of it then, and sum gw as they go.  e^{a + b} is e^a e^b: elu, silu, softplus and tanh (common/factored.h) take one product
-// where they would take an exponential, wherever a and b are moderate (less than 40, or 20 for tanh, from an offset of the
-// unit's own).
+// its e_ij are known, make phi' of it then, and sum gw as they go.  e^{a + b} is e^a e^b: elu, silu, softplus and tanh
+// (common/factored.h) take one product where they would take an exponential, wherever a and b are moderate (less than 40, or
+// 20 for tanh, from an offset of the unit's own).
 #pragma once
 
 #include <math.h>
