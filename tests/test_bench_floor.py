@@ -84,7 +84,7 @@ def test_a_smooth_critics_hot_loops_are_found_in_the_module(activation, namespac
     read = critic_code.sweep(_module_text(), namespace, activation)
     assert read.scores.floats == read.gradients.floats == floats
     # at least: t or e^t, phi, w; three sums.  At most: gelu's exponential, reciprocal and polynomial; silu's slope
-    assert 6 <= read.scores.arithmetic <= 45 and 3 <= read.gradients.arithmetic <= 15
+    assert 5 <= read.scores.arithmetic <= 45 and 3 <= read.gradients.arithmetic <= 15
     for cost in (read.scores, read.gradients):
         assert cost.arithmetic < cost.instructions < 3 * cost.arithmetic
 
