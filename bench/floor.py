@@ -4,13 +4,14 @@
                                                dtype or in float32, whichever is faster here
     critic family   c N^2 H / v / rate         c: instructions per vector of v pair-units (critic_code.py), one sweep
                                                rate: vector instructions a second on all torch threads (csrc/issue_rate)
+    cibr_loss       of its clip_loss and of its four critics, one after another
 
 The issue rate is that of independent multiply-adds, maxima and additions on full registers.  On Intel's server cores
 it is two a cycle: 512-bit vectors go to ports 0 (with 1 fused into it) and 5, comparisons into a mask to 5 alone.  c
 counts loads, broadcasts and the loop's own instructions at the same price, because they are issued, although other
 ports take them: a loop that overlapped them perfectly would go past this floor.  So the line below a table also has the
 time of the instructions that compute alone, which nothing can go past.  Left out: the front end, the caches, the
-exponentials (N^2, not N^2 H), packing and merging (N H).  cibr_loss, a clip_loss and four critics, has no floor here.
+exponentials (N^2, not N^2 H), packing and merging (N H), the critics' projections (N H times the width of the inputs).
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from dataclasses import dataclass
 import torch
 
 from bench.critic_code import Sweep, chosen_sweep
+from bench.disassembly import Unreadable
+from bench.inputs import HIDDEN, TERMS
+from bench.peers import fused_clip_passes
 from bench.registry import Case
 from cibr_kernels import backends
 from cibr_kernels.ops.native_call import fill
@@ -45,13 +49,34 @@ class Gauge:
         return self.work / (time.perf_counter() - began)
 
 
-def gauge(case: Case) -> Gauge | None:
+@dataclass(frozen=True)
+class Together:
+    """Work of several kinds, one after another; `rate` is how often a second all of it could be done."""
+
+    parts: tuple[tuple[Gauge, float], ...]  # and how much of its work
+    what: str
+
+    def rate(self) -> float:
+        return 1 / sum(work / gauge.rate() for gauge, work in self.parts)
+
+
+def gauge(case: Case) -> Gauge | Together | None:
     """The unit of a case's floor, warmed up; None where it has none."""
     if case.op in DOT_FAMILY:
         return vendor_gemm(case)
-    if case.op == "critic_moments" and backends.native_available():
+    if not backends.native_available():
+        return None
+    if case.op == "critic_moments":
         return issue_rate()
-    return None
+    try:
+        sweeps = len(TERMS) * sweep_seconds(chosen_sweep("relu"), case.n, case.n, HIDDEN, case.backward, rate=1.0)
+    except Unreadable:
+        return None
+    matmuls = fused_clip_passes(case)
+    return Together(
+        ((vendor_gemm(case), floor_seconds(matmuls, case.n, case.n, case.width, rate=1.0)), (issue_rate(), sweeps)),
+        f"{matmuls} matmuls at the vendor's rate and {len(TERMS)} critics as critic_moments",
+    )
 
 
 def panel(case: Case) -> tuple[int, int, int]:

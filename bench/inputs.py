@@ -11,6 +11,7 @@ import cibr_kernels as ck
 from bench.registry import SCALE, Case
 
 TERMS = ("image_own", "image_other", "text_own", "text_other")
+HIDDEN = 256  # units of each critic of cibr_loss
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def make_inputs(case: Case) -> Inputs:
         if case.op == "cibr_loss":
             tensors |= {"image_inputs": normal(n, 768), "text_inputs": normal(n, 512)}
             widths = {"image_own": 768, "image_other": 512, "text_own": 512, "text_other": 768}
-            critics.update({name: ck.nn.ConcatCritic(widths[name], case.width, 256) for name in TERMS})
+            critics.update({name: ck.nn.ConcatCritic(widths[name], case.width, HIDDEN) for name in TERMS})
     leaves = [tensors[name] for name in ("x", "z", "scale", "bias") if name in tensors]
     if case.backward:
         for leaf in leaves:

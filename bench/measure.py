@@ -68,7 +68,7 @@ class Row(Timed):
 
 @dataclass
 class Result:
-    """A measured case; `rate` is its floor's: the vendor GEMM's flop/s, or vector instructions a second of `unit`."""
+    """A measured case; `rate` is of its floor's unit: the vendor's flop/s, vector instructions or floors a second."""
 
     case: Case
     rows: list[Row]
@@ -117,7 +117,7 @@ def measure(
 
 
 def add_floor(result: Result) -> None:
-    """Percent of the floor: of every row in the dot family, of the fused one in the critic family."""
+    """Percent of the floor: of every row in the dot family, of the fused one elsewhere."""
     case, rate = result.case, result.rate
     if rate is None:
         return
@@ -127,6 +127,11 @@ def add_floor(result: Result) -> None:
                 row.floor_percent = 100 * floor_seconds(row.passes, case.n, case.n, case.width, rate) / row.time
         return
     fused = result.rows[0]
+    if case.op == "cibr_loss":
+        result.floor_note = f"floor: {result.unit}: {1e3 / rate:.3g} ms"
+        if fused.time:
+            fused.floor_percent = 100 / rate / fused.time
+        return
     try:
         floor = critic_floor(case, rate)
     except Unreadable as error:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import cibr_kernels as ck
 from bench import optional_peers
-from bench.inputs import TERMS, Inputs
+from bench.inputs import HIDDEN, TERMS, Inputs
 from bench.registry import TIERS, Case
 from cibr_kernels.ops.additive_moments.reference import moments
 from cibr_kernels.ops.cibr_loss.op import noisy, scale_gradient
@@ -174,7 +174,7 @@ def _small(case: Case) -> float:
     linear = 16 * 4 * case.n * max(case.width, 512) + 2 * ck.stash_budget()
     if ck.native_available():
         return linear + (itemsize(case) * case.n**2 if case.tier == "stash" and case.backward else 0)
-    matrices = {"clip_loss": 4.0, "siglip_loss": 6.0, "critic_moments": 5.0 * case.width, "cibr_loss": 5 * 256.0}
+    matrices = {"clip_loss": 4.0, "siglip_loss": 6.0, "critic_moments": 5.0 * case.width, "cibr_loss": 5.0 * HIDDEN}
     return linear + matrices[case.op] * 4 * case.n**2
 
 
@@ -222,7 +222,7 @@ IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
     ("critic_moments", "eager"): Implementation(lambda: eager_critic, _no_passes, lambda c: _activations(c, 2, 3)),
     ("cibr_loss", "fused"): Implementation(lambda: fused_cibr, _no_passes, _small),
     # each critic keeps one activation until backward, which then needs two more
-    ("cibr_loss", "eager"): Implementation(lambda: eager_cibr, _no_passes, lambda c: _activations(c, 2, 6, 256)),
+    ("cibr_loss", "eager"): Implementation(lambda: eager_cibr, _no_passes, lambda c: _activations(c, 2, 6, HIDDEN)),
 }
 
 

@@ -148,3 +148,28 @@ def test_a_critic_without_a_floor_says_why(monkeypatch):
         result = measure.Result(case, [Row("fused", [1.0], 10)], 1e9, "issue")
         measure.add_floor(result)
         assert result.rows[0].floor_percent is None and says in report.table(result)
+
+
+def test_cibr_loss_has_the_floor_of_its_matmuls_and_its_critics():
+    case = Case("cibr_loss", 64, 32)
+    unit = floor.gauge(case)
+    if unit is None:
+        pytest.skip("the critic's machine code cannot be read here")
+    (gemm, flops), (issue, instructions) = unit.parts
+    assert (gemm.what, issue.what) == ("vendor GEMM, float32", "issue")
+    assert flops == 3 * 2 * 64 * 64 * 32  # the stash fits
+    sweep = critic_code.chosen_sweep("relu")
+    assert instructions == 4 * floor.sweep_seconds(sweep, 64, 64, 256, True, 1.0)
+    assert 0 < unit.rate() < min(gemm.rate() * 100 / flops, issue.rate() * 100 / instructions)
+
+    class Steady(floor.Gauge):
+        def rate(self):
+            return self.work
+
+    parts = (Steady(4.0, print, ""), 8.0), (Steady(10.0, print, ""), 30.0)
+    assert floor.Together(parts, "").rate() == 1 / (2 + 3)
+
+    result = measure.Result(case, [Row("fused", seconds=[10.0]), Row("eager", seconds=[50.0])], 0.2, unit.what)
+    measure.add_floor(result)
+    assert result.rows[0].floor_percent == 50.0 and result.rows[1].floor_percent is None
+    assert "3 matmuls" in result.floor_note and result.floor_note.endswith("5e+03 ms")
