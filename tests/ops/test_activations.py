@@ -7,6 +7,9 @@ a and b of moderate size, whose exponentials are products of factors, and wide o
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ from cibr_kernels.ops.additive_shifts.op import additive_shifts
 SMOOTH = ["gelu", "gelu_tanh", "silu", "elu", "softplus", "tanh"]
 KEEP_DIGITS = ["silu", "elu", "softplus", "tanh"]  # of phi itself, however small
 ALPHA = 0.7
+FIT_PIECES = Path(__file__).resolve().parents[2] / "csrc/common/fit_pieces.py"
 
 each_smooth = pytest.mark.parametrize("activation", SMOOTH)
 
@@ -105,3 +109,8 @@ def test_far_from_zero(activation, isa):
     true_value, true_slope = exact(activation, t)
     torch.testing.assert_close(value, true_value, rtol=3e-7, atol=3e-7)
     torch.testing.assert_close(slope, true_slope, rtol=3e-7, atol=3e-7)
+
+
+def test_pieces_are_as_fitted():
+    check = subprocess.run([sys.executable, FIT_PIECES, "--check"], capture_output=True, text=True)
+    assert check.returncode == 0, check.stdout + check.stderr
