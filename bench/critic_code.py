@@ -92,8 +92,8 @@ def smooth_gradient_vectors(loop: Loop) -> int:
 
 def cost(loops: list[Loop], vectors: Callable[[Loop], int], what: str) -> Cost:
     """Of the loop that covers most vectors a turn: the others are what is left over of it.  Raises Unreadable."""
-    key = lambda pair: (pair[0], len(pair[1]))  # noqa: E731
-    covered, loop = max(((vectors(loop), loop) for loop in loops), key=key, default=(0, ()))
+    counted = [(vectors(loop), loop) for loop in loops]
+    covered, loop = max(counted, key=lambda pair: (pair[0], len(pair[1])), default=(0, ()))
     if not covered:
         raise Unreadable(f"no loop of {what} was recognised in the critic's machine code")
     arithmetic = sum(i.arithmetic for i in loop)

@@ -126,6 +126,7 @@ def written(numbers: Floats) -> str:
 
 
 def main() -> int:
+    """-> exit status: 0, or 1 where errors exceed the comment's or the numbers are not the fit's."""
     header, failed = HEADER.read_text(), False
     # two fits' errors, then value's and slope's of each
     stated = [float(x) for x in re.findall(r"\d\.\de-7", header.split("#pragma")[0])]
