@@ -13,8 +13,9 @@ In the ReLU family (relu, leaky_relu) the loops tell themselves how many vectors
 A smooth activation's loops (Smooth of csrc/common/additive_tiles.h) are a page of polynomial, one loop a function.
 What they store tells the vectors, and what they multiply is held against it:
 
-    scores      4 rows side by side (2 on smaller instruction sets), each at least one kept number and a product with w
     gradients   a tile of 4 rows and C columns a turn, whose 4 + C sums and gw's are stored; three products a pair
+    scores      a tile a turn (2 rows side by side on smaller instruction sets): a pair has at least one kept number and
+                one product with w
 
 This is of x86-64, and of the form in which an activation usually runs: wide inputs of silu, elu, softplus or tanh,
 whose exponentials are no products of factors (csrc/common/factored.h), take more.
@@ -77,10 +78,10 @@ def gradient_vectors(loop: Loop) -> int:
     return comparisons if sums == 2 * comparisons and not count(loop, "fmadd", "mulps", "maxps") else 0
 
 
-def smooth_score_vectors(loop: Loop) -> int:
-    """Rows that a turn takes side by side; 0 for another kind of loop."""
-    together = 4 if max(i.floats for i in loop) == 16 else 2
-    return together if min(stores(loop), count(loop, "fmadd", "mulps")) >= together else 0
+def smooth_score_vectors(loop: Loop, pairs: int) -> int:
+    """Pairs that a turn covers, of a tile of so many; 0 for another kind of loop."""
+    covered = pairs if max(i.floats for i in loop) == 16 else 2
+    return covered if min(stores(loop), count(loop, "fmadd", "mulps")) >= covered else 0
 
 
 def smooth_gradient_vectors(loop: Loop) -> int:
@@ -90,14 +91,14 @@ def smooth_gradient_vectors(loop: Loop) -> int:
     return pairs if count(loop, "fmadd", "mulps") >= 3 * pairs else 0
 
 
-def cost(loops: list[Loop], vectors: Callable[[Loop], int], what: str) -> Cost:
-    """Of the loop that covers most vectors a turn: the others are what is left over of it.  Raises Unreadable."""
+def cost(loops: list[Loop], vectors: Callable[[Loop], int], what: str) -> tuple[Cost, int]:
+    """Of the loop that covers most vectors a turn, and how many: others are what is left over.  Raises Unreadable."""
     counted = [(vectors(loop), loop) for loop in loops]
     covered, loop = max(counted, key=lambda pair: (pair[0], len(pair[1])), default=(0, ()))
     if not covered:
         raise Unreadable(f"no loop of {what} was recognised in the critic's machine code")
     arithmetic = sum(i.arithmetic for i in loop)
-    return Cost(len(loop) / covered, arithmetic / covered, max(i.floats for i in loop))
+    return Cost(len(loop) / covered, arithmetic / covered, max(i.floats for i in loop)), covered
 
 
 def form(activation: str, namespace: str) -> str:
@@ -105,7 +106,8 @@ def form(activation: str, namespace: str) -> str:
     name = activation.title().replace("_", "")
     factored = activation in ("silu", "softplus") or (activation in ("elu", "tanh") and namespace in FUSED)
     name = f"Factored{name}" if factored else name
-    return f"{len(name)}{name}" if factored else f"6DirectINS1_{len(name)}{name}E"
+    unit = "ILb1EE" if name == "FactoredElu" else ""  # the form for alpha = 1
+    return f"{len(name)}{name}{unit}" if factored else f"6DirectINS1_{len(name)}{name}E"
 
 
 def sweep(text: str, namespace: str, activation: str = "relu") -> Sweep:
@@ -117,13 +119,16 @@ def sweep(text: str, namespace: str, activation: str = "relu") -> Sweep:
 
     if activation in KINKED:
         found = loops("6Kinked")
-        return Sweep(cost(found, score_vectors, "scores"), cost(found, gradient_vectors, "gradients"))
+        scores, _ = cost(found, score_vectors, "scores")
+        gradients, _ = cost(found, gradient_vectors, "gradients")
+        return Sweep(scores, gradients)
     name = form(activation, namespace)
-    again = "6Direct" if name.startswith("6Direct") else name  # compilers merge those gradients: they are the same
-    return Sweep(
-        cost(loops("6Smooth", name, "6scoresILb1E"), smooth_score_vectors, "scores"),
-        cost(loops("6Smooth", again, "9gradientsI"), smooth_gradient_vectors, "gradients"),
-    )
+    direct = name.startswith("6Direct")
+    own, same = ("6Direct", "16FactoredSoftplus") if direct else (name, "6Direct")  # compilers merge equal gradients
+    found = loops("6Smooth", own, "9gradientsI") or loops("6Smooth", same, "9gradientsI")
+    gradients, pairs = cost(found, smooth_gradient_vectors, "gradients")
+    scores, _ = cost(loops("6Smooth", name, "6scoresILb1E"), lambda x: smooth_score_vectors(x, pairs), "scores")
+    return Sweep(scores, gradients)
 
 
 @lru_cache

@@ -102,14 +102,16 @@ SMOOTH = """
 
 
 def test_a_smooth_loop_that_stores_too_little_is_not_taken_for_one():
-    rows = 4 * "    1000:\tvfmadd231ps %zmm2,%zmm3,%zmm4\n    1006:\tvmovaps %zmm4,(%rax)\n"
-    whole = SMOOTH.replace("".join(SMOOTH.splitlines(True)[2:4]), rows)
-    with pytest.raises(disassembly.Unreadable, match="no loop of scores"):
-        critic_code.sweep(SMOOTH, "avx512", "tanh")
+    product, stored = "    2000:\tvfmadd231ps %zmm2,%zmm3,%zmm4\n", "    2006:\tvmovaps %zmm4,(%rax)\n"
+    tile = SMOOTH.replace(product, 3 * 16 * product + (4 + 4 + 1) * stored)  # three products a pair of a 4 x 4 tile
+    scores = "".join(SMOOTH.splitlines(True)[2:4])
     with pytest.raises(disassembly.Unreadable, match="no loop of gradients"):
-        critic_code.sweep(whole, "avx512", "tanh")
+        critic_code.sweep(SMOOTH, "avx512", "tanh")
     with pytest.raises(disassembly.Unreadable, match="no loop of scores"):
-        critic_code.sweep(whole, "avx512", "gelu")
+        critic_code.sweep(tile.replace(scores, 15 * scores), "avx512", "tanh")
+    assert critic_code.sweep(tile.replace(scores, 16 * scores), "avx512", "tanh").scores.arithmetic == 1
+    with pytest.raises(disassembly.Unreadable, match="no loop of gradients"):
+        critic_code.sweep(tile, "avx512", "gelu")
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the reading is of x86-64")

@@ -2,7 +2,7 @@
 // of a chain of dependent operations then has as many independent ones beside it, which hides their latency.
 //
 // Errors against float64, measured by tests/ops/test_activations.py on dense sweeps of [-60, 60] and of t near 0: value within
-// 3e-7 max(1, |phi|), slope within 3.1e-7; elu, tanh, softplus and silu keep 5e-7 of phi itself wherever it is tiny, so a
+// 3e-7 max(1, |phi|), slope within 3.1e-7; elu, tanh, softplus and silu keep 5e-7 of phi itself wherever t is tiny, so a
 // critic with small pre-activations loses nothing.
 #pragma once
 
@@ -110,6 +110,12 @@ CK_INLINE vf where_positive(vf t, float x, vf y) { return select(t > 0.0f, broad
 
 #if defined(__AVX512F__)
 CK_INLINE vf from_floor(vf y) { return _mm512_maskz_reduce_ps(0xffff, y, 1); }         // y - floor(y)
+CK_INLINE vf exponent(vf x) { return _mm512_maskz_getexp_ps(0xffff, x); }                // floor(log2(x)), x > 0
+CK_INLINE vf mantissa(vf x) { return _mm512_maskz_getmant_ps(0xffff, x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero); }
+CK_INLINE vf octave_part(vf x) { return reinterpret_cast<vf>(reinterpret_cast<vi>(x) >> 18); }  // in the low bits, for lookup
+CK_LIFT(exponent)
+CK_LIFT(mantissa)
+CK_LIFT(octave_part)
 CK_INLINE vf times_power(vf p, vf y) { return _mm512_maskz_scalef_ps(0xffff, p, y); }  // p 2^floor(y)
 CK_LIFT(from_floor)
 CK_LIFT_TWO(times_power, Vectors<N>, s.v[n])
@@ -121,6 +127,7 @@ CK_LIFT(power_bits)
 CK_LIFT(vabs)
 CK_LIFT(vreciprocal)
 CK_LIFT(rough_reciprocal)
+CK_LIFT_TWO(at_least, Vectors<N>, s.v[n])
 CK_LIFT_TWO(at_least, float, s)
 CK_LIFT_TWO(at_most, Vectors<N>, s.v[n])
 CK_LIFT_TWO(at_most, float, s)

@@ -142,7 +142,10 @@ void with_tile(const Problem& p, const F& f) {
     case Activation::leaky_relu: return f(Kinked{}, p.slope);
     case Activation::silu: done = with_factors(FactoredSilu{}); break;
     case Activation::elu:
-      if constexpr (FUSED) done = FactoredElu::takes(p.slope) && with_factors(FactoredElu{p.slope});
+      if constexpr (FUSED) {
+        if (p.slope == 1.0f) done = with_factors(FactoredElu<true>{1.0f});
+        else done = FactoredElu<false>::takes(p.slope) && with_factors(FactoredElu<false>{p.slope});
+      }
       break;
     case Activation::softplus: done = with_factors(FactoredSoftplus{}); break;
     case Activation::tanh:

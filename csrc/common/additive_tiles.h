@@ -13,7 +13,7 @@
 // The other activations compute phi once, keep one number (or phi and phi') of each pair of a small tile in the L1 cache until
 // its e_ij are known, make phi' of it then, and sum gw as they go.  e^{a + b} is e^a e^b: elu, silu, softplus and tanh
 // (common/factored.h) take one product where they would take an exponential, wherever a and b are moderate (less than 40, or
-// 20 for tanh, from an offset of the unit's own).
+// 20 for tanh and softplus, from an offset of the unit's own).
 #pragma once
 
 #include <math.h>
@@ -216,8 +216,9 @@ inline void add_lanes_each(const vf* v, [[maybe_unused]] int count, const float*
 template <class Phi>
 struct Smooth {
   static constexpr int GROUP_TILES = 24;
-  static constexpr int ROWS = 4, COLS = VL == 16 && Phi::KEPT == 2 ? 2 : 4;  // with 2, what is kept takes 16 KiB at h = 256
-  static constexpr int TOGETHER = VL == 16 ? 4 : 2;  // rows that go through phi side by side, as registers allow
+  static constexpr int ROWS = 4, COLS = VL == 16 ? Phi::COLUMNS : 4;  // what a tile keeps and packs competes for the L1 cache
+  static constexpr int TOGETHER = VL == 16 ? 4 : 2;   // rows that go through phi side by side, as registers allow
+  static constexpr int BESIDE = VL == 16 ? COLS : 1;  // columns of one walk along h: their loops would start and end apart
   static constexpr int A = Phi::A, B = Phi::B, KEPT = Phi::KEPT, RUN = VL;
   static constexpr bool KINKED = false, CENTRED = Phi::CENTRED;
   Phi phi;
@@ -228,23 +229,28 @@ struct Smooth {
   template <bool GRADIENTS>
   void scores(const Scratch& t, const Panel& panel, const float* w, int64_t h) const {
     vf sums[SCORES] = {};
-    for (int j = 0; j < COLS; j++)
+    for (int from = 0; from < COLS; from += BESIDE)
       for (int first = 0; first < ROWS; first += TOGETHER) {
-        const float *a = t.a + first * VL, *b = panel.b + j * VL;
-        float* keep = t.kept + (j * ROWS + first) * VL;
-        Vectors<TOGETHER> sum{};
+        const float *a = t.a + first * VL, *b = panel.b + from * VL;
+        float* keep = t.kept + (from * ROWS + first) * VL;
+        Vectors<TOGETHER> sum[BESIDE] = {};
         for (int64_t k = 0; k < h; k += VL) {
-          Vectors<TOGETHER> left[A], kept[KEPT];
-          vf right[B];
-          for (int q = 0; q < A; q++)
-            for (int i = 0; i < TOGETHER; i++) left[q].v[i] = load(a + (q * ROWS + i) * VL);
-          for (int q = 0; q < B; q++) right[q] = load(b + q * COLS * VL);
-          sum = phi.value(left, right, kept) * load(w + k) + sum;  // w is 0 in the padding
-          for (int q = 0; GRADIENTS && q < KEPT; q++)
-            for (int i = 0; i < TOGETHER; i++) store(keep + (q * PAIRS + i) * VL, kept[q].v[i]);
+          const vf weight = load(w + k);  // 0 in the padding
+#pragma GCC unroll 16
+          for (int j = 0; j < BESIDE; j++) {
+            Vectors<TOGETHER> left[A], kept[KEPT];
+            vf right[B];
+            for (int q = 0; q < A; q++)
+              for (int i = 0; i < TOGETHER; i++) left[q].v[i] = load(a + (q * ROWS + i) * VL);
+            for (int q = 0; q < B; q++) right[q] = load(b + (q * COLS + j) * VL);
+            sum[j] = phi.value(left, right, kept) * weight + sum[j];
+            for (int q = 0; GRADIENTS && q < KEPT; q++)
+              for (int i = 0; i < TOGETHER; i++) store(keep + (q * PAIRS + j * ROWS + i) * VL, kept[q].v[i]);
+          }
           a += A * ROWS * VL, b += B * COLS * VL, keep += KEPT * PAIRS * VL;
         }
-        for (int i = 0; i < TOGETHER; i++) sums[(first + i) * COLS + j] = sum.v[i];
+        for (int j = 0; j < BESIDE; j++)
+          for (int i = 0; i < TOGETHER; i++) sums[(first + i) * COLS + from + j] = sum[j].v[i];
       }
     add_lanes_each(sums, SCORES, panel.shift, t.s);
   }

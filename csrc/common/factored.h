@@ -8,6 +8,7 @@
 // A form of an activation packs A numbers of each a and B of each b, and has two functions of them:
 //   value(a, b, kept)   phi(a + b), and KEPT numbers that
 //   again(a, b, kept)   makes phi and phi' of once more: fewer numbers kept per pair cost less than what they save
+// COLUMNS of a tile on AVX-512: 2 or 4, as measured.
 #pragma once
 
 #include "common/activations.h"
@@ -19,7 +20,7 @@ namespace {
 // An activation as it is.
 template <class F>
 struct Direct {
-  static constexpr int A = 1, B = 1, KEPT = 2;
+  static constexpr int A = 1, B = 1, KEPT = 2, COLUMNS = 2;
   static constexpr bool CENTRED = false;
   F f;
 
@@ -84,7 +85,7 @@ CK_INLINE Vectors<N> product_minus(Vectors<N> a_high, Vectors<N> a_low, vf b_hig
 }
 
 struct FactoredSilu {
-  static constexpr int A = 2, B = 2, KEPT = 1;
+  static constexpr int A = 2, B = 2, KEPT = 1, COLUMNS = 2;
   static constexpr bool CENTRED = true;
   static constexpr float SPAN = 40.0f;
 
@@ -103,9 +104,11 @@ struct FactoredSilu {
   }
 };
 
-// phi of t <= 0 is kept at or below 0, so that its sign tells on which side t is.
+// phi of t <= 0 is kept at or below 0, so that its sign tells on which side t is.  With alpha = 1 (UNIT) phi is
+// max(t, min(e^t - 1, 0)), and phi' is min(phi + 1, 1).
+template <bool UNIT>
 struct FactoredElu {
-  static constexpr int A = 3, B = 3, KEPT = 1;
+  static constexpr int A = 3, B = 3, KEPT = 1, COLUMNS = 2;
   static constexpr bool CENTRED = true;
   static constexpr float SPAN = 40.0f;
   float alpha;
@@ -117,11 +120,12 @@ struct FactoredElu {
   void pack_b(vf x, vf centre, vf* packed) const { pack(x, centre, 1.0, packed); }
   template <int N>
   CK_INLINE_MEMBER Vectors<N> value(const Vectors<N>* a, const vf* b, Vectors<N>* kept) const {
-    const Vectors<N> t = a[0] + b[0], below = product_minus(a[1], a[2], b[1], b[2], alpha);
-    return kept[0] = where_positive(t, t, at_most(below, 0.0f));
+    const Vectors<N> t = a[0] + b[0];
+    const Vectors<N> below = at_most(product_minus(a[1], a[2], b[1], b[2], UNIT ? 1.0f : alpha), 0.0f);
+    return kept[0] = UNIT ? at_least(t, below) : where_positive(t, t, below);
   }
   CK_INLINE_MEMBER ValueAndSlope again(const vf* a, const vf* b, const vf* kept) const {
-    return {kept[0], where_positive(kept[0], 1.0f, a[1] * b[1])};
+    return {kept[0], UNIT ? at_most(kept[0] + 1.0f, 1.0f) : where_positive(kept[0], 1.0f, a[1] * b[1])};
   }
 
  private:
@@ -131,8 +135,32 @@ struct FactoredElu {
   }
 };
 
+#if defined(__AVX512F__)
+// w = 1 + e^t: phi = log w, phi' = 1 - 1 / w.  log w is that of the exponent, of a 32nd of an octave by a lookup
+// (common/pieces.h), and z - z^2 / 2 + z^3 / 3 of what remains: |z| <= 1 / 64, so the series is off by 1.5e-8.
 struct FactoredSoftplus {
-  static constexpr int A = 3, B = 3, KEPT = 1;
+  static constexpr int A = 1, B = 1, KEPT = 2, COLUMNS = 2;
+  static constexpr bool CENTRED = true;
+  static constexpr float SPAN = 20.0f;
+
+  void pack_a(vf x, vf centre, vf* packed) const { packed[0] = exponential_parts(x, centre, 1.0).high; }
+  void pack_b(vf x, vf centre, vf* packed) const { pack_a(x, centre, packed); }
+  template <int N>
+  CK_INLINE_MEMBER Vectors<N> value(const Vectors<N>* a, const vf* b, Vectors<N>* kept) const {
+    const Vectors<N> w = a[0] * b[0] + 1.0f;
+    const Vectors<N> index = octave_part(w), z = mantissa(w) * lookup(logarithms.reciprocal, index) - 1.0f;
+    const Vectors<N> rough = exponent(w) * 0.693147181f + lookup(logarithms.value, index);
+    for (int n = 0; n < N; n += 2) {  // 1 / x = y / (x y), 1 / y = x / (x y): a reciprocal costs more than three products
+      const vf r = vreciprocal(w.v[n] * w.v[n + 1]);
+      kept[1].v[n] = 1.0f - w.v[n + 1] * r, kept[1].v[n + 1] = 1.0f - w.v[n] * r;
+    }
+    return kept[0] = ((z * 0.333333333f - 0.5f) * z + 1.0f) * z + rough;
+  }
+  CK_INLINE_MEMBER ValueAndSlope again(const vf*, const vf*, const vf* kept) const { return {kept[0], kept[1]}; }
+};
+#else
+struct FactoredSoftplus {
+  static constexpr int A = 3, B = 3, KEPT = 1, COLUMNS = 2;
   static constexpr bool CENTRED = true;
   static constexpr float SPAN = 40.0f;
 
@@ -150,9 +178,11 @@ struct FactoredSoftplus {
     return {kept[0], vreciprocal(a[2] * b[2] + 1.0f)};
   }
 };
+#endif
 
+// u = e^{2t}: phi = (u - 1) / (u + 1), a rough quotient and its correction; phi' = 1 - phi^2.
 struct FactoredTanh {
-  static constexpr int A = 2, B = 2, KEPT = 1;
+  static constexpr int A = 2, B = 2, KEPT = 1, COLUMNS = 4;
   static constexpr bool CENTRED = true;
   static constexpr float SPAN = 20.0f;
 
@@ -161,18 +191,14 @@ struct FactoredTanh {
     packed[0] = parts.high, packed[1] = parts.low;
   }
   void pack_b(vf x, vf centre, vf* packed) const { pack_a(x, centre, packed); }
-  // u = e^{2t}: phi = (u - 1) r, phi' = 4 u r^2, r = 1 / (u + 1), where 1 - phi^2 would lose digits of a small slope.  `rest`
-  // is 1 - (u + 1) r from the numerator: 1 - 2 r is exact, and u + 1 is not.  The rough r does not wait for the numerator.
   template <int N>
   CK_INLINE_MEMBER Vectors<N> value(const Vectors<N>* a, const vf* b, Vectors<N>* kept) const {
-    const Vectors<N> less = product_minus(a[0], a[1], b[0], b[1], 1.0f);
-    const Vectors<N> r = rough_reciprocal(a[0] * b[0] + 1.0f), rest = (1.0f - r * 2.0f) - less * r;
-    kept[0] = r * rest + r;
-    return less * kept[0];
+    const Vectors<N> less = product_minus(a[0], a[1], b[0], b[1], 1.0f), more = less + 2.0f;
+    const Vectors<N> r = rough_reciprocal(more), rough = less * r;
+    return kept[0] = rough * (1.0f - more * r) + rough;
   }
-  CK_INLINE_MEMBER ValueAndSlope again(const vf* a, const vf* b, const vf* kept) const {
-    const vf less = a[0] * b[1] + (a[1] * b[0] + (a[0] * b[0] - 1.0f)), r = kept[0];
-    return {less * r, (less + 1.0f) * r * (r * 4.0f)};
+  CK_INLINE_MEMBER ValueAndSlope again(const vf*, const vf*, const vf* kept) const {
+    return {kept[0], 1.0f - kept[0] * kept[0]};
   }
 };
 

@@ -1,4 +1,5 @@
-"""Fits the pieces of Phi in pieces.h, where t Phi(t) = phi(t) is gelu or gelu_tanh, and writes their numbers there.
+"""Fits the pieces of Phi in pieces.h, where t Phi(t) = phi(t) is gelu or gelu_tanh, and writes their numbers there, and
+those of its logarithms.
 
 Piece i in [-15, 15] is the polynomial P of degree 5 in r = t - i step whose largest error is least, over 80 Chebyshev
 nodes of the t in [-bound, bound] with per_unit t nearest to i.  Two errors count alike: that of the value,
@@ -115,14 +116,28 @@ def simulate(numbers: Floats, function: Function) -> tuple[float, float]:
     return (abs(t * p - phi) / np.maximum(1, abs(phi))).max(), abs(fma(t, slope, p) - true_slope).max()
 
 
-def written(numbers: Floats) -> str:
-    """As in pieces.h, between the braces of a constant."""
+def written(numbers: Floats, single: int) -> str:
+    """As in pieces.h, between the braces of a constant: some single numbers, then rows of 32."""
     short = [f"{x:.9g}" for x in numbers.tolist()]
     text = [(x if "." in x or "e" in x else x + ".0") + "f," for x in short]
-    lines = [*text[:3], "{"]
-    for row in range(3, len(text), 32):
-        lines += ["{", *(" ".join(text[i : i + 8]) for i in range(row, row + 32, 8)), "},"]
-    return "\n" + "".join(f"  {line}\n" for line in [*lines, "},"])
+    rows: list[str] = []
+    for row in range(single, len(text), 32):
+        rows += ["{", *(" ".join(text[i : i + 8]) for i in range(row, row + 32, 8)), "},"]
+    lines = [*text[:single], "{", *rows, "},"] if single else rows  # an array of rows, or members of their own
+    return "\n" + "".join(f"  {line}\n" for line in lines)
+
+
+def logarithms() -> Floats:
+    """1 / c in float32 and log c, for the middle c of each 32nd of [1, 2)."""
+    reciprocal = (1 / (1 + (np.arange(32) + 0.5) / 32)).astype(np.float32)
+    return np.concatenate([reciprocal, -np.log(reciprocal.astype(np.float64))]).astype(np.float32)
+
+
+def constant(header: str, name: str) -> tuple[str, str, str]:
+    """A constant of the header: what comes before its numbers, they themselves, and what follows."""
+    before, declaration, after = header.partition(f" {name} = {{")
+    text, end, after = after.partition("};")
+    return before + declaration, text, end + after
 
 
 def main() -> int:
@@ -132,12 +147,10 @@ def main() -> int:
     stated = [float(x) for x in re.findall(r"\d\.\de-7", header.split("#pragma")[0])]
     for name, function, limits in (("gelu", gelu, stated[2:4]), ("gelu_tanh", gelu_tanh, stated[4:6])):
         fitted, error = fit(function, BOUNDS[name])
-        before, constant, after = header.partition(f"Pieces {name}_pieces = {{")
-        text, end, after = after.partition("};")
+        before, text, after = constant(header, f"{name}_pieces")
         if "--check" not in sys.argv:
-            text = written(fitted)
-            header = before + constant + text + end + after
-            HEADER.write_text(header)
+            text = written(fitted, 3)
+            header = before + text + after
         numbers = np.array(re.findall(r"(\S+)f,", text), np.float32)
         reach = float(fitted[2]) ** np.arange(DEGREE + 1)[:, None]
         ours, theirs = (x[3:].astype(np.float64).reshape(-1, 32) * reach for x in (fitted, numbers))
@@ -147,6 +160,13 @@ def main() -> int:
         failed |= not same or value > limits[0] or slope > limits[1]
         print(f"{name}: fit {error:.3g}; value {value:.3g} of {limits[0]}, slope {slope:.3g} of {limits[1]}", end="")
         print("" if same else "; the numbers are not the fit's")
+    before, text, after = constant(header, "logarithms")
+    numbers = np.array(re.findall(r"(\S+)f,", text), np.float32)
+    if "--check" not in sys.argv:
+        HEADER.write_text(before + written(logarithms(), 0) + after)
+    elif abs(numbers - logarithms()).max() > 2.0**-24:
+        failed = True
+        print("logarithms: the numbers are not those of 1 / c")
     return int(failed)
 
 

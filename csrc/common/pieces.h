@@ -6,6 +6,8 @@
 // gelu_tanh, before rounding; with it 2.7e-7 and 3.1e-7, 2.3e-7 and 2.5e-7.  Piece i in [-15, 15] is that of t / 31sts of the
 // range, rounded; its variable is t - i step with 15 step = bound, exactly, so that the two outermost end in a variable of 0
 // and a slope of 0: beyond them Phi is 0 or 1.  fit_pieces.py writes the numbers; run it, do not edit them.
+//
+// And what softplus takes of a logarithm by the same lookup.
 #pragma once
 
 #include "common/simd.h"
@@ -105,6 +107,26 @@ constexpr Pieces gelu_tanh_pieces = {
   0.0f, -1.05984309e-05f, 9.13467829e-06f, 3.99710007e-05f, 0.000133184629f, 0.000340729282f, 0.000670513255f, 0.000995425391f,
   0.00100154593f, 0.000243978939f, -0.0016154506f, -0.0042551551f, -0.00606035767f, -0.0046307235f, 0.000734463625f, 0.00706980983f,
   },
+  },
+};
+// 1 / c of the middle c of each 32nd of [1, 2), and log c.
+struct Logarithms {
+  alignas(64) float reciprocal[32];
+  alignas(64) float value[32];
+};
+
+constexpr Logarithms logarithms = {
+  {
+  0.984615386f, 0.955223858f, 0.927536249f, 0.901408434f, 0.876712322f, 0.853333354f, 0.83116883f, 0.810126603f,
+  0.790123463f, 0.771084309f, 0.752941191f, 0.735632181f, 0.719101131f, 0.703296721f, 0.688172042f, 0.673684239f,
+  0.659793794f, 0.646464646f, 0.633663356f, 0.621359229f, 0.609523833f, 0.598130822f, 0.587155938f, 0.576576591f,
+  0.566371679f, 0.556521714f, 0.547008574f, 0.537815154f, 0.528925598f, 0.520325184f, 0.512000024f, 0.503937006f,
+  },
+  {
+  0.015504186f, 0.0458095595f, 0.0752234012f, 0.10379681f, 0.131576359f, 0.158605009f, 0.184922338f, 0.210564747f,
+  0.235566065f, 0.259957552f, 0.283768147f, 0.307025045f, 0.32975328f, 0.351976395f, 0.373716414f, 0.394993752f,
+  0.41582793f, 0.436236769f, 0.456237435f, 0.475845903f, 0.495077223f, 0.513945758f, 0.532464862f, 0.55064708f,
+  0.568504751f, 0.58604908f, 0.603290796f, 0.620240331f, 0.636907518f, 0.653301299f, 0.669430614f, 0.685303986f,
   },
 };
 // clang-format on

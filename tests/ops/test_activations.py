@@ -21,32 +21,46 @@ from cibr_kernels.ops.additive_moments.reference import ACTIVATIONS
 from cibr_kernels.ops.additive_scores.op import additive_scores
 from cibr_kernels.ops.additive_shifts.op import additive_shifts
 
-SMOOTH = ["gelu", "gelu_tanh", "silu", "elu", "softplus", "tanh"]
-KEEP_DIGITS = ["silu", "elu", "softplus", "tanh"]  # of phi itself, however small
-ALPHA = 0.7
+SMOOTH = [
+    "gelu",
+    "gelu_tanh",
+    "silu",
+    "elu",
+    "elu_of_1",
+    "softplus",
+    "tanh",
+]  # elu with alpha = 1 has a form of its own
+KEEP_DIGITS = ["silu", "elu", "elu_of_1", "softplus", "tanh"]  # of phi itself where t is tiny
 FIT_PIECES = Path(__file__).resolve().parents[2] / "csrc/common/fit_pieces.py"
 
 each_smooth = pytest.mark.parametrize("activation", SMOOTH)
 
 
-def exact(activation: str, t: Tensor) -> tuple[Tensor, Tensor]:
+def named(case: str) -> tuple[str, float]:
+    """The activation, and elu's alpha (or a slope that means nothing)."""
+    return ("elu", 1.0) if case == "elu_of_1" else (case, 0.7)
+
+
+def exact(case: str, t: Tensor) -> tuple[Tensor, Tensor]:
     """phi and phi' of float64 t, with the digits that the reference's formulas lose where phi is tiny."""
+    activation, alpha = named(case)
     if activation == "gelu":
         cdf = torch.special.erfc(-t / math.sqrt(2)) / 2
         return t * cdf, cdf + t * torch.exp(-t * t / 2) / math.sqrt(2 * math.pi)
     if activation == "softplus":
         return t.clamp(min=0) + torch.log1p(torch.exp(-t.abs())), torch.sigmoid(t)
     if activation == "elu":
-        return torch.where(t > 0, t, ALPHA * torch.expm1(t)), torch.where(t > 0, 1.0, ALPHA * torch.exp(t))
+        return torch.where(t > 0, t, alpha * torch.expm1(t)), torch.where(t > 0, 1.0, alpha * torch.exp(t))
     phi, slope = ACTIVATIONS[activation]
-    return phi(t, ALPHA), slope(t, ALPHA)
+    return phi(t, alpha), slope(t, alpha)
 
 
-def measured(activation: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def measured(case: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """-> t in float64, phi and phi' (n, m), by kernels: each b alone gives the slopes of its column."""
     a = a[:, None].requires_grad_()
     b, one = b[:, None], torch.ones(1)
-    options = {"activation": activation, "slope": ALPHA, "backend": "native"}
+    activation, alpha = named(case)
+    options = {"activation": activation, "slope": alpha, "backend": "native"}
     scores = additive_scores(a, b, one, **options)
     slopes = [torch.autograd.grad(additive_scores(a, bj[None], one, **options).sum(), a)[0] for bj in b]
     return a.detach().double() + b.double().T, scores.detach().double(), torch.cat(slopes, 1).double()
@@ -92,12 +106,29 @@ def test_large_biases_cost_no_digits(activation, isa):
 def test_shifts_have_the_same_errors(activation, isa):
     a = torch.linspace(-60, 60, 8001)[:, None].requires_grad_()
     b, one = torch.zeros(8001, 1), torch.ones(1)
+    name, alpha = named(activation)
     with testing.instruction_set(isa):
-        scores = additive_shifts(a, b, one, 1, first=0, activation=activation, slope=ALPHA, backend="native")
+        scores = additive_shifts(a, b, one, 1, first=0, activation=name, slope=alpha, backend="native")
         (slope,) = torch.autograd.grad(scores.sum(), a)
     true_value, true_slope = exact(activation, a.detach().double()[:, 0])
     assert ((scores[0].detach() - true_value).abs() <= 3e-7 * true_value.abs().clamp(min=1)).all()
     assert ((slope[:, 0] - true_slope).abs() <= 3.6e-7).all()
+
+
+@each_isa
+@pytest.mark.parametrize("alpha", [1e-7, 1e-6, 1e6, 1e7])
+def test_elu_at_the_ends_of_its_factored_form(alpha, isa):
+    """From 1e-6 to 1e6 alpha is in a factor; outside it is not."""
+    a = torch.linspace(-4, 4, 401)[:, None].requires_grad_()
+    b, one = torch.zeros(1, 1), torch.ones(1)
+    with testing.instruction_set(isa):
+        scores = additive_scores(a, b, one, activation="elu", slope=alpha, backend="native")
+        (slope,) = torch.autograd.grad(scores.sum(), a)
+    t = a.detach().double()
+    true_value = torch.where(t > 0, t, alpha * torch.expm1(t))
+    true_slope = torch.where(t > 0, 1.0, alpha * torch.exp(t))
+    torch.testing.assert_close(scores.detach().double(), true_value, rtol=3e-7, atol=0)
+    torch.testing.assert_close(slope.double(), true_slope, rtol=3e-7, atol=0)
 
 
 @each_isa
