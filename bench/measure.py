@@ -55,6 +55,11 @@ class Timed:
         """Median seconds."""
         return median(self.seconds) if self.seconds else None
 
+    @property
+    def best(self) -> float | None:
+        """Least seconds."""
+        return min(self.seconds, default=None)
+
 
 @dataclass
 class Row(Timed):
@@ -117,20 +122,23 @@ def measure(
 
 
 def add_floor(result: Result) -> None:
-    """Percent of the floor: of every row in the dot family, of the fused one elsewhere."""
+    """Percent of the floor: of every row in the dot family, of the fused one elsewhere.
+
+    The floor is from the best rate of its unit, so from the best run's time too.
+    """
     case, rate = result.case, result.rate
     if rate is None:
         return
     if case.op in DOT_FAMILY:
         for row in result.rows:
-            if row.time and row.passes:
-                row.floor_percent = 100 * floor_seconds(row.passes, case.n, case.n, case.width, rate) / row.time
+            if row.best and row.passes:
+                row.floor_percent = 100 * floor_seconds(row.passes, case.n, case.n, case.width, rate) / row.best
         return
     fused = result.rows[0]
     if case.op == "cibr_loss":
         result.floor_note = f"floor: {result.unit}: {1e3 / rate:.3g} ms"
-        if fused.time:
-            fused.floor_percent = 100 / rate / fused.time
+        if fused.best:
+            fused.floor_percent = 100 / rate / fused.best
         return
     try:
         floor = critic_floor(case, rate)
@@ -138,10 +146,10 @@ def add_floor(result: Result) -> None:
         result.floor_note = f"no floor: {error}"
         return
     result.floor_note = f"{floor.note}: {1e3 * floor.seconds:.3g} ms"
-    if fused.time:
-        fused.floor_percent = 100 * floor.seconds / fused.time
+    if fused.best:
+        fused.floor_percent = 100 * floor.seconds / fused.best
         result.floor_note += (
-            f"; what computes alone: {1e3 * floor.arithmetic:.3g} ms, {100 * floor.arithmetic / fused.time:.0f} %"
+            f"; what computes alone: {1e3 * floor.arithmetic:.3g} ms, {100 * floor.arithmetic / fused.best:.0f} %"
         )
 
 

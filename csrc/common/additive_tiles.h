@@ -212,6 +212,14 @@ inline void add_lanes_each(const vf* v, [[maybe_unused]] int count, const float*
 #endif
 }
 
+// A number for two products: left in memory, GCC would load it for each of them.
+inline vf in_register(vf x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
+
 // phi and phi' of a + b in a form of common/factored.h.
 template <class Phi>
 struct Smooth {
@@ -277,8 +285,9 @@ struct Smooth {
           for (int q = 0; q < A; q++) left[q] = load(a + (q * ROWS + i) * VL);
           for (int q = 0; q < KEPT; q++) kept[q] = load(keep + (q * PAIRS + j * ROWS + i) * VL);
           const ValueAndSlope f = phi.again(left, right, kept);
-          row_sum[i] += e[i * COLS + j] * f.slope;
-          column_sum += e[i * COLS + j] * f.slope;
+          const vf slope = in_register(f.slope);
+          row_sum[i] += e[i * COLS + j] * slope;
+          column_sum += e[i * COLS + j] * slope;
           weight_sum[i] += e[i * COLS + j] * f.value;
         }
         store(gb + j * VL, column_sum);
