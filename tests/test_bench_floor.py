@@ -171,7 +171,9 @@ def test_cibr_loss_has_the_floor_of_its_matmuls_and_its_critics():
     parts = (Steady(4.0, print, ""), 8.0), (Steady(10.0, print, ""), 30.0)
     assert floor.Together(parts, "").rate() == 1 / (2 + 3)
 
-    result = measure.Result(case, [Row("fused", seconds=[12.0, 10.0, 15.0]), Row("eager", seconds=[50.0])], 0.2, unit.what)
+    result = measure.Result(
+        case, [Row("fused", seconds=[12.0, 10.0, 15.0]), Row("eager", seconds=[50.0])], 0.2, unit.what
+    )
     measure.add_floor(result)
     assert result.rows[0].floor_percent == 50.0 and result.rows[1].floor_percent is None
     assert "3 matmuls" in result.floor_note and result.floor_note.endswith("5e+03 ms")
