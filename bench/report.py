@@ -40,7 +40,7 @@ def _line(row: Row, fused: Row) -> str:
 
 
 def table(result: Result) -> str:
-    """A case's block; ratios are this row over the fused one, percent is of the floor (bench/floor.py), best of both."""
+    """A case's block; ratios are this row over the fused one, percents of the floor (bench/floor.py), best of both."""
     gemm = result.rate if result.case.op in DOT_FAMILY else None
     rate = f"   {result.unit} {gemm / 1e9:.0f} GF/s" if gemm else ""
     head = f"{result.case.name}  (width {result.case.width}){rate}"
