@@ -11,11 +11,15 @@ import cibr_kernels as ck
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first: whoever is free takes short ones from the other end, and those of one module stay together.
+    """Slow tests first, and first of them those of the static table, which share five minutes of compiling.
 
-    The static table's tests share what takes five minutes to compile.
+    A worker that is free takes tests from the end of another's, so these stay together.
     """
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+    def key(item: pytest.Item) -> tuple[bool, bool]:
+        return item.get_closest_marker("slow") is None, item.path.stem != "test_static"
+
+    items.sort(key=key)
 
 
 @pytest.fixture(autouse=True)
