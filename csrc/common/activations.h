@@ -111,15 +111,16 @@ CK_INLINE vf where_positive(vf t, float x, vf y) { return select(t > 0.0f, broad
 
 #if defined(__AVX512F__)
 CK_INLINE vf from_floor(vf y) { return _mm512_maskz_reduce_ps(0xffff, y, 1); }         // y - floor(y)
-CK_INLINE vf exponent(vf x) { return _mm512_maskz_getexp_ps(0xffff, x); }                // floor(log2(x)), x > 0
-CK_INLINE vf mantissa(vf x) { return _mm512_maskz_getmant_ps(0xffff, x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero); }
-CK_INLINE vf octave_part(vf x) { return reinterpret_cast<vf>(reinterpret_cast<vi>(x) >> 18); }  // in the low bits, for lookup
-CK_LIFT(exponent)
-CK_LIFT(mantissa)
-CK_LIFT(octave_part)
 CK_INLINE vf times_power(vf p, vf y) { return _mm512_maskz_scalef_ps(0xffff, p, y); }  // p 2^floor(y)
 CK_LIFT(from_floor)
 CK_LIFT_TWO(times_power, Vectors<N>, s.v[n])
+// Of x > 0: floor(log2(x)), x over that power of two, and in which 32nd of its octave it is (in the low bits, for lookup).
+CK_INLINE vf exponent(vf x) { return _mm512_maskz_getexp_ps(0xffff, x); }
+CK_INLINE vf mantissa(vf x) { return _mm512_maskz_getmant_ps(0xffff, x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero); }
+CK_INLINE vf octave_part(vf x) { return reinterpret_cast<vf>(reinterpret_cast<vi>(x) >> 18); }
+CK_LIFT(exponent)
+CK_LIFT(mantissa)
+CK_LIFT(octave_part)
 #else
 // 2^k from k + 1.5 * 2^23
 CK_INLINE vf power_bits(vf x) { return reinterpret_cast<vf>((reinterpret_cast<vi>(x) << 23) + 0x3f800000); }

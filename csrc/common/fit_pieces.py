@@ -1,5 +1,4 @@
-"""Fits the pieces of Phi in pieces.h, where t Phi(t) = phi(t) is gelu or gelu_tanh, and writes their numbers there, and
-those of its logarithms.
+"""Writes the numbers of pieces.h: fitted pieces of Phi, where t Phi(t) = phi(t) is gelu or gelu_tanh, and logarithms.
 
 Piece i in [-15, 15] is the polynomial P of degree 5 in r = t - i step whose largest error is least, over 80 Chebyshev
 nodes of the t in [-bound, bound] with per_unit t nearest to i.  Two errors count alike: that of the value,

@@ -109,6 +109,7 @@ constexpr Pieces gelu_tanh_pieces = {
   },
   },
 };
+
 // 1 / c of the middle c of each 32nd of [1, 2), and log c.
 struct Logarithms {
   alignas(64) float reciprocal[32];

@@ -21,15 +21,8 @@ from cibr_kernels.ops.additive_moments.reference import ACTIVATIONS
 from cibr_kernels.ops.additive_scores.op import additive_scores
 from cibr_kernels.ops.additive_shifts.op import additive_shifts
 
-SMOOTH = [
-    "gelu",
-    "gelu_tanh",
-    "silu",
-    "elu",
-    "elu_of_1",
-    "softplus",
-    "tanh",
-]  # elu with alpha = 1 has a form of its own
+# elu with alpha = 1 has a form of its own
+SMOOTH = ["gelu", "gelu_tanh", "silu", "elu", "elu_of_1", "softplus", "tanh"]
 KEEP_DIGITS = ["silu", "elu", "elu_of_1", "softplus", "tanh"]  # of phi itself where t is tiny
 FIT_PIECES = Path(__file__).resolve().parents[2] / "csrc/common/fit_pieces.py"
 

@@ -58,7 +58,7 @@ def losses(batch: dict[str, Any], **changes: Any) -> list[Tensor]:
     return found
 
 
-def close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype, scale: float) -> None:
+def assert_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype, scale: float) -> None:
     eps = 4 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5
     for a, e in zip(actual, expected, strict=True):
         size = e.abs().max().item() if e.dim() else max(1.0, abs(e.item()))
@@ -70,7 +70,7 @@ def close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype, scal
 def test_swapping_towers_swaps_gradients(batch):
     clip, cx, cy, siglip, sx, sy = losses(batch)
     swapped = losses(batch, x=batch["y"], y=batch["x"])
-    close(swapped, [clip, cy, cx, siglip, sy, sx], batch["x"].dtype, batch["scale"])
+    assert_close(swapped, [clip, cy, cx, siglip, sy, sx], batch["x"].dtype, batch["scale"])
 
 
 @search
@@ -81,7 +81,7 @@ def test_permuting_pairs_permutes_gradients(batch, random):
     moved = {k: v[order] for k, v in batch.items() if isinstance(v, Tensor)}
     clip, cx, cy, siglip, sx, sy = losses(batch)
     expected = [clip, cx[order], cy[order], siglip, sx[order], sy[order]]
-    close(losses(batch, **moved), expected, batch["x"].dtype, batch["scale"])
+    assert_close(losses(batch, **moved), expected, batch["x"].dtype, batch["scale"])
 
 
 @search
@@ -89,7 +89,7 @@ def test_permuting_pairs_permutes_gradients(batch, random):
 def test_scaling_all_weights_changes_nothing(batch, factor):
     n = len(batch["x"])
     weights = torch.full((n,), factor) if batch["weights"] is None else batch["weights"] * factor
-    close(losses(batch, weights=weights), losses(batch), batch["x"].dtype, batch["scale"])
+    assert_close(losses(batch, weights=weights), losses(batch), batch["x"].dtype, batch["scale"])
 
 
 @search
