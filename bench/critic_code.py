@@ -127,7 +127,8 @@ def sweep(text: str, namespace: str, activation: str = "relu") -> Sweep:
     own, same = ("6Direct", "16FactoredSoftplus") if direct else (name, "6Direct")  # compilers merge equal gradients
     found = loops("6Smooth", own, "9gradientsI") or loops("6Smooth", same, "9gradientsI")
     gradients, pairs = cost(found, smooth_gradient_vectors, "gradients")
-    scores, _ = cost(loops("6Smooth", name, "6scoresILb1E"), lambda x: smooth_score_vectors(x, pairs), "scores")
+    found = loops("6Smooth", name, "6scoresILb1E") + loops("6Smooth", name, "14scores_in_turnILb1E")
+    scores, _ = cost(found, lambda x: smooth_score_vectors(x, pairs), "scores")
     return Sweep(scores, gradients)
 
 

@@ -134,7 +134,7 @@ class Sweep : Operands<Tile> {
       g.positives += t.s[i * COLS + j];
       if (!p.include_diagonal) t.s[i * COLS + j] = NOTHING;
     }
-    for (int64_t x = count * COLS; x < SCORES; x++) t.s[x] = NOTHING;
+    for (int64_t x = count * COLS; x < ROWS * COLS; x++) t.s[x] = NOTHING;  // lanes past a tile are that already
     vf top = load(t.s);
     for (int64_t x = VL; x < SCORES; x += VL) top = vmax(load(t.s + x), top);
     if (any(greater(top, broadcast(g.shift + HEADROOM)))) move_shift(g, reduce_max(top), t);

@@ -213,18 +213,62 @@ CK_INLINE Vectors<N> lookup(const float* numbers, Vectors<N> index) {
   return z;
 }
 
-// t Phi(t) and its slope; Phi in pieces.
+// t Phi(t) and its slope, Phi in pieces, by STEPS of few instructions that need what the step before them made.
+// IN_TURN: instructions stay in the order in which steps are run; GCC would put those that are independent in another.
+template <class V, bool IN_TURN>
+struct Piecewise {
+  static constexpr int STEPS = 10;
+  V slope, value;
+
+  CK_INLINE_MEMBER void start(V x) { t = made(x); }
+
+  template <int STEP, bool SLOPE = true>
+  CK_INLINE_MEMBER void run(const Pieces& phi) {
+    if constexpr (STEP == 0) {
+      r = made(clamp(t, phi.bound));
+    } else if constexpr (STEP == 1) {
+      index = made(r * phi.per_unit + 12582912.0f);  // rounds to the nearest integer, and has it in its low bits
+    } else if constexpr (STEP == 2) {
+      next = made(index - 12582912.0f);
+      slope = made(lookup(phi.c[5], index));
+    } else if constexpr (STEP == 3) {
+      r = made(r - next * phi.step);
+      value = made(lookup(phi.c[4], index));
+    } else if constexpr (STEP == 4) {
+      value = made(slope * r + value);
+      next = made(lookup(phi.c[3], index));
+    } else if constexpr (STEP < 9) {
+      if (SLOPE) slope = made(slope * r + value);
+      value = made(value * r + next);
+      if constexpr (STEP < 8) next = made(lookup(phi.c[7 - STEP], index));
+    } else {
+      if (SLOPE) slope = made(t * slope + value);
+      value = made(t * value);
+    }
+  }
+
+  // All steps from STEP on.
+  template <int STEP = 0>
+  CK_INLINE_MEMBER Activated<V> finish(const Pieces& phi) {
+    run<STEP>(phi);
+    if constexpr (STEP + 1 < STEPS) return finish<STEP + 1>(phi);
+    return {value, slope};
+  }
+
+ private:
+  V t, index, r, next;
+
+  static CK_INLINE_MEMBER V made(V x) {
+    if constexpr (IN_TURN) asm volatile("" : "+v"(x));
+    return x;
+  }
+};
+
 template <class V>
 CK_INLINE Activated<V> piecewise(V t, const Pieces& phi) {
-  const V x = clamp(t, phi.bound);
-  const V index = x * phi.per_unit + 12582912.0f;  // rounds to the nearest integer, and has it in its low bits
-  const V r = x - (index - 12582912.0f) * phi.step;
-  V slope = lookup(phi.c[5], index), p = slope * r + lookup(phi.c[4], index);
-  for (int m = 3; m >= 0; m--) {
-    slope = slope * r + p;
-    p = p * r + lookup(phi.c[m], index);
-  }
-  return {t * p, t * slope + p};
+  Piecewise<V, false> chain;
+  chain.start(t);
+  return chain.finish(phi);
 }
 
 template <class V>

@@ -15,6 +15,13 @@ namespace ck {
 namespace CK_ISA {
 namespace {
 
+#if defined(__AVX512F__)
+template <>
+constexpr const Pieces* PIECES<Direct<Gelu>> = &gelu_pieces;
+template <>
+constexpr const Pieces* PIECES<Direct<GeluTanh>> = &gelu_tanh_pieces;
+#endif
+
 constexpr int64_t BLOCK_FLOATS = 32 << 10;  // b's block, its transpose and a group's sum for gb (128 KiB each) share L2
 
 void fill(float* x, int64_t size, float value) {

@@ -220,6 +220,26 @@ inline vf in_register(vf x) {
   return x;
 }
 
+#if defined(__AVX512F__)
+// The pieces of an activation that is computed by them; no other has any.
+template <class Phi>
+constexpr const Pieces* PIECES = nullptr;
+
+// f(Constant<0>()), ..., f(Constant<COUNT - 1>()).
+template <int I>
+struct Constant {
+  static constexpr int value = I;
+};
+template <int COUNT, class F, int I = 0>
+CK_INLINE void each(const F& f) {
+  if constexpr (I < COUNT) {
+    f(Constant<I>());
+    each<COUNT, F, I + 1>(f);
+  }
+}
+#define CK_INLINE_LAMBDA __attribute__((always_inline))
+#endif
+
 // phi and phi' of a + b in a form of common/factored.h.
 template <class Phi>
 struct Smooth {
@@ -236,6 +256,9 @@ struct Smooth {
 
   template <bool GRADIENTS>
   void scores(const Scratch& t, const Panel& panel, const float* w, int64_t h) const {
+#if defined(__AVX512F__)
+    if constexpr (PIECES<Phi> != nullptr) return scores_in_turn<GRADIENTS>(t, panel, w, h);
+#endif
     vf sums[SCORES] = {};
     for (int from = 0; from < COLS; from += BESIDE)
       for (int first = 0; first < ROWS; first += TOGETHER) {
@@ -263,15 +286,18 @@ struct Smooth {
     add_lanes_each(sums, SCORES, panel.shift, t.s);
   }
 
-  // All three sums: next to phi, leaving one out would save nothing worth a template.
+  // All three sums: next to phi, leaving one out would save nothing worth a template.  From the last units back to the first:
+  // what the scores kept last is still in the L1 cache, where wide critics do not fit.
   template <bool, bool>
   void gradients(const Scratch& t, const Panel& panel, int64_t h) const {
     vf e[PAIRS];
 #pragma GCC unroll 16
     for (int p = 0; p < PAIRS; p++) e[p] = broadcast(t.s[p]);
-    const float *a = t.a, *b = panel.b, *keep = t.kept;
-    float *ga = t.ga, *gb = panel.gb, *gw = t.gw;
-    for (int64_t k = 0; k < h; k += VL) {
+    const int64_t runs = (h + VL - 1) / VL;
+    const float *a = t.a + runs * A * ROWS * VL, *b = panel.b + runs * B * COLS * VL, *keep = t.kept + runs * KEPT * PAIRS * VL;
+    float *ga = t.ga + runs * ROWS * VL, *gb = panel.gb + runs * COLS * VL, *gw = t.gw + runs * VL;
+    for (int64_t run = 0; run < runs; run++) {
+      a -= A * ROWS * VL, b -= B * COLS * VL, keep -= KEPT * PAIRS * VL, ga -= ROWS * VL, gb -= COLS * VL, gw -= VL;
       vf row_sum[ROWS], weight_sum[ROWS] = {load(gw)};
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; i++) row_sum[i] = load(ga + i * VL);
@@ -295,11 +321,41 @@ struct Smooth {
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; i++) store(ga + i * VL, row_sum[i]);
       store(gw, (weight_sum[0] + weight_sum[1]) + (weight_sum[2] + weight_sum[3]));
-      a += A * ROWS * VL, b += B * COLS * VL, keep += KEPT * PAIRS * VL, ga += ROWS * VL, gb += COLS * VL, gw += VL;
     }
   }
 
  private:
+#if defined(__AVX512F__)
+  // The same for a form in pieces.  Its chains of dependent steps are long: pairs take them two by two, each two BEHIND steps
+  // after those before them, so that lookups, which one port takes, come between the products of other pairs.
+  template <bool GRADIENTS>
+  void scores_in_turn(const Scratch& t, const Panel& panel, const float* w, int64_t h) const {
+    using Chain = Piecewise<vf, true>;
+    constexpr int BEHIND = 4, LAST = Chain::STEPS + 1;  // the first step is t, the last takes phi
+    const float *a = t.a, *b = panel.b;
+    float* keep = t.kept;
+    vf sum[PAIRS] = {}, sums[SCORES] = {};
+    for (int64_t k = 0; k < h; k += VL) {
+      const vf weight = load(w + k);  // 0 in the padding
+      Chain pair[PAIRS];
+      each<LAST + 1 + BEHIND * (PAIRS / 2 - 1)>([&](auto turn) CK_INLINE_LAMBDA {
+        each<PAIRS>([&](auto index) CK_INLINE_LAMBDA {
+          constexpr int p = decltype(index)::value, step = decltype(turn)::value - BEHIND * (p / 2);
+          if constexpr (step == 0) pair[p].start(load(a + p % ROWS * VL) + load(b + p / ROWS * VL));
+          if constexpr (step > 0 && step < LAST) pair[p].template run<step - 1, GRADIENTS>(*PIECES<Phi>);
+          if constexpr (step == LAST) {
+            if (GRADIENTS) store(keep + p * VL, pair[p].value), store(keep + (PAIRS + p) * VL, pair[p].slope);
+            sum[p] += pair[p].value * weight;
+          }
+        });
+      });
+      a += A * ROWS * VL, b += B * COLS * VL, keep += KEPT * PAIRS * VL;
+    }
+    for (int p = 0; p < PAIRS; p++) sums[p % ROWS * COLS + p / ROWS] = sum[p];
+    add_lanes_each(sums, SCORES, panel.shift, t.s);
+  }
+#endif
+
   static constexpr int PAIRS = ROWS * COLS, SCORES = (PAIRS + VL - 1) / VL * VL;
 };
 
