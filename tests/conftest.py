@@ -11,9 +11,9 @@ import cibr_kernels as ck
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first, and first of them those of the static table, which share five minutes of compiling.
+    """Slow tests first, and first of them those of the static table, for which one worker compiles for five minutes.
 
-    A worker that is free takes tests from the end of another's, so these stay together.
+    A worker that is free takes tests from the end of another's, so no other waits for that table.
     """
 
     def key(item: pytest.Item) -> tuple[bool, bool]:

@@ -1,5 +1,6 @@
 """The penalty on the closed-form toy (`python bench/ toy`): it removes redundancy, and only in the right direction."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -65,5 +66,17 @@ def test_penalty_lowers_redundancy_and_a_reversed_one_does_not():
 
 
 @pytest.mark.slow
-def test_all_pairs_reach_the_optimum_in_every_seed(capsys):
-    assert toy.main() == 0, capsys.readouterr().out
+@pytest.mark.parametrize("seed", toy.SEEDS)
+@pytest.mark.parametrize("variant", ["none", "all pairs"])
+def test_only_all_pairs_reach_the_optimum(variant, seed):
+    outcome = toy.train(variant, seed)
+    assert toy.accepted(outcome), outcome
+
+
+def test_the_command_runs_every_variant_and_says_who_missed(capsys, tmp_path):
+    assert toy.main(tmp_path / "toy.json", seeds=[0], steps=2) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 + len(toy.STARTS) * len(toy.VARIANTS)
+    assert [line.split()[0] for line in printed[2:]] == [start for start in toy.STARTS for _ in toy.VARIANTS]
+    assert sum("FAIL <= 0.43, shared > 1.65" in line for line in printed) == 1
+    assert len(json.loads((tmp_path / "toy.json").read_text())["runs"]) == len(printed) - 2

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 pytest.importorskip("triton")
 
@@ -23,9 +25,16 @@ UPDATE = "python tests/gpu_without_gpu/static_table.py --update"
 TENSOR = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
 
 
-@pytest.fixture(scope="module")
-def computed():
-    return static_table.compute_all()
+@pytest.fixture(scope="session")
+def computed(tmp_path_factory):
+    """Compiled once, by the first worker that asks: minutes on two cores."""
+    shared = tmp_path_factory.getbasetemp().parent / f"static-table-{os.environ.get('PYTEST_XDIST_TESTRUNUID')}.json"
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return static_table.compute_all()
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            shared.write_text(json.dumps(static_table.compute_all()))
+        return json.loads(shared.read_text())
 
 
 @pytest.mark.slow
