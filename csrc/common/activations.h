@@ -121,11 +121,10 @@ CK_INLINE vf octave_part(vf x) { return reinterpret_cast<vf>(reinterpret_cast<vi
 CK_LIFT(exponent)
 CK_LIFT(mantissa)
 CK_LIFT(octave_part)
-#else
+#endif
 // 2^k from k + 1.5 * 2^23
 CK_INLINE vf power_bits(vf x) { return reinterpret_cast<vf>((reinterpret_cast<vi>(x) << 23) + 0x3f800000); }
 CK_LIFT(power_bits)
-#endif
 CK_LIFT(vabs)
 CK_LIFT(vreciprocal)
 CK_LIFT(rough_reciprocal)
@@ -147,27 +146,27 @@ CK_INLINE Vectors<N> where_positive(Vectors<N> t, float x, Vectors<N> y) {
 #undef CK_LIFT
 #undef CK_EACH
 
+template <class V>
 struct Exponential {
-  vf value, minus_one;
+  V value, minus_one;
 };
 
 // e^x and e^x - 1 for x <= 87, relative errors below 2e-7; 0 and -1 below -87.7.  The polynomial of simd.h's vexp without the
 // guards no caller here needs, and once more without the 1 that would round r away.
-CK_INLINE Exponential exponential(vf x) {
-  const vf magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  x = vmax(x, broadcast(-88.0f));  // k = -127 there, whose power below is 0
-  const vf shifted = x * 1.44269504088896341f + magic;
-  const vf k = shifted - magic;
-  vf r = x - k * 0.693359375f;
-  r = r + k * 2.12194440e-4f;
-  vf p = broadcast(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
+template <class V>
+CK_INLINE Exponential<V> exponential(V x) {
+  x = at_least(x, -88.0f);  // k = -127 there, whose power below is 0
+  const V shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const V k = shifted - 12582912.0f;
+  V r = k * -0.693359375f + x;
+  r = k * 2.12194440e-4f + r;
+  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r;
-  const vf power = reinterpret_cast<vf>((reinterpret_cast<vi>(shifted) << 23) + 0x3f800000);  // 2^k
+  const V power = power_bits(shifted);  // 2^k
   return {p * power + power, p * power + (power - 1.0f)};
 }
 
@@ -322,10 +321,10 @@ CK_INLINE Activated<V> silu(V t) {
   return {value, value * (u * r) + r};
 }
 
-CK_INLINE ValueAndSlope elu(vf t, float alpha) {
-  const Exponential e = exponential(vmin(t, vf{}));
-  const vi positive = t > 0.0f;
-  return {select(positive, t, alpha * e.minus_one), select(positive, broadcast(1.0f), alpha * e.value)};
+template <class V>
+CK_INLINE Activated<V> elu(V t, float alpha) {
+  const Exponential<V> e = exponential(at_most(t, 0.0f));
+  return {where_positive(t, t, alpha * e.minus_one), where_positive(t, 1.0f, alpha * e.value)};
 }
 
 // log(1 + u) for 0 <= u <= 1, relative error below 3e-7 (minimax 2e-7).
@@ -342,42 +341,27 @@ CK_INLINE V log_one_plus(V u) {
 }
 
 // phi = max(t, 0) + log(1 + u), u = e^{-|t|}.  log(1 + u) = 2 atanh(z), z = u / (2 + u) <= 1/3, its series refitted (5e-9).
-CK_INLINE ValueAndSlope softplus(vf t) {
-  const vf u = exponential(-vabs(t)).value;
-  const vf r = vreciprocal((1.0f + u) * (2.0f + u));  // one reciprocal for both quotients
-  const vf z = u * (1.0f + u) * r;
-  const vf square = z * z;
-  vf p = broadcast(0.280247430f);
-  p = p * square + 0.279990883f;
+template <class V>
+CK_INLINE Activated<V> softplus(V t) {
+  const V u = exponential(0.0f - vabs(t)).value;
+  const V r = vreciprocal((u + 1.0f) * (u + 2.0f));  // one reciprocal for both quotients
+  const V z = u * (u + 1.0f) * r;
+  const V square = z * z;
+  V p = square * 0.280247430f + 0.279990883f;
   p = p * square + 0.400217020f;
   p = p * square + 0.666664131f;
-  const vf log1p = z * (2.0f + square * p);
-  return {at_least(t, 0.0f) + log1p, select(t > 0.0f, broadcast(1.0f), u) * (2.0f + u) * r};
+  const V log1p = z * (square * p + 2.0f);
+  return {at_least(t, 0.0f) + log1p, where_positive(t, 1.0f, u) * ((u + 2.0f) * r)};
 }
 
 // |phi| = (1 - u) / (1 + u), phi' = 4 u / (1 + u)^2, u = e^{-2 |t|}: no digits cancel in 1 - phi^2.
-CK_INLINE ValueAndSlope tanh(vf t) {
-  const Exponential u = exponential(-2.0f * vabs(t));
-  const vf r = vreciprocal(1.0f + u.value);
-  const vf minus_magnitude = u.minus_one * r;
-  return {select(t > 0.0f, -minus_magnitude, minus_magnitude), 4.0f * u.value * (r * r)};
+template <class V>
+CK_INLINE Activated<V> tanh(V t) {
+  const Exponential<V> u = exponential(-2.0f * vabs(t));
+  const V r = vreciprocal(u.value + 1.0f);
+  const V minus_magnitude = u.minus_one * r;
+  return {where_positive(t, 0.0f - minus_magnitude, minus_magnitude), u.value * 4.0f * (r * r)};
 }
-
-// One vector after another, for the tiles that take several.
-#define CK_EACH(f)                                                                 \
-  Activated<Vectors<N>> z;                                                         \
-  for (int n = 0; n < N; n++) {                                                    \
-    const ValueAndSlope one = f;                                                   \
-    z.value.v[n] = one.value, z.slope.v[n] = one.slope;                            \
-  }                                                                                \
-  return z
-template <int N>
-CK_INLINE Activated<Vectors<N>> elu(Vectors<N> t, float alpha) { CK_EACH(elu(t.v[n], alpha)); }
-template <int N>
-CK_INLINE Activated<Vectors<N>> softplus(Vectors<N> t) { CK_EACH(softplus(t.v[n])); }
-template <int N>
-CK_INLINE Activated<Vectors<N>> tanh(Vectors<N> t) { CK_EACH(tanh(t.v[n])); }
-#undef CK_EACH
 
 }  // namespace CK_ISA
 }  // namespace ck

@@ -186,6 +186,7 @@ static inline double finish_row(const DotProblem& p, const float* sums, int64_t 
 //     epilogue.needs_scores                  false where the epilogue has what it needs, and S is not computed
 //     epilogue.tile(shape, s, row_sums)      scores -> G in place, padding included; row_sums (rows,) where kRowSums
 //     epilogue.add_row(i, sum)               kRowSums: another chunk's part of row i's sum
+//     epilogue.soon(first_col, first_row)    what its tile there reads from memory, in blocks; null where nothing
 template <typename T, typename S, typename Epilogue>
 static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
   const int64_t dp = pad32(p.d), mp = pad32(p.m), panel = Engine<T>::kPanelRows, blocks = mp / kBlock;
@@ -239,7 +240,8 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
           }
           if (p.dy)
             Engine<T>::multiply({xt.data, dp * kBlock}, dp, {as_b, rows * kBlock}, width, rows,
-                                {dyt.data + b * dp * kBlock, dp * kBlock}, i0 > 0);
+                                {dyt.data + b * dp * kBlock, dp * kBlock}, i0 > 0,
+                                epilogue.soon((b + W * p.threads) * kBlock, i0));
         }
         if constexpr (Epilogue::kRowSums) {
 #pragma omp for schedule(static)

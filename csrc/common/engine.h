@@ -31,7 +31,8 @@ struct Blocks {
 };
 
 // multiply: C (rows, 32 blocks) += A (rows, k) * B (k, 32 blocks), or = where not `add`; blocks <= kWidth, k a multiple
-// of 32.  kPanelRows: rows of x worked on at a time.
+// of 32.  `soon`: k rows of as many blocks that are wanted next, in place of more of B; the float engine fetches them into the L2
+// cache.  kPanelRows: rows of x worked on at a time.
 template <typename T>
 struct Engine;
 
@@ -131,12 +132,13 @@ struct Engine<float> {
   static void leave() {}
 
   static void multiply(Blocks<const float> a, int64_t rows, Blocks<const float> b, int64_t blocks, int64_t k,
-                       Blocks<float> c, bool add) {
+                       Blocks<float> c, bool add, Blocks<const float> soon = {}) {
     const float* following = b.data + blocks * b.stride;  // B of the product that probably comes next
     for (int64_t k0 = 0, kn; k0 < k; k0 += kn, a.data += kn / kBlock * a.stride, b.data += kn * kBlock) {
       const int64_t left = k - k0;
       kn = left <= kDepth ? left : left < 2 * kDepth ? pad32(left / 2) : kDepth;  // the last two alike
-      const Blocks<const float> next{kn < left ? b.data + kn * kBlock : following, b.stride};
+      Blocks<const float> next{kn < left ? b.data + kn * kBlock : following, b.stride};
+      if (soon.data) next = {soon.data + k0 * kBlock, soon.stride};
       if (NV * VL > kBlock && blocks == kWidth)
         sweep<NV>(a, rows, b, kn, c, add || k0 > 0, next, true);
       else
@@ -190,7 +192,7 @@ struct Engine<bf16> {
   static void leave() { _tile_release(); }
 
   static void multiply(Blocks<const bf16> a, int64_t rows, Blocks<const bf16> b, int64_t, int64_t k, Blocks<float> c,
-                       bool add) {
+                       bool add, Blocks<const float> = {}) {
     for (int64_t k0 = 0; k0 < k; k0 += kDepth, a.data += kDepth / kBlock * a.stride, b.data += kDepth * kBlock)
       sweep(a.data, a.stride, rows, b.data, k - k0 < kDepth ? k - k0 : kDepth, c.data, add || k0 > 0);
   }
@@ -263,7 +265,7 @@ struct Engine<bf16> {
   static void leave() {}
 
   static void multiply(Blocks<const bf16> a, int64_t rows, Blocks<const bf16> b, int64_t, int64_t k, Blocks<float> c,
-                       bool add) {
+                       bool add, Blocks<const float> = {}) {
     const int64_t s = a.stride;
     int64_t r = 0;
     for (; rows - r >= 12; r += 12) bf16_tile<12>(a.data + r * kBlock, s, b.data, k, c.data + r * kBlock, add);

@@ -331,6 +331,10 @@ struct Gradient {
     gradient_tile(p, w, t, s, e);
   }
   void add_row(int64_t, double) const {}
+  Blocks<const float> soon(int64_t first_col, int64_t first_row) const {
+    if (needs_scores || p.stash_dtype == kBFloat16 || first_col >= p.m) return {};
+    return {static_cast<const float*>(p.stash) + (first_col / kBlock * p.n + first_row) * kBlock, p.n * kBlock};
+  }
 };
 
 // An empty sum has the logarithm -infinity and no gradient: weight 0 beside any finite number.

@@ -30,35 +30,44 @@ struct Softplus {
   }
 
   void add_row(int64_t i, double sum) const { row_sum[i] += sum; }
+  Blocks<const float> soon(int64_t, int64_t) const { return {}; }
 
  private:
+  // Of a row of the tile; the last for the padding, where softplus and sigmoid are 0.
+  int64_t problem_row(const TileShape& t, int64_t r) const { return t.first_row + (r < t.rows ? r : t.rows - 1); }
+
   template <bool GRADIENTS, bool ATTRACT>
   void reduce(const TileShape& t, float* s, float* row_sums) const {
-    constexpr int W = kBlock / VL;
+    constexpr int W = kBlock / VL, TOGETHER = VL == 16 ? 8 : 4;  // vectors of a row; side by side in softplus
     const float scale = p.scale, shift = p.bias;
     int32_t ids[kBlock];
     if (ATTRACT) column_ids(p, t, ids);
     vf sums[W], bias[W], weight[W];
     for (int v = 0; v < W; v++) sums[v] = bias[v] = vf{}, weight[v] = load(col_weight + t.first_col + v * VL);
-    for (int64_t r = 0; r < t.rows; r++) {
-      const int64_t i = t.first_row + r;
-      vf row{};
-      for (int v = 0; v < W; v++) {
-        float* at = s + r * kBlock + v * VL;
-        const vf l = load(at) * scale + shift;
-        vi same{};
-        if (ATTRACT) same = (load(ids + v * VL) == p.row_ids[i]) & (l > neg_inf());
-        const ValueAndSlope e = softplus(ATTRACT ? select(same, -l, l) : l);
-        sums[v] += e.value;
-        row += e.value;
-        if (GRADIENTS) {
-          const vf g = e.slope * (p.row_weight[i] + weight[v]);
-          const vf signed_g = ATTRACT ? select(same, -g, g) : g;
-          store(at, signed_g);
+    for (int64_t r0 = 0; r0 < t.padded_rows; r0 += VL, s += VL * kBlock) {
+      vf row[VL] = {};  // its lanes are summed for VL rows at once
+      for (int q = 0; q < VL * W; q += TOGETHER) {
+        Vectors<TOGETHER> l;
+        vi same[TOGETHER] = {};
+        for (int n = 0; n < TOGETHER; n++) {
+          l.v[n] = load(s + (q + n) * VL) * scale + shift;
+          if (!ATTRACT) continue;
+          same[n] = (load(ids + (q + n) % W * VL) == p.row_ids[problem_row(t, r0 + (q + n) / W)]) & (l.v[n] > neg_inf());
+          l.v[n] = select(same[n], -l.v[n], l.v[n]);
+        }
+        const auto e = softplus(l);
+        for (int n = 0; n < TOGETHER; n++) {
+          const int r = (q + n) / W, v = (q + n) % W;
+          sums[v] += e.value.v[n];
+          row[r] += e.value.v[n];
+          if (!GRADIENTS) continue;
+          const vf g = e.slope.v[n] * (p.row_weight[problem_row(t, r0 + r)] + weight[v]);
+          const vf signed_g = ATTRACT ? select(same[n], -g, g) : g;
+          store(s + (q + n) * VL, signed_g);
           bias[v] += signed_g;
         }
       }
-      row_sums[r] = reduce_add(row);
+      reduce_add_each(row, row_sums + r0);
     }
     float lanes[kBlock];
     for (int v = 0; v < W; v++) store(lanes + v * VL, sums[v]);
@@ -66,7 +75,6 @@ struct Softplus {
     if (!GRADIENTS) return;
     for (int v = 0; v < W; v++) store(lanes + v * VL, bias[v]);
     for (int c = 0; c < kBlock; c++) block_bias[t.first_col / kBlock] += lanes[c];
-    for (int64_t k = t.rows * kBlock; k < t.padded_rows * kBlock; k++) s[k] = 0;
   }
 };
 
