@@ -45,7 +45,11 @@ static void exp_sums(float scale, float off, const TileShape& t, const float* s,
         const vf score = load(s + v / W * stride + at);
         if (MAX) top = vmax(top, score), tops[v] = vmax(tops[v], score);
         const vf e = vexp2(score * factor - shift);
-        if (keep) store(keep + v / W * keep_stride + at, e);
+        if (keep) {
+          float* out = keep + v / W * keep_stride + at;
+          __builtin_prefetch(out + 16 * kBlock, 1);  // a stash is in memory
+          store(out, e);
+        }
         cols[v] += e;
         sum += e;
       }
