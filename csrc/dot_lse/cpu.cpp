@@ -47,7 +47,7 @@ static void exp_sums(float scale, float off, const TileShape& t, const float* s,
         const vf e = vexp2(score * factor - shift);
         if (keep) {
           float* out = keep + v / W * keep_stride + at;
-          __builtin_prefetch(out + 16 * kBlock, 1);  // a stash is in memory
+          if (v * VL % kLine == 0) __builtin_prefetch(out + 16 * kBlock, 1);  // a stash is in memory
           store(out, e);
         }
         cols[v] += e;
