@@ -192,6 +192,22 @@ def test_scratch_is_kept_within_its_limit_and_used_again():
         module.set_scratch_limit(limit)
 
 
+def test_a_large_stash_budget_keeps_its_memory_unless_another_limit_was_set():
+    module = backends.compiled()
+    limit, budget = module.scratch_limit(), ck.stash_budget()
+    try:
+        assert limit == 128 << 20 and budget == 64 << 20
+        for size, kept in ((300 << 20, 300 << 20), (1 << 40, 1 << 30), (0, 128 << 20)):
+            ck.set_stash_budget(size)
+            assert module.scratch_limit() == kept
+        module.set_scratch_limit(5 << 20)
+        ck.set_stash_budget(300 << 20)
+        assert module.scratch_limit() == 5 << 20
+    finally:
+        ck.set_stash_budget(budget)
+        module.set_scratch_limit(limit)
+
+
 class Losses(torch.utils.data.Dataset):
     """What a worker sees: its threads before and after a loss that would like two, and the loss."""
 

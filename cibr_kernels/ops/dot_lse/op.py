@@ -34,11 +34,21 @@ def set_stash_budget(size: int) -> None:
     """Sets the budget of the stash tier in bytes; 0 turns it off.
 
     On the CPU n rows and m columns take n * m * 4 bytes for float32 and float16 features, n * m * 2 for bfloat16.
+    Scratch memory of that size, up to 1 GiB, then stays with the process between steps, unless its limit was set otherwise.
     """
     global _STASH_BYTES
     if size < 0:
         raise ValueError(f"the stash budget must not be negative, got {size}")
+    if backends.native_available():
+        module = backends.compiled()
+        if module.scratch_limit() == _scratch_limit(_STASH_BYTES):
+            module.set_scratch_limit(_scratch_limit(size))
     _STASH_BYTES = size
+
+
+def _scratch_limit(budget: int) -> int:
+    """Bytes that the CPU kernels keep: fresh pages of a large stash would cost several percent of a step."""
+    return max(128 * 2**20, min(budget, 2**30))
 
 
 def dot_lse(
