@@ -34,7 +34,7 @@ def set_stash_budget(size: int) -> None:
     """Sets the budget of the stash tier in bytes; 0 turns it off.
 
     On the CPU n rows and m columns take n * m * 4 bytes for float32 and float16 features, n * m * 2 for bfloat16.
-    Scratch memory of that size, up to 1 GiB, then stays with the process between steps, unless its limit was set otherwise.
+    Scratch memory of that size, up to 1 GiB, then stays with the process, unless its limit was set otherwise.
     """
     global _STASH_BYTES
     if size < 0:
