@@ -144,10 +144,38 @@ def test_a_range_ends_where_its_operator_fails(monkeypatch):
     assert profiler.events == ["log_mean_exp_forward", "end"]
 
 
-def test_nvtx_takes_the_ranges():
-    domain, attributes = backends._range("dot_lse_forward")
-    domain.push_range(attributes)
-    domain.pop_range()
+def test_ranges_are_asked_of_nvtx_in_a_domain_of_ours(monkeypatch):
+    """Without a profiler nvtx hands out a domain that does nothing, so what it is asked is recorded on the way."""
+    calls: list[tuple] = []
+
+    class Recorded:
+        def __init__(self, name: str) -> None:
+            self.domain = get_domain(name)
+            calls.append(("domain", name))
+
+        def get_event_attributes(self, message: str):
+            calls.append(("attributes", message))
+            return self.domain.get_event_attributes(message)
+
+        def push_range(self, attributes) -> None:
+            calls.append(("push",))
+            self.domain.push_range(attributes)
+
+        def pop_range(self) -> None:
+            calls.append(("pop",))
+            self.domain.pop_range()
+
+    nvtx = pytest.importorskip("nvtx")
+    get_domain = nvtx.get_domain
+    monkeypatch.setattr(nvtx, "get_domain", Recorded)
+    backends._range.cache_clear()
+    try:
+        for _ in range(2):
+            ck.log_mean_exp(torch.randn(3, 4))
+    finally:
+        backends._range.cache_clear()
+    made = [("domain", "cibr_kernels"), ("attributes", "log_mean_exp_forward")]
+    assert calls == [*made, ("push",), ("pop",), ("push",), ("pop",)]
 
 
 def detached(arguments: tuple) -> list:
