@@ -145,7 +145,8 @@ def contrastive(
             value = (value * part(upstream)).sum() * (1 if group is None else len(rows))
         return value
 
-    return compare(group, rows, loss, leaves, shared, dtype=dtype)
+    # positives pull a sigmoid loss's bias up by about 1, negatives down by as much
+    return compare(group, rows, loss, leaves, shared, dtype=dtype, unit=("bias",) if name == "siglip_loss" else ())
 
 
 def metrics(group: Group, rows: Sequence[int], name: str, groups: int, strategy: str) -> list[dict[str, float]]:
