@@ -145,7 +145,7 @@ def contrastive(
             value = (value * part(upstream)).sum() * (1 if group is None else len(rows))
         return value
 
-    # positives pull a sigmoid loss's bias up by about 1, negatives down by as much
+    # the bias of a sigmoid loss has a gradient of negatives' parts less positives', together near 1
     return compare(group, rows, loss, leaves, shared, dtype=dtype, unit=("bias",) if name == "siglip_loss" else ())
 
 

@@ -28,9 +28,9 @@ TENSOR = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMM
 @pytest.fixture(scope="session")
 def computed(tmp_path_factory):
     """Compiled once, by the first worker that asks: minutes on two cores."""
-    shared = tmp_path_factory.getbasetemp().parent / f"static-table-{os.environ.get('PYTEST_XDIST_TESTRUNUID')}.json"
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return static_table.compute_all()
+    shared = tmp_path_factory.getbasetemp().parent / "static-table.json"  # the run's folder, above the worker's
     with FileLock(f"{shared}.lock"):
         if not shared.exists():
             shared.write_text(json.dumps(static_table.compute_all()))

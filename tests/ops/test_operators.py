@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import nvtx
 import pytest
 import torch
 from cases import LARGE, leaves, towers
@@ -165,7 +166,6 @@ def test_ranges_are_asked_of_nvtx_in_a_domain_of_ours(monkeypatch):
             calls.append(("pop",))
             self.domain.pop_range()
 
-    nvtx = pytest.importorskip("nvtx")
     get_domain = nvtx.get_domain
     monkeypatch.setattr(nvtx, "get_domain", Recorded)
     backends._range.cache_clear()
