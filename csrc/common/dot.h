@@ -6,6 +6,9 @@
 //     phase 1 (parallel over blocks of 32 columns)   S = X Y^T -> epilogue -> G, and dY^T += X^T G
 //     phase 2 (parallel over tiles of the panel)     dX += G Y
 // so every output element has one writer and one order of summation, whatever the number of threads.
+//
+// Y is packed once, unless its numbers are narrower than the engine's (upcast) and more than a chunk: then they are packed for
+// each panel, a chunk at a time, which takes 2 % of the time and a third off the memory (N = 8192, D = 512).
 #pragma once
 
 #include <math.h>
@@ -21,6 +24,12 @@ namespace ck {
 namespace CK_ISA {
 
 constexpr int64_t kChunkBlocks = 128;  // blocks of 32 columns in a chunk: a panel of G is 4 to 6 MiB
+
+// T: the engine's operand type; S: the features' dtype.
+template <typename T, typename S>
+static inline bool packed_once(int64_t blocks) {
+  return sizeof(T) <= sizeof(S) || blocks <= kChunkBlocks;
+}
 
 // The largest norm of a row; NaN or infinity where a row has one.
 template <typename S>
@@ -194,23 +203,25 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
   constexpr int64_t W = Engine<T>::kWidth;
   const int64_t chunk = blocks < kChunkBlocks ? blocks : kChunkBlocks;
   constexpr bool two_forms = sizeof(T) != sizeof(float);  // bf16: G is kept blocked and paired
-  const bool scores = epilogue.needs_scores;
-  Buffer<T> yt(scores ? mp * dp : 0), yb(p.dx ? mp * dp : 0), xa(scores ? rows_cap * dp : 0),
+  const bool scores = epilogue.needs_scores, once = packed_once<T, S>(blocks);
+  const int64_t yb_rows = once ? mp : chunk * kBlock;  // all of Y, or the chunk at hand
+  Buffer<T> yt(scores && once ? mp * dp : 0), yb(p.dx ? yb_rows * dp : 0), xa(scores ? rows_cap * dp : 0),
       xt(p.dy ? rows_cap * dp : 0), ga(p.dx ? chunk * rows_cap * kBlock : 0);
   Buffer<float> dyt(p.dy ? mp * dp : 0), dxp(p.dx ? rows_cap * dp : 0);
   Buffer<float> part_sum(Epilogue::kRowSums ? chunk * rows_cap : 0);
   const int64_t lines = p.dx ? p.n : p.dy ? p.m : 0;
   Buffer<double> dscale_lines(lines);
-  const Rows<S> y{static_cast<const S*>(p.y), p.m, p.d, 0, mp};
   const S *xs = static_cast<const S*>(p.x), *ys = static_cast<const S*>(p.y);
+  const Rows<S> y{ys, p.m, p.d, 0, mp};
 
 #pragma omp parallel num_threads(p.threads)
   {
     Buffer<float> tile(two_forms ? W * rows_cap * kBlock : 0);
-    Buffer<T> paired(two_forms ? W * rows_cap * kBlock : 0), own(p.dx ? 0 : W * rows_cap * kBlock);
+    Buffer<T> paired(two_forms ? W * rows_cap * kBlock : 0), own(p.dx ? 0 : W * rows_cap * kBlock),
+        own_yt(scores && !once ? W * dp * kBlock : 0);
     Engine<T>::enter();
 #pragma omp for schedule(static) nowait
-    for (int64_t b = 0; b < blocks; b++) {
+    for (int64_t b = 0; b < (once ? blocks : 0); b++) {
       if (scores) pack_b_transposed(y, b, b + 1, yt.data, dp);
       if (p.dx) pack_b(y, b * kBlock, (b + 1) * kBlock, dblocks, yb.data, mp);
     }
@@ -229,9 +240,12 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
           const int64_t width = b1 - b < W ? b1 - b : W;
           T *as_a = p.dx ? ga.data + (b - b0) * rows * kBlock : own.data, *as_b = two_forms ? paired.data : as_a;
           float* s = two_forms ? tile.data : reinterpret_cast<float*>(as_a);
+          const T* bt = once ? yt.data + b * dp * kBlock : own_yt.data;
+          if (!once && scores) pack_b_transposed(y.from(b * kBlock), 0, width, own_yt.data, dp);
+          if (!once && p.dx)
+            pack_b(y.from(b0 * kBlock), (b - b0) * kBlock, (b - b0 + width) * kBlock, dblocks, yb.data, yb_rows);
           if (scores)
-            Engine<T>::multiply({xa.data, rows * kBlock}, rows, {yt.data + b * dp * kBlock, dp * kBlock}, width, dp,
-                                {s, rows * kBlock}, false);
+            Engine<T>::multiply({xa.data, rows * kBlock}, rows, {bt, dp * kBlock}, width, dp, {s, rows * kBlock}, false);
           for (int64_t c = 0; c < width; c++) {
             const TileShape t{valid, i0, (b + c) * kBlock, rows};
             const int64_t at = c * rows * kBlock;
@@ -259,7 +273,7 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
           const int64_t r = task / tasks * kTileRows, db = task % tasks * W;
           const int64_t height = rows - r < kTileRows ? rows - r : kTileRows;
           Engine<T>::multiply({ga.data + r * kBlock, rows * kBlock}, height,
-                              {yb.data + (db * mp + b0 * kBlock) * kBlock, mp * kBlock},
+                              {yb.data + (db * yb_rows + (once ? b0 : 0) * kBlock) * kBlock, yb_rows * kBlock},
                               dblocks - db < W ? dblocks - db : W, (b1 - b0) * kBlock,
                               {dxp.data + (db * rows + r) * kBlock, rows * kBlock}, b0 > 0);
         }

@@ -31,6 +31,8 @@ struct Rows {
   const S* data;
   int64_t total, cols, first, rows;
 
+  Rows from(int64_t r) const { return {data, total, cols, first + r, rows - r}; }
+
   template <typename T>
   T at(int64_t r, int64_t c) const {
     return first + r < total && c < cols ? convert<T>(data[(first + r) * cols + c]) : T{};

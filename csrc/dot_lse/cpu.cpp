@@ -174,7 +174,8 @@ static bool forward_sweep(const DotForward& p, bool fixed, float off) {
   constexpr int64_t W = Engine<T>::kWidth;
   const int64_t chunk = blocks < kChunkBlocks ? blocks : kChunkBlocks;
   const bool row_tops = !fixed || p.row_max, col_tops = p.col_lse && (!fixed || p.col_max);
-  Buffer<T> yt(mp * dp), xa(rows_cap * dp);
+  const bool once = packed_once<T, S>(blocks);
+  Buffer<T> yt(once ? mp * dp : 0), xa(rows_cap * dp);
   Buffer<float> col_sum(mp), col_max(col_tops ? mp : 0), part_sum(chunk * rows_cap),
       part_max(row_tops ? chunk * rows_cap : 0);
   Buffer<double> row_sum(rows_cap), row_max(rows_cap);
@@ -183,10 +184,11 @@ static bool forward_sweep(const DotForward& p, bool fixed, float off) {
 #pragma omp parallel num_threads(p.threads)
   {
     Buffer<float> tile(W * rows_cap * kBlock);
+    Buffer<T> own_yt(once ? 0 : W * dp * kBlock);
     Engine<T>::enter();
 #pragma omp for schedule(static) nowait
     for (int64_t b = 0; b < blocks; b++) {
-      pack_b_transposed(y, b, b + 1, yt.data, dp);
+      if (once) pack_b_transposed(y, b, b + 1, yt.data, dp);
       for (int c = 0; c < kBlock; c++) {
         col_sum.data[b * kBlock + c] = 0;
         if (col_tops) col_max.data[b * kBlock + c] = neg_inf();
@@ -202,8 +204,10 @@ static bool forward_sweep(const DotForward& p, bool fixed, float off) {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t b = b0; b < b1; b += W) {
           const int64_t width = b1 - b < W ? b1 - b : W;
-          Engine<T>::multiply({xa.data, rows * kBlock}, rows, {yt.data + b * dp * kBlock, dp * kBlock}, width, dp,
-                              {tile.data, rows * kBlock}, false);
+          const T* bt = once ? yt.data + b * dp * kBlock : own_yt.data;
+          if (!once) pack_b_transposed(y.from(b * kBlock), 0, width, own_yt.data, dp);
+          Engine<T>::multiply({xa.data, rows * kBlock}, rows, {bt, dp * kBlock}, width, dp, {tile.data, rows * kBlock},
+                              false);
           const int64_t stride = rows * kBlock;
           for (int64_t c = 0; c < width; c++)
             mask(p, p.mask_positives, true, {valid, i0, (b + c) * kBlock, rows}, tile.data + c * stride, p.positives);
