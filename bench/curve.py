@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench import floor, machine, measure, processes, report
 from bench.peers import IMPLEMENTATIONS, gigabytes
-from bench.registry import LARGEST, Case
+from bench.registry import LARGEST, Case, Passes
 
 SIZES = tuple(2**k for k in range(12, LARGEST.bit_length()))  # 4096 ... 131072
 QUICK_SIZES = SIZES[:3]
@@ -45,7 +45,7 @@ class Point:
 
     @property
     def floor_percent(self) -> float:
-        return 100 * floor.floor_seconds(1, self.n, self.n, WIDTH, self.gemm_rate) / self.seconds
+        return 100 * floor.floor_seconds(Passes(1, 0), self.n, self.n, WIDTH, (self.gemm_rate,)) / self.seconds
 
 
 def case_of(n: int, dtype: str) -> Case:
@@ -61,7 +61,7 @@ def point_child(case: Case, budget: float) -> Point:
     """Measures one point; runs in a process of its own."""
     measure.map_large_allocations()
     loss, inputs = measure.prepare(case, "fused"), measure.make_inputs(case)
-    unit = floor.vendor_gemm(case)
+    unit = floor.vendor(case)
     seconds: list[float] = []
     rates: list[float] = []
 
@@ -72,7 +72,7 @@ def point_child(case: Case, budget: float) -> Point:
         return value
 
     def gauge() -> None:
-        rates.extend(unit.rate() for _ in range(3))
+        rates.extend(unit.rates()[0] for _ in range(3))
 
     gauge()
     extra = measure.peak_extra_bytes(once)

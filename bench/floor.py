@@ -1,10 +1,14 @@
 """The time that an op cannot beat on this machine, from rates measured in the same run.
 
-    dot family      passes x 2 N^2 D / rate    rate: flop/s of the vendor's GEMM on a panel of the logits, in the case's
+    dot family      sum of 2 N^2 D / rate      over the passes, S = X Y^T, dX = G Y or dY = G^T X; rate: flop/s of the
+                                               vendor's GEMM for that product on a panel of the logits, in the case's
                                                dtype or in float32, whichever is faster here
     critic family   c N^2 H / v / rate         c: instructions per vector of v pair-units (critic_code.py), one sweep
                                                rate: vector instructions a second on all torch threads (csrc/issue_rate)
     cibr_loss       of its clip_loss and of its four critics, one after another
+
+The products of a gradient take the vendor longer than those of the logits (5 to 20 % on two Xeons), in whichever of two
+arrangements is faster there: G Y or (Y^T G^T)^T, G^T X or (X^T G)^T.
 
 The issue rate is that of independent multiply-adds, maxima and additions on full registers.  On Intel's server cores
 it is two a cycle: 512-bit vectors go to ports 0 (with 1 fused into it) and 5, comparisons into a mask to 5 alone.  c
@@ -21,12 +25,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from bench.critic_code import Sweep, chosen_sweep
 from bench.disassembly import Unreadable
 from bench.inputs import HIDDEN, TERMS
 from bench.peers import fused_clip_passes
-from bench.registry import Case
+from bench.registry import Case, Passes
 from cibr_kernels import backends
 from cibr_kernels.ops.native_call import fill
 
@@ -48,6 +53,9 @@ class Gauge:
         self.run()
         return self.work / (time.perf_counter() - began)
 
+    def rates(self) -> tuple[float, ...]:
+        return (self.rate(),)
+
 
 @dataclass(frozen=True)
 class Together:
@@ -59,11 +67,26 @@ class Together:
     def rate(self) -> float:
         return 1 / sum(work / gauge.rate() for gauge, work in self.parts)
 
+    def rates(self) -> tuple[float, ...]:
+        return (self.rate(),)
 
-def gauge(case: Case) -> Gauge | Together | None:
+
+@dataclass(frozen=True)
+class Vendor:
+    """The vendor's matmuls: S = X Y^T alone, or that, G Y and G^T X."""
+
+    products: tuple[Gauge, ...]
+    what: str
+
+    def rates(self) -> tuple[float, ...]:
+        """Runs each once -> flop/s of each."""
+        return tuple(product.rate() for product in self.products)
+
+
+def gauge(case: Case) -> Gauge | Together | Vendor | None:
     """The unit of a case's floor, warmed up; None where it has none."""
     if case.op in DOT_FAMILY:
-        return vendor_gemm(case)
+        return vendor(case)
     if not backends.native_available():
         return None
     if case.op == "critic_moments":
@@ -72,10 +95,12 @@ def gauge(case: Case) -> Gauge | Together | None:
         sweeps = len(TERMS) * sweep_seconds(chosen_sweep("relu"), case.n, case.n, HIDDEN, case.backward, rate=1.0)
     except Unreadable:
         return None
-    matmuls = fused_clip_passes(case)
+    passes = fused_clip_passes(case)
+    counts = (passes.logits, passes.gradients / 2, passes.gradients / 2)
+    matmuls = zip(vendor(case).products, counts, strict=False)
     return Together(
-        ((vendor_gemm(case), floor_seconds(matmuls, case.n, case.n, case.width, rate=1.0)), (issue_rate(), sweeps)),
-        f"{matmuls} matmuls at the vendor's rate and {len(TERMS)} critics as critic_moments",
+        (*((one, count * 2 * case.n**2 * case.width) for one, count in matmuls), (issue_rate(), sweeps)),
+        f"{passes.total} matmuls at the vendor's rates and {len(TERMS)} critics as critic_moments",
     )
 
 
@@ -83,24 +108,32 @@ def panel(case: Case) -> tuple[int, int, int]:
     return min(case.n, 2048), case.width, min(case.n, 8192)
 
 
-def gemm_flops(case: Case) -> float:
-    """Flops of the vendor GEMM that stands beside a case: a panel of the logits."""
-    n, d, m = panel(case)
-    return 2.0 * n * d * m
+def vendor(case: Case) -> Vendor:
+    """The products of a panel as torch.mm into memory that is there, warmed up.
+
+    Without bfloat16 units the vendor's bfloat16 is a fraction of its float32.
+    """
+    rows, width, columns = panel(case)
+    x, y, g = torch.randn(rows, width), torch.randn(columns, width), torch.rand(rows, columns)
+    names = tuple(dict.fromkeys((case.dtype, "float32")))
+    typed = {name: tuple(t.to(getattr(torch, name)) for t in (x, y, g)) for name in names}
+    logits = {name: _mm(x, y.T) for name, (x, y, _) in typed.items()}
+    name = max(names, key=lambda name: _best(logits[name])) if len(names) > 1 else names[0]
+    products = [logits[name]]
+    if case.backward:
+        x, y, g = typed[name]
+        products += [max(pair, key=_best) for pair in ((_mm(g, y), _mm(y.T, g.T)), (_mm(g.T, x), _mm(x.T, g)))]
+    return Vendor(tuple(products), f"vendor GEMM, {name}")
 
 
-def vendor_gemm(case: Case) -> Gauge:
-    """The panel as torch.mm, warmed up.  Without bfloat16 units the vendor's bfloat16 is a fraction of its float32."""
-    gauges = [_mm(case, dtype) for dtype in dict.fromkeys((case.dtype, "float32"))]
-    return max(gauges, key=lambda one: max(one.rate() for _ in range(3))) if len(gauges) > 1 else gauges[0]
+def _mm(a: Tensor, b: Tensor) -> Gauge:
+    out = torch.zeros(a.shape[0], b.shape[1], dtype=a.dtype)
+    torch.mm(a, b, out=out)
+    return Gauge(2.0 * a.numel() * b.shape[1], lambda: torch.mm(a, b, out=out), "vendor GEMM")
 
 
-def _mm(case: Case, dtype_name: str) -> Gauge:
-    """Into memory that is already there."""
-    (n, d, m), dtype = panel(case), getattr(torch, dtype_name)
-    a, b, out = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype), torch.zeros(n, m, dtype=dtype)
-    torch.mm(a, b.T, out=out)
-    return Gauge(gemm_flops(case), lambda: torch.mm(a, b.T, out=out), f"vendor GEMM, {dtype_name}")
+def _best(one: Gauge) -> float:
+    return max(one.rate() for _ in range(3))
 
 
 def issue_rate() -> Gauge:
@@ -112,9 +145,10 @@ def issue_rate() -> Gauge:
     return Gauge(float(issued.item()) * threads, lambda: (module.issue_rate(params), issued), "issue")
 
 
-def floor_seconds(passes: int, n: int, m: int, d: int, rate: float) -> float:
-    """What `passes` matmuls of n x m x d take at `rate` flop/s."""
-    return passes * 2 * n * m * d / rate
+def floor_seconds(passes: Passes, n: int, m: int, d: int, rates: tuple[float, ...]) -> float:
+    """What matmuls of n x m x d take at `rates`: flop/s of X Y^T and, where there are gradients, of G Y and G^T X."""
+    each = passes.gradients / 2
+    return 2 * n * m * d * (passes.logits / rates[0] + sum(each / rate for rate in rates[1:]))
 
 
 def sweep_seconds(sweep: Sweep, n: int, m: int, h: int, backward: bool, rate: float, arithmetic: bool = False) -> float:

@@ -27,7 +27,7 @@ from bench.disassembly import Unreadable
 from bench.floor import DOT_FAMILY, critic_floor, floor_seconds, gauge
 from bench.inputs import Inputs, make_inputs
 from bench.peers import IMPLEMENTATIONS, Loss, gigabytes
-from bench.registry import TIERS, Case
+from bench.registry import TIERS, Case, Passes
 
 if TYPE_CHECKING:
     from bench.gpu_cases import GpuCase
@@ -65,7 +65,7 @@ class Timed:
 class Row(Timed):
     """With what is only known of a run on the CPU."""
 
-    passes: int | None = None
+    passes: Passes | None = None
     numerics: str = ""
     floor_percent: float | None = None
     loss: float | None = None
@@ -73,11 +73,13 @@ class Row(Timed):
 
 @dataclass
 class Result:
-    """A measured case; `rate` is of its floor's unit: the vendor's flop/s, vector instructions or floors a second."""
+    """A measured case; the best `rates` of its floor's unit: flop/s of the vendor's X Y^T, G Y and G^T X, or the vector
+    instructions or floors of a second.
+    """
 
     case: Case
     rows: list[Row]
-    rate: float | None
+    rates: tuple[float, ...] | None
     unit: str = ""
     floor_note: str = ""
 
@@ -116,7 +118,8 @@ def measure(
         for key, value in timed.get(row.implementation, {}).items():
             setattr(row, key, value)
         row.wrong = not agrees(case, row)
-    result = Result(case, rows, max(rates) if rates else None, unit)
+    best = tuple(max(kind) for kind in zip(*rates, strict=True))
+    result = Result(case, rows, best or None, unit)
     add_floor(result)
     return result
 
@@ -124,17 +127,21 @@ def measure(
 def add_floor(result: Result) -> None:
     """Percent of the floor: of every row in the dot family, of the fused one elsewhere.
 
-    The floor is from the best rate of its unit, so from the best run's time too.
+    The floor is from the best rates of its unit, so from the best run's time too.
     """
-    case, rate = result.case, result.rate
-    if rate is None:
+    case, fused = result.case, result.rows[0]
+    if result.rates is None:
         return
     if case.op in DOT_FAMILY:
+        size = (case.n, case.n, case.width)
         for row in result.rows:
             if row.best and row.passes:
-                row.floor_percent = 100 * floor_seconds(row.passes, case.n, case.n, case.width, rate) / row.best
+                row.floor_percent = 100 * floor_seconds(row.passes, *size, result.rates) / row.best
+        if case.backward and fused.best and fused.passes:
+            strict = floor_seconds(Passes(fused.passes.total, 0), *size, result.rates) / fused.best
+            result.floor_note = f"with every matmul at the rate of X Y^T: {100 * strict:.0f} %"
         return
-    fused = result.rows[0]
+    (rate,) = result.rates
     if case.op == "cibr_loss":
         result.floor_note = f"floor: {result.unit}: {1e3 / rate:.3g} ms"
         if fused.best:
@@ -187,12 +194,15 @@ def memory_child(case: Case, name: str) -> int:
     return peak_extra_bytes(lambda: run(loss, inputs, case.backward))
 
 
-def time_child(case: Case, names: tuple[str, ...], budget: float) -> tuple[dict[str, dict[str, Any]], list[float], str]:
+def time_child(
+    case: Case, names: tuple[str, ...], budget: float
+) -> tuple[dict[str, dict[str, Any]], list[tuple[float, ...]], str]:
     """-> per implementation {"seconds", "loss", differences from the first}; rates and name of the floor's unit."""
     losses, inputs = {name: prepare(case, name) for name in names}, make_inputs(case)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     answers: dict[str, dict[str, Any]] = {name: {"seconds": seconds[name]} for name in names}
     unit, rates = gauge(case), []
+    ends = (names[0], names[-1])  # of a round: three matmuls after each of many peers would take most of the time
     first: tuple[Tensor, Gradients] | None = None
     for name in turns(seconds, budget, MAX_ROUNDS):
         began = time.perf_counter()
@@ -205,8 +215,8 @@ def time_child(case: Case, names: tuple[str, ...], budget: float) -> tuple[dict[
             elif IMPLEMENTATIONS[case.op, name].same:
                 answers[name] |= difference(first, value, grads)
         del value, grads
-        if unit:
-            rates.append(unit.rate())
+        if unit and name in ends:
+            rates.append(unit.rates())
     return answers, rates, unit.what if unit else ""
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import cibr_kernels as ck
 from bench import optional_peers
 from bench.inputs import HIDDEN, TERMS, Inputs
-from bench.registry import TIERS, Case
+from bench.registry import TIERS, Case, Passes
 from cibr_kernels.ops.additive_moments.reference import moments
 from cibr_kernels.ops.cibr_loss.op import noisy, scale_gradient
 
@@ -36,7 +36,7 @@ class Implementation:
     """
 
     build: Callable[[], Loss]
-    passes: Callable[[Case], int | None]
+    passes: Callable[[Case], Passes | None]
     peak_bytes: Callable[[Case], float]
     numerics: Callable[[Case], str] = lambda case: "f32, f32"
     compiles: bool = False
@@ -58,12 +58,12 @@ def fused_clip(inputs: Inputs) -> Tensor:
     return ck.clip_loss(t["x"], t["z"], t["scale"])
 
 
-def fused_clip_passes(case: Case) -> int:
+def fused_clip_passes(case: Case) -> Passes:
     """1 forward; 2 more in backward from the stash, 3 where the logits are computed again (DESIGN.md)."""
     if not case.backward:
-        return 1
+        return Passes(1, 0)
     stashed = ck.native_available() and case.n**2 * itemsize(case) <= _budget(case)
-    return 3 if stashed else 4
+    return Passes(1 if stashed else 2, 2)
 
 
 def build_open_clip() -> Loss:
@@ -182,8 +182,9 @@ def _no_passes(case: Case) -> None:
     return None
 
 
-def _passes(forward: int, train: int) -> Callable[[Case], int]:
-    return lambda case: train if case.backward else forward
+def _passes(forward: int, gradients: int) -> Callable[[Case], Passes]:
+    """Products of logits in the forward, the same ones in training, and those of the gradients."""
+    return lambda case: Passes(forward, gradients if case.backward else 0)
 
 
 def _rounded(logits: bool, sums: bool) -> Callable[[Case], str]:
@@ -196,26 +197,26 @@ EAGER, INDUCTOR = _rounded(True, True), _rounded(True, False)  # Inductor sums i
 
 IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
     ("clip_loss", "fused"): Implementation(lambda: fused_clip, fused_clip_passes, _small),
-    ("clip_loss", "open_clip"): Implementation(build_open_clip, _passes(2, 6), lambda c: _logits(c, 4, 6), EAGER),
-    ("clip_loss", "one-logits"): Implementation(lambda: one_logits, _passes(1, 3), lambda c: _logits(c, 4, 6), EAGER),
+    ("clip_loss", "open_clip"): Implementation(build_open_clip, _passes(2, 4), lambda c: _logits(c, 4, 6), EAGER),
+    ("clip_loss", "one-logits"): Implementation(lambda: one_logits, _passes(1, 2), lambda c: _logits(c, 4, 6), EAGER),
     ("clip_loss", "float32-logits"): Implementation(
-        lambda: float32_logits, _passes(1, 3), lambda c: (6 if c.backward else 4) * 4 * c.n**2
+        lambda: float32_logits, _passes(1, 2), lambda c: (6 if c.backward else 4) * 4 * c.n**2
     ),
-    ("clip_loss", "compiled"): Implementation(_compiled, _passes(1, 3), lambda c: _logits(c, 4, 6), INDUCTOR, True),
+    ("clip_loss", "compiled"): Implementation(_compiled, _passes(1, 2), lambda c: _logits(c, 4, 6), INDUCTOR, True),
     ("clip_loss", "max-autotune"): Implementation(
-        lambda: _compiled("max-autotune"), _passes(1, 3), lambda c: _logits(c, 4, 6), INDUCTOR, True
+        lambda: _compiled("max-autotune"), _passes(1, 2), lambda c: _logits(c, 4, 6), INDUCTOR, True
     ),
     ("clip_loss", "cut-cross-entropy"): Implementation(
-        optional_peers.build_cut_cross_entropy, _passes(2, 6), lambda c: _logits(c, 4, 6), INDUCTOR, True
+        optional_peers.build_cut_cross_entropy, _passes(2, 4), lambda c: _logits(c, 4, 6), INDUCTOR, True
     ),
     # a map over pairs that makes each logit again wherever it is needed; no matmul
-    ("clip_loss", "keops"): Implementation(optional_peers.build_keops, _passes(4, 8), _small, compiles=True),
-    ("siglip_loss", "fused"): Implementation(lambda: fused_siglip, _passes(1, 3), _small),
+    ("clip_loss", "keops"): Implementation(optional_peers.build_keops, _passes(4, 4), _small, compiles=True),
+    ("siglip_loss", "fused"): Implementation(lambda: fused_siglip, _passes(1, 2), _small),
     ("siglip_loss", "open_clip"): Implementation(
-        build_open_clip_siglip, _passes(1, 3), lambda c: _logits(c, 6, 8), EAGER
+        build_open_clip_siglip, _passes(1, 2), lambda c: _logits(c, 6, 8), EAGER
     ),
     ("siglip_loss", "compiled"): Implementation(
-        _compiled_siglip, _passes(1, 3), lambda c: _logits(c, 4, 6), INDUCTOR, True
+        _compiled_siglip, _passes(1, 2), lambda c: _logits(c, 4, 6), INDUCTOR, True
     ),
     ("critic_moments", "fused"): Implementation(lambda: fused_critic, _no_passes, _small),
     ("critic_moments", "fused-relu"): Implementation(lambda: relu_critic, _no_passes, _small, same=False),

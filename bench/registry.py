@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 SCALE = 1 / 0.07  # CLIP's initial logit scale
 TIERS = {"stash": 1 << 40, "panel": 0}  # bytes of `stash_budget()` that force a tier of clip_loss's backward
 WIDTHS = {"clip_loss": 512, "siglip_loss": 512, "critic_moments": 256, "cibr_loss": 512}  # a name says only others
 LARGEST = 131072
+
+
+class Passes(NamedTuple):
+    """Matmuls of N x N x D: of the logits S = X Y^T, and of gradients, one half of them G Y and the other G^T X."""
+
+    logits: int
+    gradients: int
+
+    @property
+    def total(self) -> int:
+        return self.logits + self.gradients
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def _line(row: Row, fused: Row) -> str:
     line = (
         f"  {row.implementation:<18}{shown(row.time and 1e3 * row.time, '.4g'):>9}  {spread:<19}"
         f"{_ratio(row.time, fused.time):>9}{gigabytes(row.extra_bytes) if row.extra_bytes is not None else '-':>10}"
-        f"{_ratio(row.extra_bytes, fused.extra_bytes):>9}{shown(row.passes, 'd'):>8}"
+        f"{_ratio(row.extra_bytes, fused.extra_bytes):>9}{shown(row.passes and row.passes.total, 'd'):>8}"
         f"{shown(row.floor_percent, '.0f') + (' %' if row.floor_percent else ''):>8}"
         f"{row.numerics:>14}{shown(row.loss_diff, '.1e'):>11}{shown(row.grad_diff, '.1e'):>11}"
     )
@@ -41,8 +41,9 @@ def _line(row: Row, fused: Row) -> str:
 
 def table(result: Result) -> str:
     """A case's block; ratios are this row over the fused one, percents of the floor (bench/floor.py), best of both."""
-    gemm = result.rate if result.case.op in DOT_FAMILY else None
-    rate = f"   {result.unit} {gemm / 1e9:.0f} GF/s" if gemm else ""
+    rates = result.rates if result.rates and result.case.op in DOT_FAMILY else ()
+    shown = ", ".join(f"{what} {rate / 1e9:.0f}" for what, rate in zip(("X Y^T", "G Y", "G^T X"), rates, strict=False))
+    rate = f"   {result.unit}: {shown} GF/s" if rates else ""
     head = f"{result.case.name}  (width {result.case.width}){rate}"
     notes = [f"  {result.floor_note}"] if result.floor_note else []
     return "\n".join([head, HEADER, *(_line(row, result.rows[0]) for row in result.rows), *notes, *targets(result)])
