@@ -205,12 +205,15 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
   constexpr bool two_forms = sizeof(T) != sizeof(float);  // bf16: G is kept blocked and paired
   const bool scores = epilogue.needs_scores, once = packed_once<T, S>(blocks);
   const int64_t yb_rows = once ? mp : chunk * kBlock;  // all of Y, or the chunk at hand
-  Buffer<T> yt(scores && once ? mp * dp : 0), yb(p.dx ? yb_rows * dp : 0), xa(scores ? rows_cap * dp : 0),
+  // Y^T takes the place of dy, which is written last, where it has its size: memory that each would have the system clear
+  const bool in_dy = scores && p.dy && sizeof(T) == sizeof(S) && p.m == mp && p.d == dp;
+  Buffer<T> own_y(scores && once && !in_dy ? mp * dp : 0), yb(p.dx ? yb_rows * dp : 0), xa(scores ? rows_cap * dp : 0),
       xt(p.dy ? rows_cap * dp : 0), ga(p.dx ? chunk * rows_cap * kBlock : 0);
   Buffer<float> dyt(p.dy ? mp * dp : 0), dxp(p.dx ? rows_cap * dp : 0);
   Buffer<float> part_sum(Epilogue::kRowSums ? chunk * rows_cap : 0);
   const int64_t lines = p.dx ? p.n : p.dy ? p.m : 0;
   Buffer<double> dscale_lines(lines);
+  T* const yt = in_dy ? static_cast<T*>(p.dy) : own_y.data;
   const S *xs = static_cast<const S*>(p.x), *ys = static_cast<const S*>(p.y);
   const Rows<S> y{ys, p.m, p.d, 0, mp};
 
@@ -222,7 +225,7 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
     Engine<T>::enter();
 #pragma omp for schedule(static) nowait
     for (int64_t b = 0; b < (once ? blocks : 0); b++) {
-      if (scores) pack_b_transposed(y, b, b + 1, yt.data, dp);
+      if (scores) pack_b_transposed(y, b, b + 1, yt, dp);
       if (p.dx) pack_b(y, b * kBlock, (b + 1) * kBlock, dblocks, yb.data, mp);
     }
     for (int64_t i0 = 0; i0 < p.n; i0 += panel) {
@@ -240,7 +243,7 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
           const int64_t width = b1 - b < W ? b1 - b : W;
           T *as_a = p.dx ? ga.data + (b - b0) * rows * kBlock : own.data, *as_b = two_forms ? paired.data : as_a;
           float* s = two_forms ? tile.data : reinterpret_cast<float*>(as_a);
-          const T* bt = once ? yt.data + b * dp * kBlock : own_yt.data;
+          const T* bt = once ? yt + b * dp * kBlock : own_yt.data;
           if (!once && scores) pack_b_transposed(y.from(b * kBlock), 0, width, own_yt.data, dp);
           if (!once && p.dx)
             pack_b(y.from(b0 * kBlock), (b - b0) * kBlock, (b - b0 + width) * kBlock, dblocks, yb.data, yb_rows);
@@ -292,8 +295,8 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
     Engine<T>::leave();
     if (p.dy) {
 #pragma omp single
-      {  // dy is about to be touched for the first time: the peak stays where it is
-        yt.release();
+      if (!in_dy) {  // dy is about to be touched for the first time: the peak stays where it is
+        own_y.release();
         yb.release();
       }
 #pragma omp for schedule(static)

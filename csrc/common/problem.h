@@ -34,7 +34,7 @@ struct DotForward : DotProblem {
   float* positives;           // (n,)  l_i,offset+i
   void* stash;                // (ceil(m / 32), n, 32) exp(l_ij - stash_offset), or null
   int32_t stash_dtype;
-  float* stash_offset;        // (1,) NaN where the stash was not written (online mode)
+  float* stash_offset;        // (1,) of the exponentials, for the backward; NaN in online mode, which writes no stash
 };
 
 struct DotBackward : DotGradient {
@@ -44,7 +44,7 @@ struct DotBackward : DotGradient {
   const float *col_lse, *col_weight;  // (m,) or null
   const void* stash;                  // null: the logits are computed again
   int32_t stash_dtype;
-  float stash_offset;
+  float stash_offset;                 // the forward's, with or without a stash
 };
 
 // The loss of the two directions and its gradients in one call: p_i the positives, R_i and C_i the sums without them,

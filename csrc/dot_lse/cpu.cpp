@@ -268,7 +268,7 @@ void dot_lse_forward(const DotForward& p) {
     return;
   }
   if (bound <= kFixedBound && forward_any(p, true, off)) {
-    if (p.stash) *p.stash_offset = off;
+    *p.stash_offset = off;
     return;
   }
   DotForward online = p;
@@ -360,10 +360,9 @@ void dot_lse_backward(const DotBackward& p) {
   ZeroBuffer<float> cols(mp), v(mp);
   clean(p.n, p.row_lse, p.row_weight, rows.data, u.data);
   clean(given, p.col_lse, p.col_weight, cols.data, v.data);
-  // the forward's choice again: fixed where no row or column lies too far below the offset
-  const bool stashed = p.stash && p.stash_offset == p.stash_offset;
-  const float bound = stashed ? 0 : score_bound(p), off = stashed ? p.stash_offset : shared_offset(bound);
-  bool fixed = bound <= kFixedBound;
+  // the forward's choice again, unless a row or column lies too far below the offset
+  const float off = p.stash_offset;
+  bool fixed = off == off;
   for (int64_t i = 0; i < p.n; i++) fixed &= !(rows.data[i] < off - kUnderflow);
   for (int64_t j = 0; j < given; j++) fixed &= !(cols.data[j] < off - kUnderflow) || v.data[j] == 0;
   for (int64_t i = 0; fixed && i < p.n; i++) u.data[i] *= ::expf(off - rows.data[i]);
@@ -374,7 +373,7 @@ void dot_lse_backward(const DotBackward& p) {
       v.data[j] *= ::expf(off - cols.data[j]);
   }
   const Weights w{fixed, off, u.data, v.data, rows.data, p.col_lse ? cols.data : nullptr};
-  gradient_pass(p, Gradient{p, w, !(stashed && fixed)});
+  gradient_pass(p, Gradient{p, w, !(p.stash && fixed)});
 }
 
 }  // namespace CK_ISA

@@ -22,6 +22,7 @@ SHAPES = [
 ]  # fmt: skip
 DEEP = (48, 48, 0, 700)  # past one sweep of depth (384 or 512)
 PANELS = (600, 4500, 1000, 40)  # two panels of rows, two chunks of columns (128 blocks of 32)
+WHOLE = (600, 640, 20, 64)  # y in whole blocks: in float32 its transpose takes the place of dy
 NAMES = ("loss", "dx", "dy", "dscale")
 
 
@@ -107,9 +108,10 @@ def test_features_wider_than_one_sweep(dtype, isa):
 
 @each_isa
 @pytest.mark.parametrize("kind", ["unit", "raw"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_several_panels_and_chunks(dtype, kind, isa):
-    check(Case(PANELS, dtype, kind, 14.3, False), isa)
+@each_dtype
+@pytest.mark.parametrize("shape", [PANELS, WHOLE], ids=str)
+def test_several_panels_and_chunks(shape, dtype, kind, isa):
+    check(Case(shape, dtype, kind, 14.3, False), isa)
 
 
 @each_isa
