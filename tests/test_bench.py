@@ -137,6 +137,20 @@ def test_memory_of_a_known_allocation():
     assert 95 * MIB < processes.call(_peak_of_96_mib) < 104 * MIB
 
 
+@pytest.mark.parametrize(("dtype", "packed"), [("float32", 8192), ("bfloat16", 4096)])
+def test_a_step_without_the_stash_takes_memory_for_rows_alone(dtype, packed):
+    """In place of two matrices of 8192 x 8192: gradients, float32 sums of dy, rows of y, and a panel of weights."""
+    if not ck.native_available():
+        pytest.skip("the compiled kernels are not built")
+    n, d = 8192, 256
+    case = Case("clip_loss", n, d, dtype, tier="panel")
+    rows = 2 * n * peers.itemsize(case) + 4 * n + 4 * packed  # of d numbers
+    panel, others = 4 * 384 * (4096 + 3 * d), 3 * MIB + torch.get_num_threads() * MIB // 4
+    assert processes.call(measure.memory_child, case, "fused") < rows * d + panel + others
+    forward = processes.call(measure.memory_child, replace(case, backward=False), "fused")
+    assert forward < (4 * n * d if dtype == "float32" else 0) + others
+
+
 def _fail(message: str) -> None:
     raise ValueError(message)
 
