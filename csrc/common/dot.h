@@ -205,7 +205,7 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
   constexpr bool two_forms = sizeof(T) != sizeof(float);  // bf16: G is kept blocked and paired
   const bool scores = epilogue.needs_scores, once = packed_once<T, S>(blocks);
   const int64_t yb_rows = once ? mp : chunk * kBlock;  // all of Y, or the chunk at hand
-  // Y^T takes the place of dy, which is written last, where it has its size: memory that each would have the system clear
+  // Y^T lives in dy, which is written last, where it has its size: less new memory, which the system would clear
   const bool in_dy = scores && p.dy && sizeof(T) == sizeof(S) && p.m == mp && p.d == dp;
   Buffer<T> own_y(scores && once && !in_dy ? mp * dp : 0), yb(p.dx ? yb_rows * dp : 0), xa(scores ? rows_cap * dp : 0),
       xt(p.dy ? rows_cap * dp : 0), ga(p.dx ? chunk * rows_cap * kBlock : 0);
