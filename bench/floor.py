@@ -7,8 +7,8 @@
                                                rate: vector instructions a second on all torch threads (csrc/issue_rate)
     cibr_loss       of its clip_loss and of its four critics, one after another
 
-The products of a gradient take the vendor longer than those of the logits (5 to 20 % on two Xeons), in whichever of two
-arrangements is faster there: G Y or (Y^T G^T)^T, G^T X or (X^T G)^T.
+The products of a gradient take the vendor longer than the logits (3 to 20 % on a Xeon with AVX-512, N >= 1024).
+Each is timed in whichever of two arrangements is faster there: G Y or (Y^T G^T)^T, G^T X or (X^T G)^T.
 
 The issue rate is that of independent multiply-adds, maxima and additions on full registers.  On Intel's server cores
 it is two a cycle: 512-bit vectors go to ports 0 (with 1 fused into it) and 5, comparisons into a mask to 5 alone.  c

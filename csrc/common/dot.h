@@ -25,7 +25,8 @@ namespace CK_ISA {
 
 constexpr int64_t kChunkBlocks = 128;  // blocks of 32 columns in a chunk: a panel of G is 4 to 6 MiB
 
-// T: the engine's operand type; S: the features' dtype.
+// Whether all of Y, in so many blocks of columns, is packed before the first panel.  T: the engine's operand type; S: the
+// features' dtype.
 template <typename T, typename S>
 static inline bool packed_once(int64_t blocks) {
   return sizeof(T) <= sizeof(S) || blocks <= kChunkBlocks;
@@ -207,13 +208,13 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
   const int64_t yb_rows = once ? mp : chunk * kBlock;  // all of Y, or the chunk at hand
   // Y^T lives in dy, which is written last, where it has its size: less new memory, which the system would clear
   const bool in_dy = scores && p.dy && sizeof(T) == sizeof(S) && p.m == mp && p.d == dp;
-  Buffer<T> own_y(scores && once && !in_dy ? mp * dp : 0), yb(p.dx ? yb_rows * dp : 0), xa(scores ? rows_cap * dp : 0),
+  Buffer<T> whole_yt(scores && once && !in_dy ? mp * dp : 0), yb(p.dx ? yb_rows * dp : 0), xa(scores ? rows_cap * dp : 0),
       xt(p.dy ? rows_cap * dp : 0), ga(p.dx ? chunk * rows_cap * kBlock : 0);
   Buffer<float> dyt(p.dy ? mp * dp : 0), dxp(p.dx ? rows_cap * dp : 0);
   Buffer<float> part_sum(Epilogue::kRowSums ? chunk * rows_cap : 0);
   const int64_t lines = p.dx ? p.n : p.dy ? p.m : 0;
   Buffer<double> dscale_lines(lines);
-  T* const yt = in_dy ? static_cast<T*>(p.dy) : own_y.data;
+  T* const yt = in_dy ? static_cast<T*>(p.dy) : whole_yt.data;
   const S *xs = static_cast<const S*>(p.x), *ys = static_cast<const S*>(p.y);
   const Rows<S> y{ys, p.m, p.d, 0, mp};
 
@@ -296,7 +297,7 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
     if (p.dy) {
 #pragma omp single
       if (!in_dy) {  // dy is about to be touched for the first time: the peak stays where it is
-        own_y.release();
+        whole_yt.release();
         yb.release();
       }
 #pragma omp for schedule(static)
