@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # largest relative difference from the fused op of the loss and of the gradients: bfloat16 peers round their logits
 TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (5e-2, 5e-2)}
 MAX_ROUNDS = 15
+AT_LEAST = 0.5  # seconds of all implementations: small cases take more rounds, for a few of theirs are interrupted
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -166,15 +167,18 @@ def agrees(case: Case | GpuCase, row: Timed) -> bool:
     return all(d is None or d <= limit for d, limit in ((row.loss_diff, loss), (row.grad_diff, grad)))
 
 
-def turns(seconds: Mapping[str, Sequence[float]], budget: float, rounds: int) -> Iterator[str]:
+def turns(seconds: Mapping[str, Sequence[float]], budget: float, rounds: int, at_least: float = 0.0) -> Iterator[str]:
     """Who runs next, for a caller that adds to `seconds`: in turn, from 1 to `rounds` times each.
 
-    Who has used up its share of `budget` seconds sits the next rounds out.
+    Who has used up its share of `budget` seconds sits the next rounds out.  Where all of them together took less than
+    `at_least` seconds, more rounds follow.
     """
-    for done in range(rounds):
+    done = 0
+    while done < rounds or sum(map(sum, seconds.values())) < min(at_least, budget):
         for name in seconds:
             if not done or sum(seconds[name]) <= budget / len(seconds):
                 yield name
+        done += 1
 
 
 def run(loss: Loss, inputs: Inputs, backward: bool) -> tuple[Tensor, Gradients]:
@@ -203,7 +207,7 @@ def time_child(
     answers: dict[str, dict[str, Any]] = {name: {"seconds": seconds[name]} for name in names}
     unit, rates = gauge(case), []
     first: tuple[Tensor, Gradients] | None = None
-    for name in turns(seconds, budget, MAX_ROUNDS):
+    for name in turns(seconds, budget, MAX_ROUNDS, AT_LEAST):
         began = time.perf_counter()
         value, grads = run(losses[name], inputs, case.backward)
         seconds[name].append(time.perf_counter() - began)

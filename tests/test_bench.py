@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import cibr_kernels as ck
+from cibr_kernels import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
@@ -42,7 +43,7 @@ def test_every_implementation_computes_the_same(case):
     tiny = replace(case.shrunk(48), width=32, baselines=tuple(b for b in case.baselines if b not in SLOW))
     answers, rates, unit = measure.time_child(tiny, tiny.implementations, budget=0.01)
     for name in tiny.implementations:
-        assert 1 <= len(answers[name]["seconds"]) <= measure.MAX_ROUNDS and min(answers[name]["seconds"]) > 0
+        assert len(answers[name]["seconds"]) >= 1 and min(answers[name]["seconds"]) > 0
         assert measure.agrees(tiny, Row(name, **{k: v for k, v in answers[name].items() if k != "seconds"})), answers
     for name in tiny.baselines:
         compared = peers.IMPLEMENTATIONS[case.op, name].same
@@ -142,11 +143,15 @@ def test_a_step_without_the_stash_takes_memory_for_rows_alone(dtype, packed):
         pytest.skip("the compiled kernels are not built")
     n, d = 8192, 256
     case = Case("clip_loss", n, d, dtype, tier="panel")
+    bf16_products = dtype == "bfloat16" and backends.compiled().isa() in (
+        "avx512bf16",
+        "amx",
+    )  # of y as it is, packed once
     rows = 2 * n * peers.itemsize(case) + 4 * n + 4 * packed  # of d numbers
     panel, others = 4 * 384 * (4096 + 3 * d), 3 * MIB + torch.get_num_threads() * MIB // 4
     assert processes.call(measure.memory_child, case, "fused") < rows * d + panel + others
     forward = processes.call(measure.memory_child, replace(case, backward=False), "fused")
-    assert forward < (4 * n * d if dtype == "float32" else 0) + others
+    assert forward < (4 * n * d if dtype == "float32" else 2 * n * d if bf16_products else 0) + others
 
 
 def _fail(message: str) -> None:

@@ -120,6 +120,14 @@ def test_implementations_take_turns_until_their_share_is_used():
     assert seconds == {"quick": [0.1] * 3, "slow": [5.0]}
 
 
+@pytest.mark.parametrize(("at_least", "rounds"), [(0.5, 3), (2.0, 10), (100.0, 33)])
+def test_short_ones_take_more_turns(at_least, rounds):
+    seconds: dict[str, list[float]] = {"a": [], "b": []}
+    for name in turns(seconds, budget=4.125, rounds=3, at_least=at_least):
+        seconds[name].append({"a": 0.0625, "b": 0.140625}[name])
+    assert len(seconds["a"]) == rounds
+
+
 def test_the_table_gives_ratios_and_flops():
     case = GpuCase("clip_loss", 1000, 500)
     rows = [Timed("fused", [0.001, 0.002, 0.004], 10**6), Timed("eager", [0.006], 5 * 10**6, 1e-3, 2e-3)]

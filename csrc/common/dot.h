@@ -129,18 +129,17 @@ static inline void emit(const float* g, int64_t rows, float* as_a, float* as_b) 
 
 #if defined(CK_ISA_amx) || defined(CK_ISA_avx512bf16)
 static void emit(const float* g, int64_t rows, bf16* as_a, bf16* as_b) {
+  alignas(64) int16_t left[kBlock], right[kBlock];  // columns 0, 1, ... 15 and 16 ... 31 of two rows, in pairs
+  for (int16_t c = 0; c < kBlock; c++) left[c] = c / 2 + c % 2 * kBlock, right[c] = left[c] + kBlock / 2;
+  const __m512i first = _mm512_load_si512(left), second = _mm512_load_si512(right);
   for (int64_t r = 0; r < rows; r += 2) {
     const float* q = g + r * kBlock;
     const __m512i even = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(q + 16), _mm512_loadu_ps(q));
     const __m512i odd = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(q + 48), _mm512_loadu_ps(q + 32));
     _mm512_storeu_si512(as_a + r * kBlock, even);
     _mm512_storeu_si512(as_a + (r + 1) * kBlock, odd);
-    for (int half = 0; half < 2; half++) {
-      const __m256i lo = half ? _mm512_extracti64x4_epi64(even, 1) : _mm512_castsi512_si256(even);
-      const __m256i hi = half ? _mm512_extracti64x4_epi64(odd, 1) : _mm512_castsi512_si256(odd);
-      const __m512i pair = _mm512_or_si512(_mm512_cvtepu16_epi32(lo), _mm512_slli_epi32(_mm512_cvtepu16_epi32(hi), 16));
-      _mm512_storeu_si512(as_b + r * kBlock + half * 32, pair);
-    }
+    _mm512_storeu_si512(as_b + r * kBlock, _mm512_permutex2var_epi16(even, first, odd));
+    _mm512_storeu_si512(as_b + (r + 1) * kBlock, _mm512_permutex2var_epi16(even, second, odd));
   }
 }
 #endif

@@ -234,43 +234,55 @@ struct Engine<bf16> {
 
 #elif defined(CK_ISA_avx512bf16)
 
+// ROWS rows by the block's 32 columns; the next tile's part of C, `ahead`, comes into the L1 cache meanwhile.
 template <int ROWS>
-static inline void bf16_tile(const bf16* a, int64_t a_block, const bf16* b, int64_t k, float* c, bool add) {
-  __m512 acc[ROWS][2];
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < 2; v++) acc[r][v] = add ? _mm512_loadu_ps(c + r * kBlock + v * 16) : _mm512_setzero_ps();
+static inline void bf16_tile(const bf16* a, int64_t a_block, const bf16* b, int64_t k, float* c, bool add, const float* ahead) {
+  __m512 acc[ROWS][2] = {};
   for (int64_t k0 = 0; k0 < k; k0 += kBlock, a += a_block)
 #pragma GCC unroll 1
-    for (int kk = 0; kk < kBlock; kk += 2, b += 2 * kBlock) {
-      const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b), b1 = (__m512bh)_mm512_loadu_si512(b + kBlock);
+    for (int k1 = 0; k1 < kBlock; k1 += 4, ahead += kLine) {
+      __builtin_prefetch(ahead, 1);
+#pragma GCC unroll 2
+      for (int kk = k1; kk < k1 + 4; kk += 2, b += 2 * kBlock) {
+        const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b), b1 = (__m512bh)_mm512_loadu_si512(b + kBlock);
 #pragma GCC unroll 16
-      for (int r = 0; r < ROWS; r++) {
-        int32_t pair;
-        std::memcpy(&pair, a + r * kBlock + kk, 4);
-        const __m512bh ar = (__m512bh)_mm512_set1_epi32(pair);
-        acc[r][0] = _mm512_dpbf16_ps(acc[r][0], ar, b0);
-        acc[r][1] = _mm512_dpbf16_ps(acc[r][1], ar, b1);
+        for (int r = 0; r < ROWS; r++) {
+          int32_t pair;
+          std::memcpy(&pair, a + r * kBlock + kk, 4);
+          const __m512bh ar = (__m512bh)_mm512_set1_epi32(pair);
+          acc[r][0] = _mm512_dpbf16_ps(acc[r][0], ar, b0);
+          acc[r][1] = _mm512_dpbf16_ps(acc[r][1], ar, b1);
+        }
       }
     }
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; r++)
-    for (int v = 0; v < 2; v++) _mm512_storeu_ps(c + r * kBlock + v * 16, acc[r][v]);
+    for (int v = 0; v < 2; v++) {
+      float* out = c + r * kBlock + v * VL;
+      store(out, add ? load(out) + acc[r][v] : acc[r][v]);
+    }
 }
 
 template <>
 struct Engine<bf16> {
   static constexpr int64_t kPanelRows = 512, kWidth = 1;
+  static constexpr int64_t kDepth = 256;  // k of one sweep: 256 x 32 of B are 16 of the 32 KiB of an L1 cache
+
   static void enter() {}
   static void leave() {}
 
   static void multiply(Blocks<const bf16> a, int64_t rows, Blocks<const bf16> b, int64_t, int64_t k, Blocks<float> c,
                        bool add, Blocks<const float> = {}) {
-    const int64_t s = a.stride;
-    int64_t r = 0;
-    for (; rows - r >= 12; r += 12) bf16_tile<12>(a.data + r * kBlock, s, b.data, k, c.data + r * kBlock, add);
-    if (rows - r == 8) bf16_tile<8>(a.data + r * kBlock, s, b.data, k, c.data + r * kBlock, add);
-    if (rows - r == 4) bf16_tile<4>(a.data + r * kBlock, s, b.data, k, c.data + r * kBlock, add);
+    for (int64_t k0 = 0; k0 < k; k0 += kDepth, a.data += kDepth / kBlock * a.stride, b.data += kDepth * kBlock)
+      sweep(a.data, a.stride, rows, b.data, k - k0 < kDepth ? k - k0 : kDepth, c.data, add || k0 > 0);
+  }
+
+ private:
+  static void sweep(const bf16* a, int64_t a_block, int64_t rows, const bf16* b, int64_t k, float* c, bool add) {
+    for (; rows >= 12; rows -= 12, a += 12 * kBlock, c += 12 * kBlock)
+      bf16_tile<12>(a, a_block, b, k, c, add, c + 12 * kBlock);
+    if (rows == 8) bf16_tile<8>(a, a_block, b, k, c, add, c);
+    if (rows == 4) bf16_tile<4>(a, a_block, b, k, c, add, c);
   }
 };
 
