@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench/ is not installed
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

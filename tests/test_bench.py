@@ -13,12 +13,7 @@ import pytest
 import torch
 
 import cibr_kernels as ck
-from cibr_kernels import backends
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # bench/ is not installed
-
-from bench import (  # noqa: E402
+from bench import (
     cli,
     curve,
     floor,
@@ -30,8 +25,11 @@ from bench import (  # noqa: E402
     registry,
     report,
 )
-from bench.measure import Row  # noqa: E402
-from bench.registry import CASES, Case, Passes, Target  # noqa: E402
+from bench.measure import Row
+from bench.registry import CASES, Case, Passes, Target
+from cibr_kernels import backends
+
+ROOT = Path(__file__).resolve().parent.parent
 
 MIB = 2**20
 KINDS = {(c.op, c.dtype, c.backward, c.tier, c.activation): c for c in CASES if not c.group}.values()

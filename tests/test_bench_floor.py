@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +10,10 @@ import pytest
 import torch
 
 import cibr_kernels as ck
-from cibr_kernels import backends
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench/ is not installed
-
 from bench import critic_code, disassembly, floor, measure, report
 from bench.measure import Row
 from bench.registry import Case
+from cibr_kernels import backends
 
 LISTING = """
 0000000000001000 <_ZN2ck6avx51212_GLOBAL__N_16Kinked6scoresEv>:

@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # bench/ is not installed
+from bench import cli, gpu, gpu_cases, gpu_search
+from bench.gpu_cases import CASES, IMPLEMENTATIONS, GpuCase, Implementation
+from bench.measure import Timed, difference, turns
 
-from bench import cli, gpu, gpu_cases, gpu_search  # noqa: E402
-from bench.gpu_cases import CASES, IMPLEMENTATIONS, GpuCase, Implementation  # noqa: E402
-from bench.measure import Timed, difference, turns  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 TINY = [
     GpuCase("clip_loss", 48, 32),

@@ -2,14 +2,10 @@
 
 import json
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench/ is not installed
 
 import cibr_kernels as ck
 from bench import cli, mi, mi_estimate, mi_tasks, variance

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import itertools
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # bench/ is not installed
+import nvcc
+import torch
+import triton
+import triton.language as tl
+from torch.utils.flop_counter import FlopCounterMode
 
-import nvcc  # noqa: E402
-import torch  # noqa: E402
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
-from bench import gpu_cases, predict  # noqa: E402
-from bench.gpu_cases import GpuCase  # noqa: E402
-from bench.static import compiled, record, sass, ttir  # noqa: E402
-from bench.static.gpus import GPUS, blocks_per_processor  # noqa: E402
-from cibr_kernels.ops import triton_call  # noqa: E402
+from bench import gpu_cases, predict
+from bench.gpu_cases import GpuCase
+from bench.static import compiled, record, sass, ttir
+from bench.static.gpus import GPUS, blocks_per_processor
+from cibr_kernels.ops import triton_call
 
 LIVE = 40  # values that stay live through the loop of PTX
 PTX = (

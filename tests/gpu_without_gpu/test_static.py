@@ -8,18 +8,13 @@ from __future__ import annotations
 import copy
 import json
 import os
-import sys
-from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # bench/ is not installed
-
-import static_table  # noqa: E402
+import static_table
 
 UPDATE = "python tests/gpu_without_gpu/static_table.py --update"
 TENSOR = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
