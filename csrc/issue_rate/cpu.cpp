@@ -27,27 +27,29 @@ inline vf multiply_add(vf a, vf b, vf c) {
 #endif
 }
 
-// Twelve chains of results that take 4 cycles each keep three ports busy.  An array of them would be put in memory.
+// Twelve chains of results that take 4 cycles each keep three ports busy; half of them multiply, because a Zen 4 multiplies
+// on one half of its pipes and adds and compares on the other.  An array of them would be put in memory.
 constexpr int64_t CHAINS = 12;
 
 void spin(int64_t iterations) {
   vf half = broadcast(0.5f);
   CK_OPAQUE(half);
-  vf p0 = half, p1 = half, p2 = half, p3 = half;
-  vf m0 = half, m1 = half, m2 = half, m3 = half;
-  vf s0 = half, s1 = half, s2 = half, s3 = half;
-#define CK_STEP(p, m, s)           \
+  vf p0 = half, p1 = half, p2 = half, p3 = half, p4 = half, p5 = half;
+  vf m0 = half, m1 = half, m2 = half;
+  vf s0 = half, s1 = half, s2 = half;
+#define CK_STEP(p, m, q, s)        \
   p = multiply_add(p, half, half); \
   m = vmax(m, half);               \
+  q = multiply_add(q, half, half); \
   s = s + half;                    \
   CK_OPAQUE(p);                    \
   CK_OPAQUE(m);                    \
+  CK_OPAQUE(q);                    \
   CK_OPAQUE(s)
   for (int64_t n = 0; n < iterations; n++) {
-    CK_STEP(p0, m0, s0);
-    CK_STEP(p1, m1, s1);
-    CK_STEP(p2, m2, s2);
-    CK_STEP(p3, m3, s3);
+    CK_STEP(p0, m0, p1, s0);
+    CK_STEP(p2, m1, p3, s1);
+    CK_STEP(p4, m2, p5, s2);
   }
 #undef CK_STEP
 }
