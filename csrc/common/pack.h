@@ -60,21 +60,12 @@ static void pack_blocked(const Rows<S>& m, int64_t r0, int64_t r1, int64_t block
 }
 
 #if defined(__AVX512F__)
-static inline __m512 load_floats(const float* p) { return _mm512_loadu_ps(p); }
-static inline __m512 load_floats(const bf16* p) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return (__m512)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, bits), 16);
-}
-static inline __m512 load_floats(const _Float16* p) {
-  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-
 // out = the transpose of 16 x 16 elements; rows of `in` are in_stride apart, those of `out` out_stride.
 template <typename S>
 static inline void transpose16(const S* in, int64_t in_stride, float* out, int64_t out_stride) {
   constexpr __mmask16 kAll = 0xffff;
   __m512 a[16], b[16];
-  for (int i = 0; i < 16; i++) a[i] = load_floats(in + i * in_stride);
+  for (int i = 0; i < 16; i++) a[i] = load(in + i * in_stride);
   for (int i = 0; i < 16; i += 2) {  // pairs of rows
     b[i] = _mm512_maskz_unpacklo_ps(kAll, a[i], a[i + 1]);
     b[i + 1] = _mm512_maskz_unpackhi_ps(kAll, a[i], a[i + 1]);

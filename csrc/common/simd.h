@@ -100,6 +100,23 @@ static inline void store8(floats8 v, _Float16* p) {
   for (int i = 0; i < 8; i++) p[i] = static_cast<_Float16>(v[i]);
 }
 
+// VL elements, as float.
+static inline vf load(const bf16* p) {
+#if defined(__AVX512F__)
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (__m512)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, bits), 16);
+#else
+  typedef uint16_t halves __attribute__((vector_size(VL * 2)));
+  typedef uint32_t words __attribute__((vector_size(VL * 4)));
+  return reinterpret_cast<vf>(__builtin_convertvector(load_as<halves>(p), words) << 16);
+#endif
+}
+#if defined(__AVX512F__)
+static inline vf load(const _Float16* p) {
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+#endif
+
 // e^x, relative error below 2e-7 for -87 <= x <= 88; 0 below -87.3, saturated at e^88 above, NaN for NaN.
 // Cody-Waite reduction to |r| <= ln2 / 2, then the degree-6 minimax polynomial of Cephes' expf.
 static inline vf vexp(vf x) {

@@ -129,7 +129,12 @@ static void merge_parts(const float* sum, const float* top, int64_t r0, int64_t 
 }
 
 static void to_stash(const float* e, int64_t rows, bf16* out) {
+#if defined(__AVX512BF16__)
+  for (int64_t k = 0; k < rows * kBlock; k += VL)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + k), (__m256i)_mm512_cvtneps_pbh(load(e + k)));
+#else
   for (int64_t k = 0; k < rows * kBlock; k += 8) store8(load8(e + k), out + k);
+#endif
 }
 
 // The epilogue of a product of WIDTH blocks with one offset: sums, and the stash where there is one.
@@ -277,10 +282,6 @@ void dot_lse_forward(const DotForward& p) {
 }
 
 // ---------------------------------------------------------------- backward
-static void from_stash(const bf16* e, int64_t rows, float* out) {
-  for (int64_t k = 0; k < rows * kBlock; k += 8) store8(load8(e + k), out + k);
-}
-
 // Gradient weights of one backward: G = e (u_i + v_j) with one shared offset, or two exponentials.
 struct Weights {
   bool fixed;
@@ -290,7 +291,8 @@ struct Weights {
 };
 
 // G in place of the scores s; from the stashed exponentials e where that is not null.
-static void gradient_tile(const DotProblem& p, const Weights& w, const TileShape& t, float* s, const float* e) {
+template <typename E>
+static void gradient_tile(const DotProblem& p, const Weights& w, const TileShape& t, float* s, const E* e) {
   constexpr int W = kBlock / VL;
   const vf factor = broadcast(p.scale * kLog2e), shift = broadcast(w.off * kLog2e);
   vf cols[W];
@@ -298,7 +300,7 @@ static void gradient_tile(const DotProblem& p, const Weights& w, const TileShape
   constexpr int64_t kAhead = 32;  // rows: exponentials come from memory and G's place from the last cache
   for (int64_t r = 0; r < t.rows; r++) {
     const int64_t i = t.first_row + r;
-    for (int line = 0; e && line < kBlock; line += 16) {
+    for (int line = 0; e && line < kBlock; line += kLine) {
       __builtin_prefetch(e + (r + kAhead) * kBlock + line);
       __builtin_prefetch(s + (r + kAhead) * kBlock + line, 1);
     }
@@ -327,16 +329,14 @@ struct Gradient {
 
   void tile(const TileShape& t, float* s, float*) const {
     const int64_t at = (t.first_col / kBlock * p.n + t.first_row) * kBlock;
-    const float* e = nullptr;
     if (needs_scores) {
       mask(p, p.mask_positives, true, t, s, nullptr);
+      gradient_tile<float>(p, w, t, s, nullptr);
     } else if (p.stash_dtype == kBFloat16) {
-      from_stash(static_cast<const bf16*>(p.stash) + at, t.rows, s);
-      e = s;
+      gradient_tile(p, w, t, s, static_cast<const bf16*>(p.stash) + at);
     } else {
-      e = static_cast<const float*>(p.stash) + at;
+      gradient_tile(p, w, t, s, static_cast<const float*>(p.stash) + at);
     }
-    gradient_tile(p, w, t, s, e);
   }
   void add_row(int64_t, double) const {}
   Blocks<const float> soon(int64_t first_col, int64_t first_row) const {
