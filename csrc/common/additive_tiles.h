@@ -55,7 +55,8 @@ void add_rows(const float* panel, int64_t count, int64_t h, int64_t rows, float*
 typedef __mmask16 mask;
 inline bool any(mask m) { return m; }
 inline mask greater(vf x, vf y) { return _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ); }
-inline vf greatest(const float* x, vf y) {  // of the one number and each lane; as a vector of its own it costs a Zen 4 half a max
+// max(*x, y): a vector of its own for *x would take an instruction's place in a Zen 4's pipes.
+inline vf max_with(const float* x, vf y) {
   vf z;
   asm("vmaxps %1%{1to16%}, %2, %0" : "=v"(z) : "m"(*x), "v"(y));
   return z;
@@ -76,7 +77,7 @@ inline bool any(mask m) {
 #endif
 }
 inline mask greater(vf x, vf y) { return x > y; }
-inline vf greatest(const float* x, vf y) { return vmax(broadcast(*x), y); }
+inline vf max_with(const float* x, vf y) { return vmax(broadcast(*x), y); }
 inline vf add_where(mask m, vf sum, vf x) { return sum + reinterpret_cast<vf>(reinterpret_cast<vi>(x) & m); }
 #endif
 
@@ -147,8 +148,8 @@ struct Kinked {
       const vf left = load(negative + k * COLS), right = load(negative + k * COLS + VL), weight = broadcast(w[k]);
 #pragma GCC unroll 16
       for (int i = 0; i < PART; i++) {
-        sum[i][0] += weight * greatest(a + i * RUN + k, left);
-        sum[i][1] += weight * greatest(a + i * RUN + k, right);
+        sum[i][0] += weight * max_with(a + i * RUN + k, left);
+        sum[i][1] += weight * max_with(a + i * RUN + k, right);
       }
     }
 #pragma GCC unroll 16

@@ -236,7 +236,8 @@ struct Engine<bf16> {
 
 // ROWS rows by the block's 32 columns; the next tile's part of C, `ahead`, comes into the L1 cache meanwhile.
 template <int ROWS>
-static inline void bf16_tile(const bf16* a, int64_t a_block, const bf16* b, int64_t k, float* c, bool add, const float* ahead) {
+static inline void bf16_tile(const bf16* a, int64_t a_block, const bf16* b, int64_t k, float* c, bool add,
+                             const float* ahead) {
   __m512 acc[ROWS][2] = {};
   for (int64_t k0 = 0; k0 < k; k0 += kBlock, a += a_block)
 #pragma GCC unroll 1

@@ -28,7 +28,7 @@ inline vf multiply_add(vf a, vf b, vf c) {
 }
 
 // Twelve chains of results that take 4 cycles each keep three ports busy; half of them multiply, because a Zen 4 multiplies
-// on one half of its pipes and adds and compares on the other.  An array of them would be put in memory.
+// on one half of its pipes, and adds and takes maxima on the other.  An array of them would be put in memory.
 constexpr int64_t CHAINS = 12;
 
 void spin(int64_t iterations) {
