@@ -77,7 +77,7 @@ def point_child(case: Case, budget: float) -> Point:
     gauge()
     extra = measure.peak_extra_bytes(once)
     gauge()
-    while sum(seconds[1:]) + seconds[0] < budget and len(seconds) < measure.MAX_ROUNDS:
+    while sum(seconds[1:]) + seconds[0] < budget and len(seconds) < measure.ROUNDS:
         once()
         gauge()
     return Point(case.n, case.dtype, min(seconds), extra, max(rates), len(seconds))

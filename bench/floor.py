@@ -11,12 +11,12 @@ The products of a gradient take the vendor longer than the logits (3 to 20 % on 
 Each is timed in whichever of two arrangements is faster there: G Y or (Y^T G^T)^T, G^T X or (X^T G)^T.
 
 The issue rate is that of independent multiply-adds, maxima and additions on full registers.  On Intel's server cores
-it is two a cycle: 512-bit vectors go to ports 0 (with 1 fused into it) and 5, comparisons into a mask to 5 alone; on a
-Zen 4 too, one that multiplies or compares into a mask and one that adds or takes a maximum.  c
-counts loads, broadcasts and the loop's own instructions at the same price, because they are issued, although other
-ports take them: a loop that overlapped them perfectly would go past this floor.  So the line below a table also has the
-time of the instructions that compute alone, which nothing can go past.  Left out: the front end, the caches, the
-exponentials (N^2, not N^2 H), packing and merging (N H), the critics' projections (N H times the width of the inputs).
+it is two a cycle: 512-bit vectors go to ports 0 (with 1 fused into it) and 5, comparisons into a mask to 5 alone; on
+a Zen 4 too, one that multiplies or compares into a mask and one that adds or takes a maximum.  c counts loads,
+broadcasts and the loop's own instructions at the same price, because they are issued, although other ports take them:
+a loop that overlapped them perfectly would go past this floor.  So the line below a table also has the time of the
+instructions that compute alone, which nothing can go past.  Left out: the front end, the caches, the exponentials
+(N^2, not N^2 H), packing and merging (N H), the critics' projections (N H times the width of the inputs).
 """
 
 from __future__ import annotations

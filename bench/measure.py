@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 # largest relative difference from the fused op of the loss and of the gradients: bfloat16 peers round their logits
 TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (5e-2, 5e-2)}
-MAX_ROUNDS = 15
-AT_LEAST = 0.5  # seconds of all implementations: small cases take more rounds, for a few of theirs are interrupted
+ROUNDS = 15
+AT_LEAST = 0.5  # seconds of all implementations: cases of milliseconds take more rounds, because many are disturbed
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -207,7 +207,7 @@ def time_child(
     answers: dict[str, dict[str, Any]] = {name: {"seconds": seconds[name]} for name in names}
     unit, rates = gauge(case), []
     first: tuple[Tensor, Gradients] | None = None
-    for name in turns(seconds, budget, MAX_ROUNDS, AT_LEAST):
+    for name in turns(seconds, budget, ROUNDS, AT_LEAST):
         began = time.perf_counter()
         value, grads = run(losses[name], inputs, case.backward)
         seconds[name].append(time.perf_counter() - began)

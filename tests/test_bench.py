@@ -141,15 +141,13 @@ def test_a_step_without_the_stash_takes_memory_for_rows_alone(dtype, packed):
         pytest.skip("the compiled kernels are not built")
     n, d = 8192, 256
     case = Case("clip_loss", n, d, dtype, tier="panel")
-    bf16_products = dtype == "bfloat16" and backends.compiled().isa() in (
-        "avx512bf16",
-        "amx",
-    )  # of y as it is, packed once
+    bf16_products = backends.compiled().isa() in ("avx512bf16", "amx")  # y as it is, packed whole; elsewhere upcast
     rows = 2 * n * peers.itemsize(case) + 4 * n + 4 * packed  # of d numbers
     panel, others = 4 * 384 * (4096 + 3 * d), 3 * MIB + torch.get_num_threads() * MIB // 4
     assert processes.call(measure.memory_child, case, "fused") < rows * d + panel + others
     forward = processes.call(measure.memory_child, replace(case, backward=False), "fused")
-    assert forward < (4 * n * d if dtype == "float32" else 2 * n * d if bf16_products else 0) + others
+    whole = 4 * n * d if dtype == "float32" else 2 * n * d if bf16_products else 0
+    assert forward < whole + others
 
 
 def _fail(message: str) -> None:
