@@ -99,7 +99,7 @@ def build_emoji(options: argparse.Namespace) -> int:
 
 def run_training(options: argparse.Namespace) -> int:
     """Trains or resumes -> 0, or 128 + n where signal n stopped it. Raises UsageError for a changed option."""
-    from cibr import checkpoint
+    from cibr.run import checkpoint
     from cibr.train import train
 
     given = {name: value for name, value in vars(options).items() if name not in ("command", "config", "resume")}

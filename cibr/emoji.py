@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cibr.atomic import atomic_directory
 from cibr.errors import UsageError, missing_extra
+from cibr.run.atomic import atomic_directory
 
 
 @dataclass(frozen=True)

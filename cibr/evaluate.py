@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cibr import checkpoint
 from cibr.data import Pairs, load
 from cibr.errors import UsageError, missing_extra
 from cibr.models import TwoTower
-from cibr.text import Captions
+from cibr.models.text import Captions
+from cibr.run import checkpoint
 
 DEPTHS = (1, 5, 10)
 

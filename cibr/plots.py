@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from cibr import checkpoint
 from cibr.data import load
 from cibr.errors import UsageError, missing_extra
 from cibr.evaluate import embed, evaluation_groups
+from cibr.run import checkpoint
 
 LOSSES = ("loss", "contrastive_loss", "image_cmi", "text_cmi")
 ESTIMATES = ("image_own", "image_other", "text_own", "text_other")

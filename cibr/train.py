@@ -22,15 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cibr import checkpoint
 from cibr.config import TrainConfig
 from cibr.data import ConceptSampler, Pairs, augment, load, split
 from cibr.errors import UsageError, missing_extra
-from cibr.journal import Journal
 from cibr.models import MAX_LOG_SCALE, TwoTower
+from cibr.models.text import Captions, Vocabulary
 from cibr.objectives import OBJECTIVES
-from cibr.ranks import Ranks, joined
-from cibr.text import Captions, Vocabulary
+from cibr.run import checkpoint
+from cibr.run.journal import Journal
+from cibr.run.ranks import Ranks, joined
 
 PATIENCE = 50  # steps in a row that may be skipped for a loss that is not finite
 

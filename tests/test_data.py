@@ -21,10 +21,10 @@ import toyset
 from PIL import Image
 
 from cibr import emoji
-from cibr.atomic import atomic_directory
 from cibr.data import ConceptSampler, Pairs, augment, load, split
 from cibr.errors import UsageError
-from cibr.text import Captions, Vocabulary
+from cibr.models.text import Captions, Vocabulary
+from cibr.run.atomic import atomic_directory
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +326,7 @@ def test_a_failed_build_leaves_nothing(tarballs: Path, tmp_path: Path, monkeypat
 
 def test_a_killed_writer_leaves_no_directory_of_that_name(tmp_path: Path) -> None:
     code = (
-        "import os, sys, pathlib; from cibr.atomic import atomic_directory\n"
+        "import os, sys, pathlib; from cibr.run.atomic import atomic_directory\n"
         "with atomic_directory(pathlib.Path(sys.argv[1])) as work:\n"
         "    (work / 'set.json').write_text('{}'); os.kill(os.getpid(), 9)"
     )

@@ -20,14 +20,14 @@ import pytest
 import torch
 import toyset
 
-from cibr import checkpoint
 from cibr.cli import main
 from cibr.config import TrainConfig
 from cibr.errors import UsageError
 from cibr.evaluate import evaluate, recalls, style_probe, table
 from cibr.models import MAX_LOG_SCALE, TwoTower
 from cibr.objectives import OBJECTIVES, Clip
-from cibr.ranks import Ranks
+from cibr.run import checkpoint
+from cibr.run.ranks import Ranks
 from cibr.train import Players, make_optimizer, take_step, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:the estimate", "ignore:cibr_kernels")

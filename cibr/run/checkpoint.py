@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from cibr.atomic import atomic_directory, remove_partial
 from cibr.config import TrainConfig
 from cibr.errors import UsageError, missing_extra
 from cibr.models import TwoTower
-from cibr.text import Vocabulary
+from cibr.models.text import Vocabulary
+from cibr.run.atomic import atomic_directory, remove_partial
 
 KEPT = 2
 

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
+from cibr.models.features import Features
 from cibr_kernels.distributed import gather_rows
 
 MAX_LOG_SCALE = math.log(100.0)  # CLIP's bound on the logit scale
-
-
-@dataclass(frozen=True)
-class Features:
-    inputs: torch.Tensor  # X: (n, width) fp32, pooled, before the projection
-    embedding: torch.Tensor  # Z = normalize(X W): (n, embed_dim) fp32, unit norm
 
 
 class BatchNorm(nn.BatchNorm2d):
