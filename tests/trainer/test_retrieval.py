@@ -19,6 +19,7 @@ def captioned(images: int, captions: list[int]) -> tuple[torch.Tensor, torch.Ten
 
 def test_retrieval_is_clip_benchmarks() -> None:
     from clip_benchmark.metrics import zeroshot_retrieval as theirs
+
     image, text, image_of_text = captioned(90, [1 + i % 5 for i in range(90)])
     scores = text @ image.T
     positive = torch.zeros_like(scores, dtype=torch.bool)
