@@ -1,0 +1,139 @@
+"""What every data set is: rows of an image and its captions, some with a class or a style, each read when asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cibr.data.strings import Strings, Texts
+
+
+class SkipSample(Exception):
+    """A sample that cannot be used; the message is the reason, worded to be counted (no names or numbers in it)."""
+
+
+class Skipped:
+    """Samples left out: how many for each reason, and the name of the first."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, reason: str, name: str, count: int = 1) -> None:
+        self.first.setdefault(reason, name)
+        self.counts[reason] += count
+
+    def update(self, other: Skipped) -> None:
+        for reason, count in other.counts.items():
+            self.add(reason, other.first[reason], count)
+
+    @property
+    def total(self) -> int:
+        return self.counts.total()
+
+    def __str__(self) -> str:
+        """One line a reason: `3 unreadable image (the first: 000017.jpg in a.tar)`."""
+        return "\n".join(f"{n} {reason} (the first: {self.first[reason]})" for reason, n in self.counts.most_common())
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row: `image` is RGB, or features (dv,) of a frozen tower; `captions` are texts, or features (k, dt)."""
+
+    key: str
+    image: Image.Image | Tensor
+    captions: tuple[str, ...] | Tensor
+    label: int | None = None
+    style: str | None = None
+
+
+def group_id(text: str) -> int:
+    """A caption's or class name's id, 63 bits: equal for equal texts, whatever their case and surrounding space."""
+    digest = hashlib.blake2b(text.strip().casefold().encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Dataset:
+    """Rows in a fixed order. A source derives from it and says how a row's `image` is read.
+
+    Rows of a class share its group id. Rows without one share an id where their first captions are equal, and within
+    a batch pairs do where the captions drawn are.
+    """
+
+    distinct_groups = False  # whether a batch takes at most one row of a group
+    augment = "model"  # the augmentation that `auto` stands for
+
+    def __init__(
+        self,
+        keys: Sequence[str],
+        captions: Sequence[tuple[str, ...]],
+        *,
+        labels: Sequence[int] | None = None,
+        class_names: list[str] | None = None,
+        templates: list[str] | None = None,
+        styles: list[str] | None = None,
+        skipped: Skipped | None = None,
+    ) -> None:
+        self.keys, self.texts = Strings(keys), Texts(captions)
+        self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)  # (n,) index of class_names
+        self.class_names, self.templates = class_names, templates  # a template has one {}
+        self.styles = styles  # of every row
+        self.skipped = Skipped() if skipped is None else skipped  # what was left out when the rows were listed
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def image(self, index: int) -> Image.Image | Tensor:
+        """RGB, or features (dv,). Raises SkipSample for what cannot be read."""
+        raise NotImplementedError
+
+    def captions(self, index: int) -> tuple[str, ...] | Tensor:
+        """All captions of a row, without reading its image: texts, or features (k, dt)."""
+        return self.texts[index]
+
+    def draw(self, index: int, number: int) -> str | Tensor:
+        """One caption of the row, chosen by a random `number` in [0, 2^63): a text, or features (dt,)."""
+        captions = self.captions(index)
+        return captions[number % len(captions)]
+
+    def sample(self, index: int) -> Sample:
+        """Raises SkipSample for what cannot be read."""
+        return Sample(
+            self.keys[index],
+            self.image(index),
+            self.captions(index),
+            None if self.labels is None else int(self.labels[index]),
+            None if self.styles is None else self.styles[index],
+        )
+
+    @property
+    def group_ids(self) -> Tensor:
+        """(len,) int64, by class where there are classes, otherwise by the first caption."""
+        if not hasattr(self, "_group_ids"):
+            if self.labels is not None:
+                self._group_ids = self.labels
+            else:
+                first = (self.texts.strings[k] for k in self.texts.starts[:-1])
+                self._group_ids = torch.tensor([group_id(text) for text in first], dtype=torch.int64)
+        return self._group_ids
+
+    def sizes(self) -> np.ndarray:
+        """What besides names and captions tells a changed set from this one: by default nothing."""
+        return np.zeros(0, np.int64)
+
+    def fingerprint(self) -> str:
+        """A hash of the rows' names, captions, classes and sizes; the folder they lie in does not matter."""
+        digest = hashlib.sha256()
+        for strings in (self.keys, self.texts.strings):
+            digest.update(strings.starts.tobytes() + strings.bytes.tobytes())
+        digest.update(self.texts.starts.tobytes() + self.sizes().tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.numpy().tobytes() + "\n".join(self.class_names or ()).encode())
+        return digest.hexdigest()
