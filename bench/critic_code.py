@@ -10,7 +10,7 @@ In the ReLU family (relu, leaky_relu) the loops tell themselves how many vectors
     scores      one maximum and one multiply-add a vector         vectors = maxima
     gradients   one comparison and two masked additions a vector  vectors = comparisons
 
-A smooth activation's loops (Smooth of csrc/common/additive_tiles.h) are a page of polynomial, one loop a function.
+A smooth activation's loops (Smooth of csrc/additive/tiles.h) are a page of polynomial, one loop a function.
 What they store tells the vectors, and what they multiply is held against it:
 
     gradients   a tile of 4 rows and C columns a turn, whose 4 + C sums and gw's are stored; three products a pair
@@ -18,7 +18,7 @@ What they store tells the vectors, and what they multiply is held against it:
                 one product with w
 
 This is of x86-64, and of the form in which an activation usually runs: wide inputs of silu, elu, softplus or tanh,
-whose exponentials are no products of factors (csrc/common/factored.h), take more.
+whose exponentials are no products of factors (csrc/additive/separable_exp.h), take more.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from bench.disassembly import Loop, Unreadable, functions, innermost_loops, listing
-from cibr_kernels import backends
+from cibr_kernels.dispatch import backends
 
 KINKED = ("relu", "leaky_relu")
 FUSED = ("avx2", "avx512")  # namespaces with a multiply-add

@@ -33,8 +33,8 @@ from bench.disassembly import Unreadable
 from bench.inputs import HIDDEN, TERMS
 from bench.peers import fused_clip_passes
 from bench.registry import Case, Passes
-from cibr_kernels import backends
-from cibr_kernels.ops.native_call import fill
+from cibr_kernels.dispatch import backends
+from cibr_kernels.dispatch.native_call import fill
 
 ISSUE_ITERATIONS = 500_000  # 6 million vector instructions a thread, 1 to 2 ms: short enough to find both cores free
 DOT_FAMILY = ("clip_loss", "siglip_loss")

@@ -55,12 +55,12 @@ class Choice:
     kernel: str  # a field of triton_configs.Configs
 
     def get(self) -> Any:
-        from cibr_kernels.ops.dot_lse.triton_configs import CONFIGS
+        from cibr_kernels.primitives.dot.lse.triton_configs import CONFIGS
 
         return getattr(CONFIGS[self.target, self.itemsize], self.kernel)
 
     def set(self, config: Any) -> None:
-        from cibr_kernels.ops.dot_lse.triton_configs import CONFIGS
+        from cibr_kernels.primitives.dot.lse.triton_configs import CONFIGS
 
         key = self.target, self.itemsize
         CONFIGS[key] = CONFIGS[key]._replace(**{self.kernel: config})
@@ -103,7 +103,7 @@ def _choices(target: str, cases: Sequence[GpuCase]) -> Iterator[tuple[GpuCase, C
 
 def measured(device: gpu.Device, cases: Sequence[GpuCase]) -> int:
     """Times every configuration on this GPU and prints the better ones."""
-    from cibr_kernels.ops.dot_lse.triton_configs import target_name
+    from cibr_kernels.primitives.dot.lse.triton_configs import target_name
 
     target = target_name(torch.device(device.name, 0))
     for case, choice in _choices(target, cases):

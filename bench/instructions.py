@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bench import report
 from bench.instructions_driver import calls
-from cibr_kernels import backends
+from cibr_kernels.dispatch import backends
 
 RECORD = Path(__file__).parent / "results" / "instructions.json"
 DRIVER = Path(__file__).parent / "instructions_driver.py"

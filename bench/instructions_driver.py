@@ -19,7 +19,7 @@ from typing import Any
 
 N, D, H = 100, 64, 64  # pairs and widths: a number of rows that no tile divides
 FLOAT, BF16 = 0, 1  # csrc/common/dtype.h
-RELU, GELU = 0, 2  # csrc/common/activation_names.h
+RELU, GELU = 0, 2  # csrc/additive/activation_names.h
 BLOCK = 32  # columns of a block of the stash
 
 

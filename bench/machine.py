@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import cibr_kernels as ck
-from cibr_kernels import backends
+from cibr_kernels.dispatch import backends
 
 ISA = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
 

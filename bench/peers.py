@@ -20,8 +20,8 @@ import cibr_kernels as ck
 from bench import optional_peers
 from bench.inputs import HIDDEN, TERMS, Inputs
 from bench.registry import TIERS, Case, Passes
-from cibr_kernels.ops.additive_moments.reference import moments
-from cibr_kernels.ops.cibr_loss.op import noisy, scale_gradient
+from cibr_kernels.losses.cibr import noisy, scale_gradient
+from cibr_kernels.primitives.additive.moments.reference import moments
 
 Loss = Callable[[Inputs], Tensor]
 NOISE_STD, LAM = 0.25, 0.5

@@ -25,7 +25,7 @@ from bench import machine, measure
 from bench.critic_code import NAMESPACES
 from bench.inputs import make_inputs
 from bench.registry import CASES, Case
-from cibr_kernels import backends
+from cibr_kernels.dispatch import backends
 
 RECORD = Path(__file__).parent / "results" / "ratios.json"
 MARGIN, OTHER_PROCESSOR, ATTEMPTS = 0.75, 0.4, 4

@@ -15,7 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import ratios, report
 from bench.registry import Case
-from cibr_kernels import backends
+from cibr_kernels.dispatch import backends
 
 
 @pytest.fixture(autouse=True)

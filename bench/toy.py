@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 import cibr_kernels as ck
-from cibr_kernels.ops.cibr_loss.op import scale_gradient
-from cibr_kernels.ops.critic_moments.op import Shifts
+from cibr_kernels.information.moments import Shifts
+from cibr_kernels.losses.cibr import scale_gradient
 
 SHARED, PRIVATE, Z_DIM, HIDDEN, RHO, SIGMA, LAM = 4, 8, 8, 64, 0.95, 0.35, 0.5
 X_DIM = SHARED + PRIVATE

@@ -8,20 +8,21 @@ Importing this pulls in torch and nothing heavier.
 
 import torch  # noqa: F401  (before the compiled module: torch's wheel carries the OpenMP runtime they share)
 
-from cibr_kernels import backends, distributed, nn
-from cibr_kernels.backends import native_available
-from cibr_kernels.ops.cibr_loss.op import cibr_loss
-from cibr_kernels.ops.clip_loss.op import clip_loss
-from cibr_kernels.ops.critic_moments.op import critic_moments, derangement, permutation, shifts
-from cibr_kernels.ops.dot_lse.op import set_stash_budget, stash_budget
-from cibr_kernels.ops.log_mean_exp.op import log_mean_exp
-from cibr_kernels.ops.mutual_information.op import (
+from cibr_kernels import distributed, nn
+from cibr_kernels.dispatch import backends
+from cibr_kernels.dispatch.backends import native_available
+from cibr_kernels.information.estimators import (
     bound,
     conditional_mutual_information,
     gaussian_log_likelihood,
     mutual_information,
 )
-from cibr_kernels.ops.siglip_loss.op import siglip_loss
+from cibr_kernels.information.moments import critic_moments, derangement, permutation, shifts
+from cibr_kernels.losses.cibr import cibr_loss
+from cibr_kernels.losses.clip.op import clip_loss
+from cibr_kernels.losses.siglip.op import siglip_loss
+from cibr_kernels.primitives.dot.lse.op import set_stash_budget, stash_budget
+from cibr_kernels.primitives.log_mean_exp.op import log_mean_exp
 
 __version__ = "0.1.0"
 __all__ = [

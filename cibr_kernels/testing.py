@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from cibr_kernels import backends
+from cibr_kernels.dispatch import backends
 
 
 def error(actual: Tensor, truth: Tensor, magnitude: float = 0.0) -> float:

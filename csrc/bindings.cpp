@@ -1,22 +1,22 @@
 // The Python module cibr_kernels._C: parameter structs of raw pointers and sizes, and one function for each kernel.
 //
 // No PyTorch header: a pointer field is set to tensor.data_ptr(), 0 for null, so one build serves every torch version.
-// Checks are the caller's (cibr_kernels/ops/*/native.py).
+// Checks are the caller's (native.py of each op).
 #include <pybind11/pybind11.h>
 
-#include "additive_moments/additive_moments.h"
-#include "additive_scores/additive_scores.h"
-#include "additive_shifts/additive_shifts.h"
-#include "clip_loss/clip_loss.h"
+#include "additive/moments/additive_moments.h"
+#include "additive/scores/additive_scores.h"
+#include "additive/shifts/additive_shifts.h"
+#include "losses/clip/clip_loss.h"
 #include "common/fields.h"
 #include "common/isa.h"
 #include "common/scratch.h"
 #include "cuda_bindings.h"
-#include "dot_lse/dot_lse.h"
-#include "dot_softplus/dot_softplus.h"
+#include "dot/lse/dot_lse.h"
+#include "dot/softplus/dot_softplus.h"
 #include "issue_rate/issue_rate.h"
 #include "log_mean_exp/log_mean_exp.h"
-#include "siglip_loss/siglip_loss.h"
+#include "losses/siglip/siglip_loss.h"
 
 namespace py = pybind11;
 using namespace ck;

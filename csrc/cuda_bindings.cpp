@@ -9,8 +9,8 @@
 
 #include <cstring>
 
-#include "additive_moments/cuda.h"
-#include "additive_shifts/cuda.h"
+#include "additive/moments/cuda.h"
+#include "additive/shifts/cuda.h"
 #endif
 
 namespace py = pybind11;

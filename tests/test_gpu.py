@@ -21,19 +21,19 @@ from torch import Tensor
 
 import cibr_kernels as ck
 from cibr_kernels import testing
-from cibr_kernels.ops.additive_moments.op import additive_moments
-from cibr_kernels.ops.additive_moments.reference import additive_moments as moments_reference
-from cibr_kernels.ops.additive_scores.op import additive_scores
-from cibr_kernels.ops.additive_scores.reference import additive_scores as scores_reference
-from cibr_kernels.ops.additive_shifts.op import additive_shifts
-from cibr_kernels.ops.additive_shifts.reference import additive_shifts as shifts_reference
-from cibr_kernels.ops.clip_loss.op import rectangular_clip_loss
-from cibr_kernels.ops.clip_loss.reference import clip_loss as clip_reference
-from cibr_kernels.ops.dot_lse.op import dot_lse
-from cibr_kernels.ops.dot_lse.reference import dot_lse as lse_reference
-from cibr_kernels.ops.dot_softplus.op import dot_softplus, dot_softplus_sums
-from cibr_kernels.ops.dot_softplus.reference import dot_softplus as softplus_reference
-from cibr_kernels.ops.log_mean_exp.reference import log_mean_exp as mean_reference
+from cibr_kernels.losses.clip.op import rectangular_clip_loss
+from cibr_kernels.losses.clip.reference import clip_loss as clip_reference
+from cibr_kernels.primitives.additive.moments.op import additive_moments
+from cibr_kernels.primitives.additive.moments.reference import additive_moments as moments_reference
+from cibr_kernels.primitives.additive.scores.op import additive_scores
+from cibr_kernels.primitives.additive.scores.reference import additive_scores as scores_reference
+from cibr_kernels.primitives.additive.shifts.op import additive_shifts
+from cibr_kernels.primitives.additive.shifts.reference import additive_shifts as shifts_reference
+from cibr_kernels.primitives.dot.lse.op import dot_lse
+from cibr_kernels.primitives.dot.lse.reference import dot_lse as lse_reference
+from cibr_kernels.primitives.dot.softplus.op import dot_softplus, dot_softplus_sums
+from cibr_kernels.primitives.dot.softplus.reference import dot_softplus as softplus_reference
+from cibr_kernels.primitives.log_mean_exp.reference import log_mean_exp as mean_reference
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 IN_CUDA = ("moments", "shifts")  # the ops that csrc/*/cuda.cu has

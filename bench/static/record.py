@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.static.gpus import AMD, GPUS
-from cibr_kernels.ops import triton_call
+from cibr_kernels.dispatch import triton_call
 
 NAMES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int32: "i32",

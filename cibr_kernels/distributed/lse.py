@@ -17,7 +17,7 @@ from cibr_kernels.distributed import merge
 from cibr_kernels.distributed.collectives import gather
 from cibr_kernels.distributed.ring import ring_dot_lse
 from cibr_kernels.distributed.shards import Shards
-from cibr_kernels.ops.dot_lse.op import dot_lse
+from cibr_kernels.primitives.dot.lse.op import dot_lse
 
 STRATEGIES = ("gather", "ring")
 

@@ -21,7 +21,7 @@ from torch.autograd.function import Function, once_differentiable
 
 from cibr_kernels.distributed.collectives import count
 from cibr_kernels.distributed.shards import Shards
-from cibr_kernels.ops.dot_lse.op import dot_lse_backward, dot_lse_forward
+from cibr_kernels.primitives.dot.lse.op import dot_lse_backward, dot_lse_forward
 
 _WEIGHTLESS = 1e30  # the log-sum-exp of rows that have no gradient: exp(l - 1e30) is 0 for every l
 

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cibr_kernels import checks
 from cibr_kernels.distributed import collectives
-from cibr_kernels.ops import checks
 
 _SIZE = 32
 _DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "meta")

@@ -16,7 +16,7 @@ from torch.autograd.function import Function, once_differentiable
 from cibr_kernels.distributed.collectives import exchange, gather
 from cibr_kernels.distributed.ring import Hop
 from cibr_kernels.distributed.shards import Shards
-from cibr_kernels.ops.dot_softplus.op import dot_softplus, dot_softplus_sums, dot_softplus_total
+from cibr_kernels.primitives.dot.softplus.op import dot_softplus, dot_softplus_sums, dot_softplus_total
 
 
 def sharded_dot_softplus(

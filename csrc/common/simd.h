@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #endif
 
-#include "dtype.h"
+#include "common/dtype.h"
 
 #ifndef CK_ISA
 #error "compile kernel sources with -DCK_ISA=<namespace>"

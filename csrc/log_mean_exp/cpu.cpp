@@ -1,5 +1,5 @@
 // log_mean_exp on the CPU: fixed pieces of 16384 scores, each with its own maximum, merged in order in double.
-#include "log_mean_exp.h"
+#include "log_mean_exp/log_mean_exp.h"
 
 #include <math.h>
 

@@ -1,4 +1,4 @@
-// log-mean-exp of a list of scores; the mathematics is in cibr_kernels/ops/log_mean_exp/op.py.
+// log-mean-exp of a list of scores; the mathematics is in cibr_kernels/primitives/log_mean_exp/op.py.
 #pragma once
 
 #include "common/dtype.h"

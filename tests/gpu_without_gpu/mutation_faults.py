@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from mutations import Fault, delete, later
 
-DOT, ADDITIVE, CUDA = "cibr_kernels/ops/dot_lse/", "cibr_kernels/ops/additive_moments/", "csrc/additive_moments/"
+DOT, ADDITIVE, CUDA = (
+    "cibr_kernels/primitives/dot/lse/",
+    "cibr_kernels/primitives/additive/moments/",
+    "csrc/additive/moments/",
+)
 FORWARD, BACKWARD, TILE = DOT + "triton_forward.py", DOT + "triton_backward.py", DOT + "triton_tile.py"
 KERNELS, LAUNCHER = ADDITIVE + "triton_kernels.py", ADDITIVE + "triton.py"
-SOFTPLUS, SCORES = "cibr_kernels/ops/dot_softplus/", "cibr_kernels/ops/additive_scores/triton_kernels.py"
+SOFTPLUS, SCORES = "cibr_kernels/primitives/dot/softplus/", "cibr_kernels/primitives/additive/scores/triton_kernels.py"
 PAIRS, PASSES = SOFTPLUS + "triton_kernels.py", SOFTPLUS + "triton.py"
 
 FAULTS = [

@@ -27,7 +27,8 @@ from executor import emulated
 from mutations import ROOT, Fault, Suite
 from torch import Tensor
 
-from cibr_kernels import backends, testing
+from cibr_kernels import testing
+from cibr_kernels.dispatch import backends
 
 Case = dict[str, tuple[Tensor, Tensor, dict[str, Any]]]  # output: eager, truth, options of assert_close
 
@@ -49,7 +50,7 @@ class _Checked:
 @contextmanager
 def faulty_modules(op: str, fault: Fault | None) -> Iterator[ModuleType]:
     """The launcher of an op's Triton backend, freshly imported with the fault in its file; put back afterwards."""
-    package = f"cibr_kernels.ops.{op}"
+    package = backends.home(op)
     parent = importlib.import_module(package)
     ours = {n: m for n, m in sys.modules.items() if n.startswith(f"{package}.triton")}
     attributes = {n: vars(parent)[n] for n in list(vars(parent)) if n.startswith("triton")}
@@ -114,7 +115,7 @@ class Dot(_Checked):
 
     def run(self, fault: Fault | None) -> Iterator[dict[str, Tensor]]:
         with faulty_modules("dot_lse", fault) as launcher:
-            configs = importlib.import_module("cibr_kernels.ops.dot_lse.triton_configs")
+            configs = importlib.import_module("cibr_kernels.primitives.dot.lse.triton_configs")
             small = configs.Config(*self.tile)
             table = {key: configs.Configs(small, small, small) for key in configs.CONFIGS}
             for name, case in self.cases.items():
@@ -146,7 +147,7 @@ class Dot(_Checked):
 
     @cached_property
     def expected(self) -> Case:
-        from cibr_kernels.ops.dot_lse.reference import dot_lse
+        from cibr_kernels.primitives.dot.lse.reference import dot_lse
 
         found: Case = {}
         for name, case in self.cases.items():
@@ -202,7 +203,7 @@ class Softplus(_Checked):
 
     def run(self, fault: Fault | None) -> Iterator[dict[str, Tensor]]:
         with faulty_modules("dot_softplus", fault) as launcher:
-            configs = importlib.import_module("cibr_kernels.ops.dot_lse.triton_configs")
+            configs = importlib.import_module("cibr_kernels.primitives.dot.lse.triton_configs")
             small = configs.Config(*self.tile)
             table = {key: configs.Configs(small, small, small) for key in configs.CONFIGS}
             for name, case in self.cases.items():
@@ -219,7 +220,7 @@ class Softplus(_Checked):
 
     @cached_property
     def expected(self) -> Case:
-        from cibr_kernels.ops.dot_softplus import reference
+        from cibr_kernels.primitives.dot.softplus import reference
 
         found: Case = {}
         for name, case in self.cases.items():
@@ -261,7 +262,7 @@ class _Additive(_Checked):
 
     @cached_property
     def expected(self) -> Case:
-        from cibr_kernels.ops.additive_moments import reference
+        from cibr_kernels.primitives.additive.moments import reference
 
         found: Case = {}
         for name, case in self.cases.items():
@@ -321,7 +322,7 @@ class AdditiveScores(_Checked):
 
     @cached_property
     def expected(self) -> Case:
-        from cibr_kernels.ops.additive_scores import reference
+        from cibr_kernels.primitives.additive.scores import reference
 
         found: Case = {}
         for name, case in self.cases.items():
@@ -344,14 +345,14 @@ class AdditiveCuda(_Additive):
     def run(self, fault: Fault | None) -> Iterator[dict[str, Tensor]]:
         import plans
 
-        from cibr_kernels.ops.additive_moments import native
+        from cibr_kernels.primitives.additive.moments import native
 
         with tempfile.TemporaryDirectory() as folder:
             sources = Path(folder) / "csrc"
             shutil.copytree(ROOT / "csrc", sources)
             if fault is not None and fault.path:
                 (Path(folder) / fault.path).write_text(fault.source())
-            unit = sources / "additive_moments" / "cuda.cu"
+            unit = sources / "additive/moments/cuda.cu"
             unit.write_text(_only_relu(unit.read_text()))
             with patch.object(plans, "CSRC", sources), patch.object(native, "SCORE_BUDGET", 1):
                 for name, case in self.cases.items():

@@ -23,12 +23,11 @@ from emulator import Kernel, launch
 from executor import TARGETS, check_grid
 from torch import Tensor
 
-from cibr_kernels import backends
-from cibr_kernels.ops import cuda_call
-from cibr_kernels.ops.triton_call import Target
+from cibr_kernels.dispatch import backends, cuda_call
+from cibr_kernels.dispatch.triton_call import Target
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-SOURCES = {"additive_moments": "additive_moments", "additive_shifts": "additive_shifts"}  # kernel name's start: folder
+SOURCES = {"additive_moments": "additive/moments", "additive_shifts": "additive/shifts"}  # kernel name's start: folder
 
 
 @dataclass

@@ -34,7 +34,7 @@ from bench.static.gpus import AMD, GPUS  # noqa: E402
 
 TABLE = Path(__file__).with_name("static_table.json")
 TARGETS: tuple[int | str, ...] = (*GPUS, *AMD)
-SOURCES = ("csrc/additive_moments/cuda.cu", "csrc/additive_shifts/cuda.cu")
+SOURCES = ("csrc/additive/moments/cuda.cu", "csrc/additive/shifts/cuda.cu")
 ARCHITECTURES = {80: "80", 90: "90a", 100: "100a", 120: "120"}  # nvcc's names
 SLACK = 1.05  # of a hot loop's length
 Facts = dict[str, Any]
@@ -53,7 +53,7 @@ def _contrastive(dtype: torch.dtype, d: int, stash: bool) -> None:
 
 
 def _sums(dtype: torch.dtype, d: int, stash: bool = False, ids: bool = False, maxima: bool = False) -> None:
-    from cibr_kernels.ops.dot_lse.op import dot_lse
+    from cibr_kernels.primitives.dot.lse.op import dot_lse
 
     x, y = (torch.empty(4096, d, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
     scale = torch.empty((), device="cuda", requires_grad=True)
@@ -68,7 +68,7 @@ def _sums(dtype: torch.dtype, d: int, stash: bool = False, ids: bool = False, ma
 
 
 def _softplus(dtype: torch.dtype, ids: bool = False, attract: bool = False, sums: bool = False) -> None:
-    from cibr_kernels.ops.dot_softplus.op import dot_softplus, dot_softplus_sums
+    from cibr_kernels.primitives.dot.softplus.op import dot_softplus, dot_softplus_sums
 
     x, y = (torch.empty(4096, 512, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
     scale, bias = (torch.empty((), device="cuda", requires_grad=True) for _ in range(2))
@@ -83,7 +83,7 @@ def _softplus(dtype: torch.dtype, ids: bool = False, attract: bool = False, sums
 
 
 def _scores(activation: str) -> None:
-    from cibr_kernels.ops.additive_scores.op import additive_scores
+    from cibr_kernels.primitives.additive.scores.op import additive_scores
 
     a, b = (torch.empty(4096, 512, device="cuda", requires_grad=True) for _ in range(2))
     w = torch.empty(512, device="cuda", requires_grad=True)
@@ -91,7 +91,7 @@ def _scores(activation: str) -> None:
 
 
 def _critic(activation: str) -> None:
-    from cibr_kernels.ops.additive_moments.op import additive_moments
+    from cibr_kernels.primitives.additive.moments.op import additive_moments
 
     a, b = (torch.empty(4096, 512, device="cuda", requires_grad=True) for _ in range(2))
     w = torch.empty(512, device="cuda", requires_grad=True)
@@ -100,7 +100,7 @@ def _critic(activation: str) -> None:
 
 
 def _shifts(activation: str) -> None:
-    from cibr_kernels.ops.additive_shifts.op import additive_shifts
+    from cibr_kernels.primitives.additive.shifts.op import additive_shifts
 
     a, b = (torch.empty(4096, 512, device="cuda", requires_grad=True) for _ in range(2))
     w = torch.empty(512, device="cuda", requires_grad=True)

@@ -12,13 +12,14 @@ from plans import emulated
 from test_additive_moments import NAMES, SLOPES, WEIGHTS, expected
 from torch import Tensor
 
-from cibr_kernels import backends, testing
-from cibr_kernels.ops.additive_moments import native
-from cibr_kernels.ops.additive_moments.op import additive_moments
-from cibr_kernels.ops.additive_moments.reference import ACTIVATIONS
-from cibr_kernels.ops.additive_moments.reference import additive_moments as moments_reference
-from cibr_kernels.ops.additive_shifts.op import additive_shifts
-from cibr_kernels.ops.additive_shifts.reference import additive_shifts as shifts_reference
+from cibr_kernels import testing
+from cibr_kernels.dispatch import backends
+from cibr_kernels.primitives.additive.moments import native
+from cibr_kernels.primitives.additive.moments.op import additive_moments
+from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
+from cibr_kernels.primitives.additive.moments.reference import additive_moments as moments_reference
+from cibr_kernels.primitives.additive.shifts.op import additive_shifts
+from cibr_kernels.primitives.additive.shifts.reference import additive_shifts as shifts_reference
 
 pytestmark = pytest.mark.skipif(
     bool(backends.cuda_missing()) or nvcc.find() is None, reason=backends.cuda_missing() or "nvcc was not found"

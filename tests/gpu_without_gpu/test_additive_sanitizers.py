@@ -75,7 +75,7 @@ int main() {
   if (!(error < 1e-4)) return std::printf("error %g\\n", error), 1;
 }
 """
-CASES = {"additive_moments": MOMENTS, "additive_shifts": SHIFTS}
+CASES = {"additive/moments": MOMENTS, "additive/shifts": SHIFTS}
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
@@ -87,12 +87,12 @@ def test_clean(op, sanitizer):
 
 @pytest.mark.parametrize("header", ["scores.cuh", "gradients.cuh"])
 def test_a_missing_barrier_is_reported(header, tmp_path):
-    text = (CSRC / "additive_moments" / header).read_text()
+    text = (CSRC / "additive/moments" / header).read_text()
     loop_end = text.index("__syncthreads();", text.index("if (more) stage(buffer ^ 1);"))
-    (tmp_path / "additive_moments").mkdir()
-    (tmp_path / "additive_moments" / header).write_text(text[:loop_end] + text[loop_end + len("__syncthreads();") :])
+    (tmp_path / "additive/moments").mkdir(parents=True)
+    (tmp_path / "additive/moments" / header).write_text(text[:loop_end] + text[loop_end + len("__syncthreads();") :])
     # h of 2 stages, so that the loop's barrier matters
     report = sanitizers.check(
-        CSRC / "additive_moments" / "cuda.cu", MOMENTS, "thread", include=[tmp_path, CSRC],
+        CSRC / "additive/moments/cuda.cu", MOMENTS, "thread", include=[tmp_path, CSRC],
     )  # fmt: skip
     assert not report.clean

@@ -12,11 +12,11 @@ from executor import emulated
 from torch import Tensor
 
 from cibr_kernels import testing
-from cibr_kernels.ops.additive_moments import triton as moments
-from cibr_kernels.ops.additive_moments.reference import ACTIVATIONS
-from cibr_kernels.ops.additive_scores import reference
-from cibr_kernels.ops.additive_scores import triton as backend
-from cibr_kernels.ops.additive_scores.op import additive_scores
+from cibr_kernels.primitives.additive.moments import triton as moments
+from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
+from cibr_kernels.primitives.additive.scores import reference
+from cibr_kernels.primitives.additive.scores import triton as backend
+from cibr_kernels.primitives.additive.scores.op import additive_scores
 
 GPUS = (80, 90, 100, 120)
 RAGGED, WHOLE = (37, 70, 21), (32, 48, 32)  # n, m, h: with blocks of 16, ends or none

@@ -10,8 +10,8 @@ from cases import DTYPES
 from executor import emulated
 from test_additive_shifts import check, inputs
 
-from cibr_kernels.ops.additive_moments.reference import ACTIVATIONS
-from cibr_kernels.ops.additive_shifts import triton as backend
+from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
+from cibr_kernels.primitives.additive.shifts import triton as backend
 
 CASES = [(37, 37, 40, 0, 7), (20, 27, 65, 0, 8), (16, 16, 16, 1, 3), (33, 33, 33, 30, 6)]  # n, m, h, first, k
 KERNELS = ["scores", "gradient", "gradient", "reduce"]

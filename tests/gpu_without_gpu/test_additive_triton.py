@@ -14,9 +14,9 @@ from test_additive_moments import NAMES, SLOPES, WEIGHTS, expected
 from torch import Tensor
 
 from cibr_kernels import testing
-from cibr_kernels.ops.additive_moments import triton as backend
-from cibr_kernels.ops.additive_moments.op import additive_moments
-from cibr_kernels.ops.additive_moments.reference import ACTIVATIONS
+from cibr_kernels.primitives.additive.moments import triton as backend
+from cibr_kernels.primitives.additive.moments.op import additive_moments
+from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
 
 GPUS = (80, 90, 100, 120)
 RAGGED, WHOLE = (37, 70, 17, 21), (32, 48, 0, 32)  # n, m, offset, h: with blocks of 16, ends or none

@@ -12,10 +12,10 @@ from cases import DTYPES, towers
 from executor import emulated
 from torch import Tensor
 
-from cibr_kernels.ops import triton_call
-from cibr_kernels.ops.dot_lse import reference, triton_configs
-from cibr_kernels.ops.dot_lse import triton as backend
-from cibr_kernels.ops.dot_lse.triton_configs import CONFIGS, Config, Configs, Tiles
+from cibr_kernels.dispatch import triton_call
+from cibr_kernels.primitives.dot.lse import reference, triton_configs
+from cibr_kernels.primitives.dot.lse import triton as backend
+from cibr_kernels.primitives.dot.lse.triton_configs import CONFIGS, Config, Configs, Tiles
 from cibr_kernels.testing import assert_close
 
 CAPABILITIES = (80, 90, 100, 120)

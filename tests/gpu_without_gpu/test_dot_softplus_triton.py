@@ -11,11 +11,11 @@ from cases import DTYPES, towers
 from executor import emulated
 from torch import Tensor
 
-from cibr_kernels.ops import triton_call
-from cibr_kernels.ops.dot_lse.triton_configs import Tiles
-from cibr_kernels.ops.dot_softplus import reference
-from cibr_kernels.ops.dot_softplus import triton as backend
-from cibr_kernels.ops.dot_softplus.op import dot_softplus, dot_softplus_sums
+from cibr_kernels.dispatch import triton_call
+from cibr_kernels.primitives.dot.lse.triton_configs import Tiles
+from cibr_kernels.primitives.dot.softplus import reference
+from cibr_kernels.primitives.dot.softplus import triton as backend
+from cibr_kernels.primitives.dot.softplus.op import dot_softplus, dot_softplus_sums
 from cibr_kernels.testing import assert_close
 
 CAPABILITIES = (80, 90, 100, 120)

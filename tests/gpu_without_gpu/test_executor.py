@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cibr_kernels.ops import triton_call
+from cibr_kernels.dispatch import triton_call
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import cibr_kernels as ck
 from cibr_kernels import testing
-from cibr_kernels.ops.log_mean_exp import triton as backend
-from cibr_kernels.ops.log_mean_exp.reference import log_mean_exp as reference
+from cibr_kernels.primitives.log_mean_exp import triton as backend
+from cibr_kernels.primitives.log_mean_exp.reference import log_mean_exp as reference
 
 SHAPES = [(1,), (7, 13, 5), (64, 64), (4097,), (3, 5000)]  # a piece is 4096 scores
 CASES = [

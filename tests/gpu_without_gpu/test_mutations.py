@@ -10,7 +10,7 @@ import torch
 from mutations import Fault, StaleAnchor, delete
 from torch import Tensor
 
-from cibr_kernels.ops import triton_call
+from cibr_kernels.dispatch import triton_call
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402

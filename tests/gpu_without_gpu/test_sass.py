@@ -20,7 +20,7 @@ from bench import gpu_cases, predict
 from bench.gpu_cases import GpuCase
 from bench.static import compiled, record, sass, ttir
 from bench.static.gpus import GPUS, blocks_per_processor
-from cibr_kernels.ops import triton_call
+from cibr_kernels.dispatch import triton_call
 
 LIVE = 40  # values that stay live through the loop of PTX
 PTX = (

@@ -1,0 +1,88 @@
+"""Calling a CUDA C++ kernel: a parameter struct with device pointers, a workspace, the device and its current stream.
+
+`execute_on` puts something else in the device's place: tests run the launcher's own plan in an emulator on CPU tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cibr_kernels.dispatch import backends
+from cibr_kernels.dispatch.native_call import fill
+from cibr_kernels.dispatch.triton_call import Gpu, Target
+
+
+class Executor(Protocol):
+    def target(self, device: torch.device) -> Target: ...
+
+    def launch(self, kernel: str, params: Any, tensors: list[Tensor]) -> None: ...
+
+
+class Device:
+    """The CUDA device the tensors are on, its current stream."""
+
+    @staticmethod
+    def target(device: torch.device) -> Target:
+        return Gpu.target(device)
+
+    @staticmethod
+    def launch(kernel: str, params: Any, tensors: list[Tensor]) -> None:
+        device = tensors[0].device
+        params.device = device.index
+        params.stream = torch.cuda.current_stream(device).cuda_stream
+        with torch.cuda.device(device):
+            getattr(backends.compiled(), f"{kernel}_cuda")(params)
+
+
+_executor: Executor = Device()
+
+
+@contextmanager
+def execute_on(executor: Executor) -> Iterator[None]:
+    """Calls with CPU tensors go to `executor`, as if they were its device's.  For tests; not thread-safe."""
+    global _executor
+    before, _executor = _executor, executor
+    try:
+        yield
+    finally:
+        _executor = before
+
+
+def takes(*tensors: Tensor) -> bool:
+    """True when these tensors are for the CUDA kernels rather than those of the CPU."""
+    return tensors[0].device.type == "cuda" or not isinstance(_executor, Device)
+
+
+def target(device: torch.device) -> Target:
+    return _executor.target(device)
+
+
+def unsupported(*tensors: Tensor) -> str | None:
+    """Why the CUDA C++ kernels cannot run on these tensors; None when they can."""
+    missing = backends.cuda_missing()
+    if missing:
+        return missing
+    for t in tensors:
+        if t.dtype.is_floating_point and t.dtype.itemsize > 4:
+            return f"the CUDA kernels compute in float32, got {t.dtype}"
+        if t.device.type == "cuda" and Gpu.target(t.device).kind != "cuda":
+            return "the CUDA C++ kernels run on NVIDIA devices"
+        if t.device.type == "cuda" and Gpu.target(t.device).capability < 80:
+            return f"the CUDA kernels need compute capability 8.0 or newer, got {Gpu.target(t.device).capability / 10}"
+    return None
+
+
+def call(kernel: str, struct: str, **fields: Any) -> None:
+    """Fills `struct` and enqueues `kernel` on the current stream.  None and empty tensors become null."""
+    module = backends.compiled()
+    tensors = [v for v in fields.values() if isinstance(v, Tensor) and v.numel()]
+    params = fill(getattr(module, struct)(), fields)
+    size = getattr(module, f"{kernel}_cuda_workspace")(params)
+    workspace = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)
+    params.workspace = workspace.data_ptr()
+    _executor.launch(kernel, params, [*tensors, workspace])

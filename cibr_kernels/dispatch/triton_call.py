@@ -1,0 +1,113 @@
+"""Launching a Triton kernel: on the GPU its tensors are on, or wherever `execute_on` says (tests: an emulator).
+
+Every `triton.py` of an op goes through `launch` and asks `target` for the machine, so that a test executes the
+launcher's own code, grids and arguments included, on CPU tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a launcher may know of a GPU."""
+
+    kind: str  # "cuda" or "hip"
+    capability: int  # 10 * major + minor for cuda: 80, 86, 89, 90, 100, 120; 0 for hip
+    processors: int  # streaming multiprocessors / compute units
+    shared_bytes: int  # shared memory that one block may ask for
+
+
+class Executor(Protocol):
+    def target(self, device: torch.device) -> Target: ...
+
+    def launch(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        args: dict[str, Any],
+        constants: dict[str, Any],
+        options: dict[str, int],
+    ) -> None: ...
+
+
+class Gpu:
+    """The device the tensors are on, its current stream."""
+
+    @staticmethod
+    @lru_cache
+    def target(device: torch.device) -> Target:
+        found = torch.cuda.get_device_properties(device)
+        shared = getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
+        kind = "hip" if torch.version.hip else "cuda"
+        capability = 10 * found.major + found.minor if kind == "cuda" else 0
+        return Target(kind, capability, found.multi_processor_count, shared)
+
+    @staticmethod
+    def launch(
+        kernel: Any, grid: tuple[int, ...], args: dict[str, Any], constants: dict[str, Any], options: dict[str, int]
+    ) -> None:
+        device = next(t.device for t in args.values() if isinstance(t, Tensor))
+        with torch.cuda.device(device):
+            kernel[grid](**args, **constants, **options)
+
+
+_executor: Executor = Gpu()
+
+
+@contextmanager
+def execute_on(executor: Executor) -> Iterator[None]:
+    """Launches go to `executor`, and CPU tensors count as its device's.  For tests; not thread-safe."""
+    global _executor
+    before, _executor = _executor, executor
+    try:
+        yield
+    finally:
+        _executor = before
+
+
+def target(device: torch.device) -> Target:
+    return _executor.target(device)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: dict[str, Any],
+    constants: dict[str, Any],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
+) -> None:
+    """Runs a @triton.jit `kernel` over `grid`: args are tensors and numbers, constants its tl.constexpr parameters."""
+    _executor.launch(kernel, grid, args, constants, {"num_warps": num_warps, "num_stages": num_stages})
+
+
+def unsupported(*tensors: Tensor) -> str | None:
+    """Why Triton cannot run on these tensors; None when it can."""
+    for t in tensors:
+        if t.dtype.is_floating_point and t.dtype.itemsize > 4:
+            return f"the Triton kernels compute in float32, got {t.dtype}"
+        if t.device.type != "cuda" and isinstance(_executor, Gpu):
+            return f"the Triton kernels run on CUDA and ROCm devices, got {t.device}"
+        found = target(t.device)
+        if found.kind == "cuda" and found.capability < 80:
+            return f"the Triton kernels need compute capability 8.0 or newer, got {found.capability / 10}"
+    return _missing()
+
+
+@lru_cache
+def _missing() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton is not installed ({error})"
+    return None

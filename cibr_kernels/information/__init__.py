@@ -1,0 +1,1 @@
+"""Estimates of mutual information and what they are made of."""

@@ -1,0 +1,145 @@
+"""Estimates that need more of the scores than J and L.  p_i = T(x_i, z_i), S_ij = T(x_i, z_j), sp(t) = log(1 + e^t).
+
+    JS       -mean_i sp(-p_i) - mean_ij sp(S_ij)          what a discriminator maximises; 2 JSD - log 4 at its best
+    SMILE    J - log mean_ij e^clamp(S_ij, -tau, tau)     the value; its gradient is that of JS
+    InfoNCE  mean_i [p_i - log sum_j e^S_ij] + log M      the positive is one of the M columns of its row
+
+Each is a mean over rows.  An additive critic takes one sweep of scores and one of gradients (`critic_scores/op.py`), a
+separable one the passes of `dot_lse` or `dot_softplus`, any other critic panels of rows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from cibr_kernels.distributed import merge
+from cibr_kernels.distributed.lse import sharded_dot_lse
+from cibr_kernels.distributed.softplus import sharded_dot_softplus
+from cibr_kernels.information.critics import Additive, Dot
+from cibr_kernels.information.moments import log_mean_exp_of_rows
+from cibr_kernels.information.pairs import Pairs
+from cibr_kernels.information.panels import dot_clamped, general_sums
+from cibr_kernels.information.sampled import sampled_scores
+from cibr_kernels.information.scores import additive_contrast
+from cibr_kernels.numerics import softplus
+from cibr_kernels.primitives.dot.lse.op import dot_lse
+from cibr_kernels.primitives.dot.softplus.op import dot_softplus
+
+CONTRASTS = ("js", "smile", "infonce")
+Parts = tuple[Tensor, Tensor, Tensor]  # loss (), positives (n,), log-sum-exps of clamped scores (n,) or (0,)
+
+
+def contrast(pairs: Pairs, estimator: str, *, tau: float = 5.0) -> Tensor:
+    """-> the estimate in nats, (), of all ranks' rows.  tau: SMILE's."""
+    if not tau > 0:
+        raise ValueError(f"SMILE's tau must be positive, got {tau}")
+    kind = "infonce" if estimator == "infonce" else "js"
+    clamp = tau if estimator == "smile" else None
+    sampled = pairs.negatives != "all"
+    loss, positives, clamped = _sampled(pairs, kind, clamp) if sampled else _all(pairs, kind, clamp)
+    shards = pairs.shards
+    loss = loss * pairs.health()
+    if shards is not None:
+        loss = merge.mean(loss.expand(shards.local), shards)
+    if estimator == "infonce":
+        columns = 1 + pairs.negatives.k if not isinstance(pairs.negatives, str) else pairs.columns
+        return math.log(columns) - loss
+    if estimator == "js":
+        return -loss
+    with torch.no_grad():
+        j, el = positives.mean() * pairs.health(), _log_mean_exp(clamped, pairs)
+        j, el = (j, el) if shards is None else merge.moments(j, el, shards)
+    return j - el - (loss - loss.detach())
+
+
+def _log_mean_exp(clamped: Tensor, pairs: Pairs) -> Tensor:
+    if isinstance(pairs.negatives, str):
+        return log_mean_exp_of_rows(clamped, pairs)
+    return (clamped.double().logsumexp(0) - math.log(len(clamped) * pairs.negatives.k)).to(clamped.dtype)
+
+
+def _all(pairs: Pairs, kind: str, clamp: float | None) -> Parts:
+    """Over every pair of this rank's rows."""
+    if pairs.strategy == "ring" and pairs.shards is not None:
+        return _ring(pairs, kind)
+    scored = pairs.scored()
+    right = pairs.all_columns(scored.right)
+    if isinstance(scored, Additive):
+        return additive_contrast(
+            scored.left, right, scored.w, scored.bias, kind, clamp=clamp, activation=scored.activation,
+            slope=scored.slope, offset=pairs.offset, include_diagonal=pairs.include, backend=pairs.backend,
+        )  # fmt: skip
+    if isinstance(scored, Dot):
+        return _dot(scored.left, right, pairs, kind, clamp)
+    if kind == "infonce":
+        positives, rows, clamped = general_sums(scored, right, "lse", offset=pairs.offset, include=False)
+        return softplus(rows - positives).mean(), positives, clamped
+    positives, sums, clamped = general_sums(
+        scored, right, "softplus", offset=pairs.offset, include=pairs.include, tau=clamp
+    )
+    return _js(positives, sums, _per_row(pairs)), positives, clamped
+
+
+def _dot(f: Tensor, g: Tensor, pairs: Pairs, kind: str, clamp: float | None) -> Parts:
+    """f (n, k), g (m, k)."""
+    n, none = f.shape[0], f.new_empty(0)
+    if kind == "infonce":
+        rows, _, positives = dot_lse(f, g, f.new_ones(()), offset=pairs.offset, need_cols=False, backend=pairs.backend)
+        return softplus(rows - positives).mean(), positives, none
+    weight = 1 / (n * _per_row(pairs))
+    off = dot_softplus(
+        f, g, f.new_ones(()), f.new_zeros(()), f.new_full((n,), weight), offset=pairs.offset, backend=pairs.backend
+    )
+    positives = (f * g[pairs.offset : pairs.offset + n]).sum(1)
+    loss = _dot_js(positives, off, pairs)
+    if clamp is None:
+        return loss, positives, none
+    return loss, positives, dot_clamped(f, g, offset=pairs.offset, include=pairs.include, tau=clamp)
+
+
+def _dot_js(positives: Tensor, off: Tensor, pairs: Pairs) -> Tensor:
+    """positives (n,); off (), the sum of softplus over the other scores, over n and a row's count -> the loss ()."""
+    loss = softplus(-positives).mean() + off
+    return loss + softplus(positives).mean() / _per_row(pairs) if pairs.include else loss
+
+
+def _ring(pairs: Pairs, kind: str) -> Parts:
+    """Of a separable critic, whose columns go round."""
+    assert pairs.shards is not None
+    f, g = pairs.critic.dot_parts(pairs.x, pairs.z)
+    one, none = f.new_ones(()), f.new_empty(0)
+    if kind == "infonce":
+        rows, _, positives = sharded_dot_lse(
+            f, g, one, pairs.shards, strategy="ring", need_cols=False, backend=pairs.backend
+        )
+        return softplus(rows - positives).mean(), positives, none
+    # a shard's gradient is made by every rank and scaled by its owner: weights that are those of the whole batch
+    weights = f.new_full((f.shape[0],), 1 / (pairs.shards.total * _per_row(pairs)))
+    off = sharded_dot_softplus(
+        f, g, one, f.new_zeros(()), weights, None, pairs.shards, strategy="ring", backend=pairs.backend
+    )
+    positives = (f * g).sum(1)
+    return _dot_js(positives, off * (pairs.shards.total / f.shape[0]), pairs), positives, none
+
+
+def _sampled(pairs: Pairs, kind: str, clamp: float | None) -> Parts:
+    """Over the k partners of this rank's rows."""
+    scores = sampled_scores(pairs)
+    positives, others = scores[0], scores[1:]
+    clamped = others.new_empty(0) if clamp is None else others.detach().clamp(-clamp, clamp).logsumexp(0)
+    if kind == "infonce":
+        return softplus(others.logsumexp(0) - positives).mean(), positives, clamped
+    return _js(positives, softplus(others).sum(0), len(others)), positives, clamped
+
+
+def _js(positives: Tensor, sums: Tensor, per_row: int) -> Tensor:
+    """positives (n,), each row's sum of softplus over per_row scores (n,) -> ()."""
+    return softplus(-positives).mean() + sums.mean() / per_row
+
+
+def _per_row(pairs: Pairs) -> int:
+    """Marginal scores of a row."""
+    return pairs.columns - (0 if pairs.include else 1)

@@ -1,0 +1,96 @@
+"""Estimates from a Gaussian model q of Z given another variable: CLUB, and the upper bounds CEB and alignment.
+
+q(. | x) = N(mean(x), diag exp(2 log_std(x))); a callable that returns only the mean has unit variance in CLUB, and
+the noise's in CEB
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from cibr_kernels import checks
+from cibr_kernels.distributed import merge
+from cibr_kernels.distributed.shards import Agreement, Shards
+from cibr_kernels.information.pairs import Pairs
+from cibr_kernels.numerics import promote
+
+
+def gaussian_log_likelihood(
+    x: Tensor,  # (n, dx)
+    z: Tensor,  # (n, dz)
+    q: Callable[[Tensor], Any],
+    *,
+    process_group: ProcessGroup | Shards | None = None,
+) -> Tensor:
+    """mean_i log q(z_i | x_i) in nats, a float32 scalar: what q is trained to *maximise* before CLUB means anything.
+
+    q: x (n, dx) -> mean (n, dz), with unit variance, or (mean, log_std (n, dz)).  Detach x and z to train q alone.
+    process_group: as in `mutual_information`.  Raises ValueError for shapes, TypeError for dtypes.
+    """
+    with Agreement("gaussian_log_likelihood", process_group) as agreement:
+        checks.matrix("x", x)
+        checks.matrix("z", z)
+        checks.same_rows(x=x, z=z)
+        agreement.describe(x=x, z=z)
+    with torch.autocast(x.device.type, enabled=False):
+        z = promote(z)
+        mean, log_std = predicted("q(x)", q, promote(x), z, 0.0)
+        nats = ((z - mean) * (-log_std).exp()).square() / 2 + log_std + 0.5 * math.log(2 * math.pi)
+        value = -nats.sum(1)
+        return value.mean() if agreement.shards is None else merge.mean(value, agreement.shards)
+
+
+def club(pairs: Pairs) -> Tensor:
+    """E log q(z_i | x_i) - mean_j E log q(z_j | x_i) in nats, (); over all pairs in O(n d).
+
+    mean_j (z_j - mu)^2 = var z + (mean z - mu)^2, so only the columns' first two moments are needed.
+    """
+    if pairs.negatives != "all":
+        raise ValueError(
+            f"estimator 'club' has all pairs in closed form: negatives must be 'all', got {pairs.negatives!r}"
+        )
+    mean, log_std = predicted("critic(x)", pairs.critic, pairs.x, pairs.z, 0.0)
+    var, centre = torch.var_mean(pairs.z, 0, unbiased=False)
+    if pairs.shards is not None:
+        centre, var = merge.statistics(centre, var, pairs.shards)
+    columns = pairs.columns
+    if pairs.marginals is not None:
+        queue_var, queue_centre = torch.var_mean(pairs.marginals, 0, unbiased=False)
+        share, moved = pairs.marginals.shape[0] / columns, queue_centre - centre
+        var = (1 - share) * var + share * queue_var + share * (1 - share) * moved.square()
+        centre = centre + share * moved
+    half_precision = (-2 * log_std).exp() / 2
+    apart = centre - pairs.z  # (centre - mean)^2 - (z - mean)^2 as a product: no cancellation
+    values = ((var + apart * (centre + pairs.z - 2 * mean)) * half_precision).sum(1)
+    if not pairs.include:
+        values = values * (columns / (columns - 1))
+    values = values * pairs.health()
+    return values.mean() if pairs.shards is None else merge.mean(values, pairs.shards)
+
+
+def align(z: Tensor, other: Tensor, noise_std: float) -> Tensor:
+    """KL(N(z, s^2 I) || N(other, s^2 I)) -> (n,) nats."""
+    return (promote(z) - promote(other)).square().sum(1) / (2 * noise_std**2)
+
+
+def ceb(z: Tensor, other: Tensor, q: Callable[[Tensor], Any], noise_std: float) -> Tensor:
+    """KL(N(z, s^2 I) || q(. | other)) -> (n,) nats."""
+    mean, log_std = predicted("q(other)", q, other, z, math.log(noise_std))
+    variance = noise_std**2 + (promote(z) - promote(mean)).square()
+    return (log_std - math.log(noise_std) + variance / (2 * torch.exp(2 * log_std)) - 0.5).sum(1)
+
+
+def predicted(name: str, q: Callable[[Tensor], Any], x: Tensor, z: Tensor, log_std: float) -> tuple[Tensor, Tensor]:
+    """q(x) -> mean, log_std, both of z's shape; `log_std` where q has none."""
+    out = q(x)
+    mean, spread = out if isinstance(out, tuple) else (out, torch.full_like(out, log_std))
+    for part in (mean, spread):
+        if part.shape != z.shape:
+            raise ValueError(f"{name} has shape {tuple(part.shape)} but z is {tuple(z.shape)}")
+    return mean, spread

@@ -1,0 +1,112 @@
+"""J and L of a critic, the two numbers that DV, MINE, NWJ, TUBA and ReMINE are functions of.
+
+    J = mean of T(x_i, z_i) over the positives        L = log-mean-exp of T(x_i, z_j) over the product of marginals
+
+A concat critic becomes `additive_moments` of its two projections, or `additive_shifts` for k cyclic shifts; a separable
+one `dot_moments` of its embeddings, or k n dot products in plain PyTorch.  The projections are ordinary matmuls.  Other
+critics are called on panels of rows (`critic_scores/critics.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from cibr_kernels.distributed import merge
+from cibr_kernels.distributed.shards import Shards
+from cibr_kernels.information.critics import Additive, Dot
+from cibr_kernels.information.dot_moments.op import dot_moments, sharded_dot_moments
+from cibr_kernels.information.negatives import Negatives, derangement, permutation, shifts
+from cibr_kernels.information.negatives import Shifts as Shifts
+from cibr_kernels.information.pairs import Pairs, agree
+from cibr_kernels.information.panels import general_sums
+from cibr_kernels.information.sampled import sampled_scores
+from cibr_kernels.primitives.additive.moments.op import additive_moments
+from cibr_kernels.primitives.log_mean_exp.op import log_mean_exp
+
+__all__ = ["Negatives", "Shifts", "critic_moments", "derangement", "permutation", "shifts"]
+
+
+def critic_moments(
+    x: Tensor,  # (n, dx)
+    z: Tensor,  # (n, dz)
+    critic: Any,
+    *,
+    negatives: Negatives = "all",
+    diagonal: str = "exclude",
+    marginals: Tensor | None = None,  # (q, dz)
+    process_group: ProcessGroup | Shards | None = None,
+    strategy: str = "gather",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(J, L) in nats: mean critic on the n positives, log-mean-exp over the marginal pairs.  float32 scalars.
+
+    Args:
+        x, z: (n, dx) and (n, dz), row i of one with row i of the other; bfloat16 and float16 are computed in float32.
+        critic: `nn.ConcatCritic`, `nn.SeparableCritic`, or a module with their `additive_parts` or `dot_parts`: O(n)
+            memory.  Or, slower, a module with `pairwise(x (p, dx), z (m, dz)) -> (p, m)`, or any callable
+            (x (p, dx), z (p, dz)) -> (p,): panels of rows of the n x n scores, computed again in the backward; a panel
+            is as large as `stash_budget()` allows for `critic.pair_width` numbers per pair (dx + dz by default).
+        negatives: "all" n^2 pairs; `shifts(k)`, `derangement(k)` or `permutation(k)`: k n pairs, O(k n) scores.
+        diagonal: "exclude" the positives from the n^2 pairs (unbiased, unbounded) or "include" them (caps J - L at
+            log n, biased by e^2I / n).
+        marginals: further rows of z that are nobody's positive, such as a queue of earlier batches: every row of x has
+            n + q columns.  For "all" only.  On many ranks each pairs its rows with its own, as many on every rank.
+        process_group: ranks whose rows make one batch, as in `clip_loss`.  Every rank gets the (J, L) of all rows, the
+            same bits; gradients that DDP or FSDP average are the single-process ones.
+        strategy: "gather", or "ring" for a critic with `dot_parts`, as in `clip_loss`.  Shifts need neither: the rows
+            that follow this rank's in the order of the ranks come from their owners.
+
+    Gradients reach x, z, marginals and the critic's parameters for any gradient of (J, L).  Autocast is off inside.  A
+    NaN or an infinity in the input makes J a NaN.
+    Raises ValueError for shapes, one row (there is no negative), k >= n, random orders on many ranks; TypeError for
+    dtypes, for what is no critic, and for a critic that returns another shape.
+    Source: MINE (1801.04062), equation 5; all n^2 - n pairs make its second term a degenerate U-statistic, whose
+    error is e^I / n where k shuffles have e^I / sqrt(n k).
+    """
+    pairs = agree(
+        "critic_moments", x, z, critic, negatives=negatives, diagonal=diagonal, marginals=marginals,
+        process_group=process_group, strategy=strategy, backend=backend,
+    )  # fmt: skip
+    with torch.autocast(pairs.x.device.type, enabled=False):
+        if pairs.strategy == "ring" and pairs.shards is not None and pairs.negatives == "all":
+            f, g = critic.dot_parts(pairs.x * pairs.health(), pairs.z)
+            return sharded_dot_moments(
+                f, g, pairs.shards, strategy="ring", include_diagonal=pairs.include, backend=backend
+            )
+        j, el = _moments(pairs)
+        j = j * pairs.health()
+        return (j, el) if pairs.shards is None else merge.moments(j, el, pairs.shards)
+
+
+def _moments(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """(J, L) of this rank's rows."""
+    if pairs.negatives != "all":
+        scores = sampled_scores(pairs)
+        return scores[0].mean(), log_mean_exp(scores[1:], backend=pairs.backend)
+    scored = pairs.scored()
+    right = pairs.all_columns(scored.right)
+    common: dict[str, Any] = {
+        "offset": pairs.offset, "include_diagonal": pairs.include, "backend": pairs.backend
+    }  # fmt: skip
+    if isinstance(scored, Additive):
+        options: dict[str, Any] = {"activation": scored.activation, "slope": scored.slope, **common}
+        j, el = additive_moments(scored.left, right, scored.w, **options)
+        return j + scored.bias, el + scored.bias
+    if isinstance(scored, Dot):
+        return dot_moments(scored.left, right, **common)
+    positives, rows, _ = general_sums(scored, right, "lse", offset=pairs.offset, include=pairs.include)
+    return positives.mean(), log_mean_exp_of_rows(rows, pairs)
+
+
+def log_mean_exp_of_rows(rows: Tensor, pairs: Pairs) -> Tensor:
+    """rows (n,), the log-sum-exp of each row's marginal scores -> ().
+
+    In float64, O(n): L is often near 0, where the logarithm of the sum less that of the count cancels.
+    """
+    per_row = pairs.columns - (0 if pairs.include else 1)
+    return (rows.double().logsumexp(0) - math.log(rows.shape[0] * per_row)).to(rows.dtype)

@@ -1,0 +1,114 @@
+"""The arguments that every estimate of pairs shares, checked once, and agreed between ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from cibr_kernels import checks
+from cibr_kernels.distributed.collectives import gather
+from cibr_kernels.distributed.lse import STRATEGIES
+from cibr_kernels.distributed.shards import Agreement, Shards
+from cibr_kernels.information import critics
+from cibr_kernels.information.negatives import Negatives, check_negatives, check_partners
+
+
+@dataclass
+class Pairs:
+    """x (n, dx) and z (n, dz) of this rank, whose rows i are the positives, and what they are paired with."""
+
+    x: Tensor
+    z: Tensor
+    marginals: Tensor | None  # (q, dz), rows of z that are nobody's positive
+    critic: Any
+    negatives: Negatives
+    include: bool  # the diagonal
+    shards: Shards | None
+    strategy: str
+    backend: str
+
+    @property
+    def offset(self) -> int:
+        """The column of row 0's positive."""
+        return 0 if self.shards is None else self.shards.offset
+
+    @property
+    def columns(self) -> int:
+        """Rows of z on all ranks, and the marginals."""
+        rows = self.z.shape[0] if self.shards is None else self.shards.total
+        return rows + (0 if self.marginals is None else self.marginals.shape[0])
+
+    def scored(self) -> critics.Additive | critics.Dot | critics.General:
+        """The critic on this rank's rows of x and its own columns; `all_columns` brings the others."""
+        z = self.z if self.marginals is None else torch.cat([self.z, self.marginals])
+        return critics.family(self.critic, self.x, z, self.backend)
+
+    def all_columns(self, right: Tensor) -> Tensor:
+        """What the critic made of this rank's columns -> of every rank's rows and this rank's marginals."""
+        if self.shards is None or self.shards.world == 1:
+            return right
+        n = self.z.shape[0]
+        return torch.cat([gather(right[:n], self.shards), right[n:]])
+
+    def health(self) -> Tensor:
+        """(): 1, or NaN where the input has a NaN or an infinity, which e^-inf = 0 and clamps would hide."""
+        found = self.x.new_ones(())
+        for t in (self.x, self.z, self.marginals):
+            if t is not None:
+                low, high = torch.aminmax(t.detach())
+                found = found + 0 * low + 0 * high
+        return found
+
+
+def agree(
+    op: str, x: Tensor, z: Tensor, critic: Any, *, negatives: Negatives, diagonal: str, marginals: Tensor | None,
+    process_group: ProcessGroup | Shards | None, strategy: str, backend: str, ring: bool = True,
+    one_argument: bool = False, **facts: object,
+) -> Pairs:  # fmt: skip
+    """Checks, and with a group agrees on, the arguments of `op`, in words of `critic_moments`.
+
+    ring: whether the estimate can be had from shards that go round.  one_argument: the critic is a function of x alone.
+    facts: what else must be alike on all ranks.
+    """
+    checks.choice("strategy", strategy, STRATEGIES)
+    shape = None if marginals is None else tuple(marginals.shape)
+    options = {"negatives": negatives, "diagonal": diagonal, "strategy": strategy, "marginals": shape, **facts}
+    with Agreement(op, process_group, **options) as agreement:
+        checks.matrix("x", x)
+        checks.matrix("z", z)
+        checks.same_rows(x=x, z=z)
+        checks.choice("diagonal", diagonal, ("exclude", "include"))
+        _check_options(critic, negatives, marginals, z, strategy, ring)
+        critics.check(critic, 1 if one_argument else 2)
+        x, z = (t if t.dtype == torch.float64 else t.float() for t in (x, z))
+        checks.same_place(x=x, z=z)
+        if marginals is not None:
+            marginals = marginals if marginals.dtype == torch.float64 else marginals.float()
+            checks.same_place(z=z, marginals=marginals)
+        agreement.describe(x=x, z=z)
+    pairs = Pairs(x, z, marginals, critic, negatives, diagonal == "include", agreement.shards, strategy, backend)
+    if pairs.columns < 2:
+        raise ValueError(f"{op} needs at least 2 rows: one pair has no negatives, got 1")
+    rows, world = (len(x), 1) if pairs.shards is None else (pairs.shards.total, pairs.shards.world)
+    check_partners(negatives, rows, world)
+    return pairs
+
+
+def _check_options(
+    critic: Any, chosen: Negatives, marginals: Tensor | None, z: Tensor, strategy: str, ring: bool
+) -> None:
+    check_negatives(chosen)
+    if marginals is not None:
+        checks.matrix("marginals", marginals)
+        checks.same_width(z=z, marginals=marginals)
+        if chosen != "all":
+            raise ValueError(f"marginals are further columns of all pairs, got negatives {chosen!r}")
+    if strategy == "ring":
+        if not hasattr(critic, "dot_parts"):
+            raise ValueError("strategy 'ring' is for critics with dot_parts (nn.SeparableCritic); others use 'gather'")
+        if not ring or marginals is not None:
+            raise ValueError("strategy 'ring' has no marginals, and neither smile nor club: use 'gather'")

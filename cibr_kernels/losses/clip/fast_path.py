@@ -1,0 +1,84 @@
+"""The loss without options: at 64 rows the nodes of autograd and the small operators of the general path would take
+longer than the matmuls.  The arithmetic is clip_loss/op.py's:
+
+    loss = 1/kn sum_w sum_i softplus(t_wi)      t_wi = R_i - p_i, and C_i - p_i unless one_way (k = 2)
+    dR, dC = sigmoid(t) / kn                    dp = -sum_w of it
+
+One node of autograd; and on the CPU one call of C++ for a loss without gradients, or for one whose logits are small,
+which makes the gradients with it.  (Without a backward they are made for nothing, but at this size that costs less than
+coming back.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cibr_kernels import checks
+from cibr_kernels.dispatch import backends, library
+from cibr_kernels.primitives.dot.lse.op import dot_lse_backward, dot_lse_forward, stash_budget
+
+FUSED_BACKWARD_BYTES = 1 << 22  # bytes of float32 logits up to which gradients are made with the loss: n = 1024
+
+
+def plain_loss(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str) -> Tensor:
+    """x (n, d), y (n, d), scale () -> ().  Only where `library.only_autograd_looks_on`."""
+    native = backends.takes_native("clip_loss", backend, x)  # y has its dtype and device
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad):
+        small = 4 * x.shape[0] ** 2 <= min(FUSED_BACKWARD_BYTES, stash_budget())
+        return (_with_gradients if native and small else _Plain.apply)(x, y, scale, one_way, backend)
+    if native:
+        return _loss_and_gradients(x, y, scale, one_way, backend, None)[0]
+    margins, _ = _margins(x, y, scale, one_way, 0, backend)
+    return _mean_softplus(margins)
+
+
+def _margins(
+    x: Tensor, y: Tensor, scale: Tensor, one_way: bool, budget: int, backend: str
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """-> t (k, n), and what dot_lse gave."""
+    outputs = dot_lse_forward.function(x, y, scale, None, None, 0, True, not one_way, False, budget, backend)
+    rows, cols, positives, *_ = outputs
+    return torch.stack((rows,) if one_way else (rows, cols)).sub_(positives), outputs
+
+
+def _mean_softplus(margins: Tensor) -> Tensor:
+    return F.softplus(margins, threshold=40).mean()  # past 40, softplus(t) is t to the last digit of float64
+
+
+class _Plain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str) -> Tensor:
+        margins, (rows, cols, positives, _, _, *stash) = _margins(x, y, scale, one_way, stash_budget(), backend)
+        ctx.save_for_backward(margins, x, y, scale, rows, cols, positives, *stash)
+        ctx.backend = backend
+        return _mean_softplus(margins)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        margins, x, y, scale, rows, cols, *rest = ctx.saved_tensors
+        need_x, need_y, need_scale, *_ = ctx.needs_input_grad
+        slopes = torch.sigmoid(margins) * (g / margins.numel())
+        g_rows, g_cols = slopes.unbind(0) if cols.numel() else (slopes[0], cols)
+        # dscale comes from <x, dx> or <y, dy>: one of the two is computed for it
+        dx, dy, dscale = dot_lse_backward(
+            g_rows, g_cols, slopes.sum(0).neg_(), x, y, scale, None, None, rows, cols, *rest, 0, True,
+            need_x or not need_y, need_y, ctx.backend,
+        )  # fmt: skip
+        return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, None, None
+
+
+def _loss_and_gradients(
+    x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str, needs: tuple[bool, ...] | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """-> the loss and, unless `needs` is None, its gradients; one of dx, dy at least, because dscale comes from it."""
+    need_y = needs is not None and needs[1]
+    need_x = needs is not None and (needs[0] or not need_y)
+    checks.positive("logit_scale", scale)
+    return backends.run("clip_loss", "forward", "native", (x,), x, y, scale, one_way, need_x, need_y)
+
+
+_with_gradients = library.with_gradients(_loss_and_gradients, _Plain.apply)

@@ -1,0 +1,24 @@
+"""The plain siglip_loss in C++: csrc/losses/siglip."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cibr_kernels.dispatch.backends import native_unsupported as unsupported  # noqa: F401
+from cibr_kernels.dispatch.native_call import DTYPES, call, scratch_like
+
+
+def forward(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, need_dx: bool, need_dy: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """-> loss (), dx (n, d), dy (n, d), each None unless needed, dscale () and dbias () with them."""
+    n, d = x.shape
+    dx, dy = scratch_like(x) if need_dx else None, scratch_like(y) if need_dy else None
+    loss = torch.empty_like(scale)
+    dscale, dbias = (torch.empty_like(scale), torch.empty_like(bias)) if need_dx or need_dy else (None, None)
+    call(
+        "siglip_loss", "SiglipLoss", n * n * d, x=x, y=y, dtype=DTYPES[x.dtype], n=n, m=n, d=d, scale=scale.item(),
+        bias=bias.item(), share=share, dx=dx, dy=dy, dscale=dscale, loss=loss, dbias=dbias,
+    )  # fmt: skip
+    return loss, dx, dy, dscale, dbias

@@ -1,0 +1,99 @@
+"""Drop-ins for open_clip's losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from cibr_kernels import checks
+from cibr_kernels.distributed import merge
+from cibr_kernels.losses.clip.op import clip_loss
+from cibr_kernels.losses.siglip.op import siglip_loss
+
+
+class _OnRanks(nn.Module):
+    """A loss with open_clip's rank and world_size, or a process_group."""
+
+    def __init__(self, rank: int, world_size: int, process_group: ProcessGroup | None, strategy: str) -> None:
+        super().__init__()
+        self.rank, self.world_size = rank, world_size
+        self.process_group, self.strategy = process_group, strategy
+
+    def _group(self) -> ProcessGroup | None:
+        if self.process_group is not None or self.world_size == 1:
+            return self.process_group
+        name = type(self).__name__
+        if not dist.is_initialized():
+            raise ValueError(f"{name} has world_size={self.world_size}, but torch.distributed is not initialised")
+        found = dist.get_rank(), dist.get_world_size()
+        if found != (self.rank, self.world_size):
+            raise ValueError(
+                f"{name} has rank={self.rank}, world_size={self.world_size}, but this process is rank {found[0]} of "
+                f"{found[1]}"
+            )
+        return dist.group.WORLD
+
+
+class ClipLoss(_OnRanks):
+    """Drop-in for `open_clip.loss.ClipLoss`: same constructor, same call, same dictionary, on any number of ranks.
+
+    rank, world_size: of torch.distributed's default group, whose ranks' rows make one batch where world_size > 1; or
+    `process_group` and `strategy` as in `cibr_kernels.clip_loss`.
+    local_loss: return this rank's part, whose mean over ranks is the loss, instead of the loss of all rows (one more
+    all-gather of a number, without gradient).  The gradients are the same, exact under DDP's averaging, either way and
+    with or without `gather_with_grad`, which is accepted like `cache_labels` and `use_horovod` and changes nothing.
+    Raises ValueError at the call where rank and world_size are not those of the default group.
+    """
+
+    def __init__(
+        self, local_loss: bool = False, gather_with_grad: bool = False, cache_labels: bool = False, rank: int = 0,
+        world_size: int = 1, use_horovod: bool = False, *, process_group: ProcessGroup | None = None,
+        strategy: str = "gather",
+    ) -> None:  # fmt: skip
+        super().__init__(rank, world_size, process_group, strategy)
+        self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
+        self.use_horovod = use_horovod
+
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None, output_dict: bool = False,
+    ) -> Any:  # fmt: skip
+        """-> the loss, or {"contrastive_loss": loss}.  Arguments as in `cibr_kernels.clip_loss`."""
+        group = self._group()
+        loss = clip_loss(
+            image_features, text_features, logit_scale, logit_bias, process_group=group, strategy=self.strategy
+        )
+        if group is not None and not self.local_loss:
+            loss = loss + (merge.mean_of_ranks(loss.detach(), group) - loss.detach())
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SigLipLoss(_OnRanks):
+    """Drop-in for `open_clip.loss.SigLipLoss`: same constructor, same call, same dictionary, on any number of ranks.
+
+    rank, world_size, process_group, strategy: as in `ClipLoss`; on several ranks the result is this rank's part, whose
+    mean over ranks is the loss, as open_clip's.  cache_labels and dist_impl are accepted and change nothing: the sum
+    does not depend on the order in which texts arrive.
+    Raises ValueError for an unknown dist_impl, and at the call where rank and world_size are not the default group's.
+    """
+
+    def __init__(
+        self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None, *,
+        process_group: ProcessGroup | None = None, strategy: str = "gather",
+    ) -> None:  # fmt: skip
+        super().__init__(rank, world_size, process_group, strategy)
+        checks.choice("dist_impl", dist_impl or "bidir", ("bidir", "shift", "reduce", "gather"))
+        self.cache_labels, self.dist_impl = cache_labels, dist_impl
+
+    def forward(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None, output_dict: bool = False,
+    ) -> Any:  # fmt: skip
+        """-> the loss, or {"contrastive_loss": loss}.  Arguments as in `cibr_kernels.siglip_loss`."""
+        loss = siglip_loss(
+            image_features, text_features, logit_scale, logit_bias, process_group=self._group(), strategy=self.strategy
+        )
+        return {"contrastive_loss": loss} if output_dict else loss

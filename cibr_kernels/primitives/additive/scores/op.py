@@ -1,0 +1,74 @@
+"""Scores of an additive critic on n x m pairs, without the (n, m, h) activations: for a panel of rows at a time.
+
+    S_ij = sum_h w_h phi(a_ih + b_jh)
+    da_ih = w_h sum_j g_ij phi'(t_ijh)    db_jh the same over i    dw_h = sum_ij g_ij phi(t_ijh)
+
+The op's result is n x m: losses that are more than a log-mean-exp (InfoNCE, Jensen-Shannon, SMILE) call it for as many
+rows as fit their budget and let go of the scores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cibr_kernels.dispatch import backends
+from cibr_kernels.dispatch.library import operator
+
+
+def additive_scores(
+    a: Tensor,  # (n, h)
+    b: Tensor,  # (m, h)
+    w: Tensor,  # (h,)
+    *,
+    activation: str = "relu",
+    slope: float = 0.01,
+    backend: str = "auto",
+) -> Tensor:
+    """(n, m) scores of every row of a with every row of b, float32 (float64 for float64), differentiable.  No checks.
+
+    `slope` is leaky_relu's negative slope and elu's alpha.
+    """
+    return additive_scores_forward(a.contiguous(), b.contiguous(), w.contiguous(), activation, slope, backend)
+
+
+@operator
+def additive_scores_forward(a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, backend: str) -> Tensor:
+    """-> scores (n, m)."""
+    return backends.run("additive_scores", "forward", backend, (a, b, w), a, b, w, activation, slope)
+
+
+@additive_scores_forward.register_fake
+def _(a, b, w, activation, slope, backend):
+    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
+
+
+@operator
+def additive_scores_backward(
+    grad: Tensor, a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, need_a: bool, need_b: bool,
+    need_w: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """grad (n, m) -> da (n, h), db (m, h), dw (h,) as their inputs, each empty unless needed."""
+    return backends.run(
+        "additive_scores", "backward", backend, (a, b, w), grad, a, b, w, activation, slope, need_a, need_b, need_w
+    )
+
+
+@additive_scores_backward.register_fake
+def _(grad, a, b, w, activation, slope, need_a, need_b, need_w, backend):
+    return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in ((a, need_a), (b, need_b), (w, need_w)))
+
+
+def _setup(ctx, inputs, output) -> None:
+    a, b, w, *ctx.options, ctx.backend = inputs
+    ctx.save_for_backward(a, b, w)
+
+
+def _backward(ctx, grad):
+    needs = ctx.needs_input_grad[:3]
+    grads = additive_scores_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options, *needs, ctx.backend)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 3
+
+
+additive_scores_forward.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,1 @@
+"""Reductions of all-pairs dot products."""

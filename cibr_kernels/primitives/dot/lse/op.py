@@ -1,0 +1,158 @@
+"""Row and column log-sum-exp of all-pairs dot products: what every loss of the dot family is an O(n) function of.
+
+    l_ij = scale <x_i, y_j>        positives_i = l_i,offset+i
+    rows_i = log sum_j exp l_ij    cols_j = log sum_i exp l_ij, both without the positives when they are masked, and
+                                   without pairs of one group where rows and columns have ids
+    G_ij = exp(l_ij - rows_i) g_rows_i + exp(l_ij - cols_j) g_cols_j,  and g_positives_i at the positives, in float32
+    dx = scale G y    dy = scale G^T x    dscale = sum_ij G_ij <x_i, y_j> = sum_i <x_i, dx_i> / scale
+
+The n x m logits are never stored in full.  Where exp(l) fits `stash_budget()` it is kept for the backward (1 + 2 matmul
+passes), otherwise the backward computes the logits again (1 + 3) and memory is O((n + m) d).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cibr_kernels import checks
+from cibr_kernels.dispatch import backends, native_call
+from cibr_kernels.dispatch.library import operator, or_zeros
+
+_STASH_BYTES = 64 * 2**20
+
+
+def stash_budget() -> int:
+    """Bytes that a loss of the dot family may spend on keeping exp(logits) for the backward.  Default: 64 MiB."""
+    return _STASH_BYTES
+
+
+def set_stash_budget(size: int) -> None:
+    """Sets the budget of the stash tier in bytes; 0 turns it off.
+
+    On the CPU n rows and m columns take n * m * 4 bytes for float32 and float16 features, n * m * 2 for bfloat16.
+    Scratch memory of that size, up to 1 GiB, then stays with the process, unless its limit was set otherwise.
+    """
+    global _STASH_BYTES
+    if size < 0:
+        raise ValueError(f"the stash budget must not be negative, got {size}")
+    if backends.native_available():
+        module = backends.compiled()
+        if module.scratch_limit() == _scratch_limit(_STASH_BYTES):
+            module.set_scratch_limit(_scratch_limit(size))
+    _STASH_BYTES = size
+
+
+def _scratch_limit(budget: int) -> int:
+    """Bytes that the CPU kernels keep: fresh pages of a large stash would cost several percent of a step."""
+    return max(128 * 2**20, min(budget, 2**30))
+
+
+def dot_lse(
+    x: Tensor,  # (n, d)
+    y: Tensor,  # (m, d)
+    scale: Tensor,  # ()
+    *,
+    row_ids: Tensor | None = None,  # (n,) int64
+    col_ids: Tensor | None = None,  # (m,) int64
+    offset: int = 0,
+    mask_positives: bool = True,
+    need_cols: bool = True,
+    need_max: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
+    """-> rows (n,), cols (m,) ((0,) unless needed), positives (n,), float32, differentiable in all three.  No checks.
+
+    Row i's positive is column offset + i < m.  The log of an empty sum is -inf and has no gradient.
+    Pairs with row_ids_i = col_ids_j take no part in the sums either, whether positives or not.
+    need_max: two more, the largest l_ij of each sum, (n,) and (m,) ((0,) unless cols are needed), without gradient.
+    """
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad)
+    budget = _STASH_BYTES if needs_grad else 0
+    x, y = x.contiguous(), y.contiguous()
+    rows, cols, positives, *maxima, _, _ = dot_lse_forward(
+        x, y, scale, row_ids, col_ids, offset, mask_positives, need_cols, need_max, budget, backend
+    )
+    return (rows, cols, positives, *maxima) if need_max else (rows, cols, positives)
+
+
+@operator
+def dot_lse_forward(
+    x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, offset: int,
+    mask_positives: bool, need_cols: bool, need_max: bool, budget: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> rows (n,), cols (m,) or (0,), positives (n,), row maxima (n,) or (0,), column maxima (m,) or (0,), stash
+    offset (), stash (empty where it exceeds the budget).
+
+    The stash offset is that of the exponentials in the stash, NaN where it was not written; without a stash it is what
+    the backend's own backward wants.
+    """
+    checks.positive("logit_scale", scale)
+    stash = _stash(x, y, budget, backend, native_call.scratch if x.device.type == "cpu" else torch.empty)
+    outputs = backends.run(
+        "dot_lse", "forward", backend, (x, y), x, y, scale, row_ids, col_ids, offset, mask_positives, need_cols,
+        need_max, stash,
+    )  # fmt: skip
+    return *outputs, stash
+
+
+@dot_lse_forward.register_fake
+def _(x, y, scale, row_ids, col_ids, offset, mask_positives, need_cols, need_max, budget, backend):
+    n, m = x.shape[0], y.shape[0] if need_cols else 0
+    new = scale.new_empty
+    maxima = (new((n,)), new((m,))) if need_max else (new((0,)), new((0,)))
+    return new((n,)), new((m,)), new((n,)), *maxima, new(()), _stash(x, y, budget, backend, torch.empty)
+
+
+def _stash(x: Tensor, y: Tensor, budget: int, backend: str, allocate: Callable[..., Tensor]) -> Tensor:
+    """Room for the exponentials in the layout of the backend that will write them."""
+    shape, dtype = backends.choose("dot_lse", backend, x, y).stash_shape(x.shape[0], y.shape[0], x.dtype)
+    fits = math.prod(shape) * dtype.itemsize <= budget
+    return allocate(shape if fits else (0,), dtype=dtype, device=x.device)
+
+
+@operator
+def dot_lse_backward(
+    g_rows: Tensor, g_cols: Tensor, g_positives: Tensor, x: Tensor, y: Tensor, scale: Tensor,
+    row_ids: Tensor | None, col_ids: Tensor | None, rows: Tensor, cols: Tensor, positives: Tensor,
+    stash_offset: Tensor, stash: Tensor, offset: int, mask_positives: bool, need_dx: bool, need_dy: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> dx (n, d), dy (m, d), each empty unless needed, and dscale ()."""
+    return backends.run(
+        "dot_lse", "backward", backend, (x, y), g_rows.contiguous(), g_cols.contiguous(), g_positives.contiguous(),
+        x, y, scale, row_ids, col_ids, rows, cols, positives, stash_offset, stash, offset, mask_positives, need_dx,
+        need_dy,
+    )  # fmt: skip
+
+
+@dot_lse_backward.register_fake
+def _(g_rows, g_cols, g_positives, x, y, scale, *rest):
+    *_, need_dx, need_dy, _ = rest
+    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
+    dy = torch.empty_like(y) if need_dy else y.new_empty(0)
+    return dx, dy, torch.empty_like(scale)
+
+
+def _setup(ctx, inputs, output) -> None:
+    *tensors, ctx.offset, ctx.mask_positives, _, _, _, ctx.backend = inputs
+    rows, cols, positives, row_max, col_max, *stash = output
+    ctx.mark_non_differentiable(row_max, col_max, *stash)
+    ctx.set_materialize_grads(False)  # zeros of the stash's n x m
+    ctx.save_for_backward(*tensors, rows, cols, positives, *stash)
+
+
+def _backward(ctx, g_rows, g_cols, g_positives, *_):
+    need_x, need_y, need_scale = ctx.needs_input_grad[:3]
+    gradients = or_zeros((g_rows, g_cols, g_positives), ctx.saved_tensors[5:8])
+    # dscale comes from <x, dx> or <y, dy>: one of the two is computed for it
+    dx, dy, dscale = dot_lse_backward(
+        *gradients, *ctx.saved_tensors, ctx.offset, ctx.mask_positives, need_x or not need_y, need_y,
+        ctx.backend,
+    )  # fmt: skip
+    return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, *(None,) * 8
+
+
+dot_lse_forward.register_autograd(_backward, setup_context=_setup)

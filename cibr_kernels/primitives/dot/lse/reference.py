@@ -1,0 +1,91 @@
+"""dot_lse in plain PyTorch: the specification.  It promotes instead of casting, so float64 in is the oracle.
+
+l_ij = scale <x_i, y_j>        row i's positive is column offset + i
+rows_i = log sum_j exp l_ij    cols_j = log sum_i exp l_ij    positives_i = l_i,offset+i
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cibr_kernels.numerics import promote
+
+NONE = float("-inf")
+
+
+def dot_lse(
+    x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None = None, col_ids: Tensor | None = None, offset: int = 0,
+    mask_positives: bool = True, need_cols: bool = True, need_max: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """x (n, d), y (m, d), scale () -> rows (n,), cols (m,) or (0,), positives (n,), differentiable in all three.
+
+    With `mask_positives` they take no part in the sums, nor do pairs with row_ids_i = col_ids_j; the sum of nothing is
+    -inf.  `need_max`: also the largest logit of each sum, (n,) and (m,) or (0,).
+    """
+    logits = scale * (promote(x) @ promote(y).T)  # (n, m)
+    positives = logits.diagonal(offset)[: len(x)]
+    logits = logits.masked_fill(is_masked(len(x), len(y), row_ids, col_ids, offset, mask_positives, x.device), NONE)
+    cols = _logsumexp(logits, 0) if need_cols else logits.new_empty(0)
+    if not need_max:
+        return _logsumexp(logits, 1), cols, positives
+    col_max = logits.detach().amax(0) if need_cols else cols
+    return _logsumexp(logits, 1), cols, positives, logits.detach().amax(1), col_max
+
+
+def is_masked(
+    n: int, m: int, row_ids: Tensor | None, col_ids: Tensor | None, offset: int, mask_positives: bool,
+    device: torch.device,
+) -> Tensor:  # fmt: skip
+    """(n, m) bool: True at the pairs that take no part in the sums."""
+    masked = is_positive(n, m, offset, device) & mask_positives
+    return masked if row_ids is None or col_ids is None else masked | (row_ids[:, None] == col_ids)
+
+
+def is_positive(n: int, m: int, offset: int, device: torch.device) -> Tensor:
+    """(n, m) bool: True at (i, offset + i)."""
+    return torch.arange(m, device=device) == torch.arange(n, device=device)[:, None] + offset
+
+
+def _logsumexp(t: Tensor, dim: int) -> Tensor:
+    """logsumexp whose gradient is zero, not NaN, where the sum is empty."""
+    empty = (t == NONE).all(dim, keepdim=True)
+    return t.masked_fill(empty, 0.0).logsumexp(dim).masked_fill(empty.squeeze(dim), NONE)
+
+
+def unsupported(*tensors: Tensor) -> str | None:
+    return None
+
+
+def stash_shape(n: int, m: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+    """Nothing is kept: the backward computes the logits again."""
+    return (0,), dtype
+
+
+def forward(
+    x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, offset: int,
+    mask_positives: bool, need_cols: bool, need_max: bool, stash: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """-> rows (n,), cols (m,) or (0,), positives (n,), maxima of both or (0,), stash offset () (NaN: no stash)."""
+    rows, cols, positives, *maxima = dot_lse(x, y, scale, row_ids, col_ids, offset, mask_positives, need_cols, need_max)
+    row_max, col_max = (t.clone() for t in maxima) if need_max else (rows.new_empty(0), rows.new_empty(0))
+    return rows, cols, positives.clone(), row_max, col_max, torch.full_like(scale, float("nan"), dtype=rows.dtype)
+
+
+def backward(
+    g_rows: Tensor, g_cols: Tensor, g_positives: Tensor, x: Tensor, y: Tensor, scale: Tensor,
+    row_ids: Tensor | None, col_ids: Tensor | None, rows: Tensor, cols: Tensor, positives: Tensor,
+    stash_offset: Tensor, stash: Tensor, offset: int, mask_positives: bool, need_dx: bool, need_dy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> dx (n, d), dy (m, d), each empty unless needed, dscale ()."""
+    n, m = len(x), len(y)
+    cosines = promote(x) @ promote(y).T
+    masked = is_masked(n, m, row_ids, col_ids, offset, mask_positives, x.device)
+    logits = (scale * cosines).masked_fill(masked, NONE)
+    g = (logits - rows.masked_fill(rows == NONE, 0.0)[:, None]).exp() * g_rows[:, None]
+    if cols.numel():
+        g += (logits - cols.masked_fill(cols == NONE, 0.0)).exp() * g_cols
+    g.diagonal(offset)[:n] += g_positives
+    dx = (scale * (g @ promote(y))).to(x.dtype) if need_dx else x.new_empty(0)
+    dy = (scale * (g.T @ promote(x))).to(y.dtype) if need_dy else y.new_empty(0)
+    return dx, dy, (g * cosines).sum().to(scale.dtype)

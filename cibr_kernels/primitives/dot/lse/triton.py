@@ -1,0 +1,394 @@
+"""dot_lse in Triton: launches and workspace.
+
+The kernels are in triton_{tile,forward,backward}.py, tile sizes in triton_configs.py.
+
+Forward, 1 pass: panels of `forward_rows` rows; each tile of scores is summed where it was made, and a panel's sums of
+tiles are folded into the totals.  Backward, 3 passes: panels of `backward_rows` rows; P of a panel in the features'
+dtype, then two of the vendor's matmuls, dx = P y and dy += P^T x, with float32 sums.  With a stash the scores are not
+made again: 2 passes.  The online mode's launches always happen, and return at once where the mode is another.
+Half-precision features of up to `owned_width` have a backward without P in memory: 2 passes for dx and 2 for dy.
+Ids are read as they are, int64, by every kernel that makes scores; a stash holds 0 at the pairs that they mask.  The
+maxima are found in the tiles, folded like sums, and cost no pass.  On sm_100 either takes the registers that strips of
+tiles need, so that a program makes one tile.  A sum that looks like an underflow may be that of nothing: only then are
+ids searched for a pair that takes part, n m comparisons where every sum is empty.
+
+Workspace in bytes, with 128 x 128 tiles:
+    forward     forward_rows / 128 * 12 m + O(n + m)            768 m by default (1280 m on sm_100, 64 columns online)
+    backward    rows of P * (itemsize * m + 4 d) + 4 m d + O(n + m), or 4 max(n, m) d + O(n + m)
+    both        itemsize * (n + m) d where 32 does not divide d
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cibr_kernels.dispatch import triton_call
+from cibr_kernels.dispatch.triton_call import unsupported  # noqa: F401
+from cibr_kernels.primitives.dot.lse.triton_configs import OWNED, Tiles, blocks, target_name
+
+BLOCK_R = 16  # rows of features that a program of an elementwise kernel takes
+BLOCK_L = 128  # elements of (n,) and (m,)
+BLOCK_T = 32  # tiles that are folded, or ids that are looked at, at a time
+BLOCK_F = 32  # rows or columns of a program that folds: few, so that the few thousand rows of a panel are many programs
+ALIGNMENT = 32  # divides the features' width, or they are copied
+# addmm of half precision onto float32: PyTorch 2.8 and 2.9 refuse it (pytorch#167931), on ROCm float32 results at all.
+ADDS_TO_FLOAT32 = torch.__version__ >= "2.11"
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Rows at a time, multiples of 128; what they cost is above.
+
+    Many: a step at N = 65536, D = 512 takes 30.5 ms with 8192 rows, 32.6 with 2048 (H200; the vendor's matmuls like
+    large operands), and every launch takes time of the host.  Below a width of 128 or so writing P once and reading it
+    twice takes longer than computing it twice.
+    """
+
+    forward_rows: int = 8192
+    backward_rows: int = 8192  # at most
+    backward_bytes: int = 1 << 30  # of P, unless LEAST_ROWS need more
+    owned_width: int = 128  # at most 128: the rows' gradients are kept in registers
+
+
+panels = Panels()
+LEAST_ROWS = 2048
+
+
+def rows_of_panel(most: int, most_bytes: int, n: int, m: int, itemsize: int) -> int:
+    """Rows of P (rows, m), a multiple of 128 or n."""
+    return min(n, most, max(LEAST_ROWS, most_bytes // (itemsize * _pitch(m)) // 128 * 128))
+
+
+def stash_shape(n: int, m: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+    """(n, m rounded up to 16): bfloat16 for bfloat16 features only, elsewhere it would cost 1e-3 in the gradients."""
+    return (n, _pitch(m)), torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def forward(
+    x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, offset: int,
+    mask_positives: bool, need_cols: bool, need_max: bool, stash: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """-> rows (n,), cols (m,) or (0,), positives (n,), row and column maxima or (0,), stash offset (); fills the stash.
+
+    The stash offset is that of the exponentials, stashed or not: NaN where there is none, in the online mode.
+    """
+    from cibr_kernels.primitives.dot.lse import triton_forward as kernels
+
+    x, y, pairs = _aligned(x), _aligned(y), _Pairs.of(row_ids, col_ids, offset, mask_positives)
+    n, d, m = x.shape[0], x.shape[1], y.shape[0]
+    new = scale.new_empty
+    rows, cols, positives, stash_offset = new(n), new(m if need_cols else 0), new(n), new(())
+    mode, offset2 = _choose_mode(x, y, scale, offset, positives)
+    height = min(panels.forward_rows, n)
+    tiles, online = Tiles.of("scores", x, strips=not (need_max or pairs.grouped)), Tiles.of("online", x)
+    strip = tiles.strip_tiles(height, m) * tiles.config.block_m  # rows of a program
+    online_strip = 4 * online.config.block_m
+    most_tiles = max(blocks(m, t.config.block_n) for t in (tiles, online))
+    most_strips = max(blocks(height, s) for s in (strip, online_strip))
+    part_rows, part_cols = new((2, most_tiles, height)), new((2, most_strips, cols.numel()))  # maxima and sums
+    sums = {"row_sum": part_rows[1], "col_sum": part_cols[1]}
+    maxima = {"row_max": part_rows[0], "col_max": part_cols[0]}
+    kept = maxima if need_max else dict.fromkeys(maxima)
+    totals = {"row_max": new(n), "row_sum": rows, "col_max": new(cols.shape), "col_sum": cols}
+    vectors = blocks(n, BLOCK_L) + blocks(cols.numel(), BLOCK_L)
+    finish = {
+        "mode": mode, "offset2": offset2, **pairs.args, "row_max": totals["row_max"], "rows": rows,
+        "col_max": totals["col_max"], "cols": cols, "positives": positives, "stash_offset": stash_offset, "n": n,
+        "m": m, "row_blocks": blocks(n, BLOCK_L),
+    }  # fmt: skip
+
+    for wanted, t, strip_rows in ((kernels.FIXED, tiles, strip), (kernels.ONLINE, online, online_strip)):
+        wanted, col_tiles = wanted.value, blocks(m, t.config.block_n)
+        operands, constants = t.operands(x, y), {**pairs.constants, "COLS": need_cols, **t.constants}
+        for first in range(0, n, height):
+            end = min(first + height, n)
+            strips = blocks(end - first, strip_rows)
+            problem = {
+                **operands, "scale": scale, "mode": mode, **pairs.args, **sums, "first_row": first, "n": end, "m": m,
+                "d": d, "panel": height, "strips": strips, "strip_tiles": strip_rows // t.config.block_m,
+            }  # fmt: skip
+            if t is tiles:
+                problem |= {**kept, "offset2": offset2, "stash": t.output(stash[first:end]), "pitch": _pitch(m)}
+                choices = {"MAX": need_max, "STASH": stash.numel() > 0, "STRIPS": t.strips, **constants}
+                triton_call.launch(kernels.scores_kernel, (strips * col_tiles,), problem, choices, **t.options)
+            else:
+                grid = (min(strips * col_tiles, t.few),)
+                triton_call.launch(kernels.online_scores_kernel, grid, problem | maxima, constants, **t.options)
+            parts = {f"part_{name}": part for name, part in (sums | maxima).items()}
+            triton_call.launch(
+                kernels.fold_kernel, (blocks(end - first, BLOCK_F) + blocks(cols.numel(), BLOCK_F),),
+                {"mode": mode, **parts, **totals, "first_row": first, "rows": end - first, "m": m, "panel": height,
+                 "strips": strips, "col_tiles": col_tiles, "row_blocks": blocks(end - first, BLOCK_F)},
+                {"WANTED": wanted, "MAX": need_max or t is online, "BLOCK_T": BLOCK_T, "BLOCK_L": BLOCK_F},
+            )  # fmt: skip
+        triton_call.launch(
+            kernels.finish_kernel, (vectors,), finish,
+            {"WANTED": wanted, **pairs.constants, "MAX": need_max, "BLOCK_T": BLOCK_T, "BLOCK_L": BLOCK_L},
+        )  # fmt: skip
+    found = (totals["row_max"], totals["col_max"]) if need_max else (new(0), new(0))
+    return rows, cols, positives, *found, stash_offset
+
+
+def backward(
+    g_rows: Tensor, g_cols: Tensor, g_positives: Tensor, x: Tensor, y: Tensor, scale: Tensor,
+    row_ids: Tensor | None, col_ids: Tensor | None, rows: Tensor, cols: Tensor, positives: Tensor,
+    stash_offset: Tensor, stash: Tensor, offset: int, mask_positives: bool, need_dx: bool, need_dy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> dx (n, d), dy (m, d), each empty unless needed, dscale ()."""
+    if not (_is_aligned(x) and _is_aligned(y)):
+        dx, dy, dscale = backward(
+            g_rows, g_cols, g_positives, _aligned(x), _aligned(y), scale, row_ids, col_ids, rows, cols, positives,
+            stash_offset, stash, offset, mask_positives, need_dx, need_dy,
+        )  # fmt: skip
+        d = x.shape[1]
+        return dx[:, :d].contiguous() if need_dx else dx, dy[:, :d].contiguous() if need_dy else dy, dscale
+    n, d, m = x.shape[0], x.shape[1], y.shape[0]
+    new = scale.new_empty
+    pairs = _Pairs.of(row_ids, col_ids, offset, mask_positives)
+    with_dx = need_dx or not need_dy  # dscale needs one of the two
+    weights = _Weights.of(g_rows, g_cols, rows, cols, stash_offset)
+    dx = torch.empty_like(x) if with_dx else x.new_empty(0)
+    dy = torch.empty_like(y) if need_dy else y.new_empty(0)
+    along_x, along_y = new(blocks(n, BLOCK_R) if with_dx else 0), new(blocks(m, BLOCK_R) if need_dy else 0)
+    finish_x: dict[str, Any] = {"g_positives": g_positives, "scale": scale, "exponent": weights.exponent}
+    finish_y = {**finish_x, "shift": -offset, "g_shift": -offset}
+    if stash.numel() == 0 and x.element_size() == 2 and d <= panels.owned_width:
+        flipped = _Weights(weights.v, weights.u, weights.cols2, weights.rows2, weights.exponent, stash_offset)
+        if with_dx:
+            sums = _owned_gradient(x, y, scale, weights, pairs)
+            _features_gradient(sums, x, y, dx, along_x, **finish_x, shift=offset, g_shift=0)
+        if need_dy:
+            sums = _owned_gradient(y, x, scale, flipped, pairs.flipped())
+            _features_gradient(sums, y, x, dy, along_y, **finish_y)
+        return dx if need_dx else x.new_empty(0), dy, _total(along_x if with_dx else along_y)
+
+    height = rows_of_panel(panels.backward_rows, panels.backward_bytes, n, m, x.element_size())
+    panel = x.new_empty((height, _pitch(m)))
+    dx_sums, dy_sums = new((height, d) if with_dx else 0), new((m, d) if need_dy else 0)
+    make_panel = _panels(x, y, scale, weights, stash, pairs)
+    for first in range(0, n, height):
+        end = min(first + height, n)
+        make_panel(panel, first, end)
+        p = panel[: end - first, :m]
+        if with_dx:
+            _multiply_into(dx_sums[: end - first], p, y, accumulate=False)
+            finish_x["g_positives"] = g_positives[first:end]
+            _features_gradient(
+                dx_sums, x[first:end], y, dx[first:end], along_x[first // BLOCK_R :], **finish_x, shift=first + offset,
+                g_shift=0,
+            )  # fmt: skip
+        if need_dy:
+            _multiply_into(dy_sums, p.T, x[first:end], accumulate=first > 0)
+    if need_dy:
+        _features_gradient(dy_sums, y, x, dy, along_y, **finish_y)
+    return dx if need_dx else x.new_empty(0), dy, _total(along_x if with_dx else along_y)
+
+
+def _is_aligned(t: Tensor) -> bool:
+    """TMA, vectors of 16 bytes and the vendor's matmuls want rows that start at 16 bytes, tiles want whole steps."""
+    return t.shape[1] % ALIGNMENT == 0 and int(t.storage_offset()) * t.element_size() % 16 == 0
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """t, or a copy of it, widened with zeros."""
+    if _is_aligned(t):
+        return t
+    return F.pad(t, (0, -t.shape[1] % ALIGNMENT)) if t.shape[1] % ALIGNMENT else t.clone()
+
+
+def _choose_mode(x: Tensor, y: Tensor, scale: Tensor, offset: int, positives: Tensor) -> tuple[Tensor, Tensor]:
+    """-> mode () int32, offset2 () float32; writes positives (n,)."""
+    from cibr_kernels.primitives.dot.lse import triton_forward as kernels
+
+    x_blocks, y_blocks = blocks(x.shape[0], BLOCK_R), blocks(y.shape[0], BLOCK_R)
+    largest, offset2 = scale.new_empty(x_blocks + y_blocks), scale.new_empty(())
+    mode = torch.empty((), dtype=torch.int32, device=x.device)
+    triton_call.launch(
+        kernels.statistics_kernel, (x_blocks + y_blocks,),
+        {"x": x, "y": y, "scale": scale, "positives": positives, "largest": largest, "n": x.shape[0], "m": y.shape[0],
+         "d": x.shape[1], "offset": offset, "x_blocks": x_blocks},
+        {"BLOCK_R": BLOCK_R, "BLOCK_D": _features_block(x)},
+    )  # fmt: skip
+    triton_call.launch(
+        kernels.choose_kernel, (1,),
+        {"largest": largest, "scale": scale, "mode": mode, "offset2": offset2, "x_blocks": x_blocks,
+         "blocks": x_blocks + y_blocks},
+        {"BLOCK": 1024},
+    )  # fmt: skip
+    return mode, offset2
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Which pairs take part in the sums, and how kernels are told."""
+
+    row_ids: Tensor | None  # (n,) int64: pairs with equal ids take no part
+    col_ids: Tensor | None  # (m,) int64
+    offset: int  # row i's positive is column i + offset
+    mask_positives: bool
+
+    @staticmethod
+    def of(row_ids: Tensor | None, col_ids: Tensor | None, offset: int, mask_positives: bool) -> _Pairs:
+        if row_ids is None or col_ids is None:
+            return _Pairs(None, None, offset, mask_positives)
+        return _Pairs(row_ids.contiguous(), col_ids.contiguous(), offset, mask_positives)
+
+    def flipped(self) -> _Pairs:
+        """Those of the transpose."""
+        return _Pairs(self.col_ids, self.row_ids, -self.offset, self.mask_positives)
+
+    @property
+    def grouped(self) -> bool:
+        return self.row_ids is not None
+
+    @property
+    def args(self) -> dict[str, Any]:
+        return {"row_ids": self.row_ids, "col_ids": self.col_ids, "offset": self.offset}
+
+    @property
+    def constants(self) -> dict[str, bool]:
+        return {"MASK": self.mask_positives, "IDS": self.grouped}
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What P is made of besides the scores: triton_backward.weights_kernel."""
+
+    u: Tensor  # (n,)
+    v: Tensor  # (m,) or (0,)
+    rows2: Tensor  # (n,)
+    cols2: Tensor  # (m,) or (0,)
+    exponent: Tensor  # ()
+    stash_offset: Tensor  # ()
+
+    @staticmethod
+    def of(g_rows: Tensor, g_cols: Tensor, rows: Tensor, cols: Tensor, stash_offset: Tensor) -> _Weights:
+        from cibr_kernels.primitives.dot.lse import triton_backward as kernels
+
+        n, m, new = rows.numel(), cols.numel(), rows.new_empty
+        w = _Weights(new(n), new(m), new(n), new(m), new(()), stash_offset)
+        gradients = {"g_rows": g_rows, "g_cols": g_cols, "exponent": w.exponent, "n": n, "m": m}
+        triton_call.launch(kernels.exponent_kernel, (1,), gradients, {"BLOCK": 4096}, num_warps=8)
+        triton_call.launch(
+            kernels.weights_kernel, (blocks(n, BLOCK_L) + blocks(m, BLOCK_L),),
+            {**gradients, "rows": rows, "cols": cols, "u": w.u, "v": w.v, "rows2": w.rows2, "cols2": w.cols2,
+             "stash_offset": stash_offset, "row_blocks": blocks(n, BLOCK_L)},
+            {"BLOCK_L": BLOCK_L},
+        )  # fmt: skip
+        return w
+
+
+def _panels(x: Tensor, y: Tensor, scale: Tensor, w: _Weights, stash: Tensor, pairs: _Pairs) -> Any:
+    """-> f(panel, first, end), which writes P of rows [first, end) to panel (at least end - first, pitch)."""
+    from cibr_kernels.primitives.dot.lse import triton_backward as kernels
+
+    m, pitch = y.shape[0], _pitch(y.shape[0])
+    tiles, online = Tiles.of("gradient", x, strips=not pairs.grouped), Tiles.of("online", x)
+    constants: dict[str, Any] = {**pairs.constants, "COLS": w.v.numel() > 0}
+    weights = {"stash_offset": w.stash_offset, "u": w.u, "v": w.v, "m": m, "pitch": pitch}
+    scores = {**weights, "scale": scale, "d": x.shape[1], **pairs.args}
+
+    def make(panel: Tensor, first: int, end: int) -> None:
+        """From the stash or from the features; online where the mode is that."""
+        place = {"first_row": first, "n": end}
+        out = panel[: end - first]
+        if stash.numel():
+            triton_call.launch(
+                kernels.unstash_kernel, (blocks(end - first, 32), blocks(pitch, 256)),
+                {**weights, **place, "e": stash[first:end], "p": out},
+                {"COLS": constants["COLS"], "BLOCK_M": 32, "BLOCK_N": 256}, num_warps=8,
+            )  # fmt: skip
+        else:
+            strip_tiles = tiles.strip_tiles(end - first, m)
+            strips = blocks(end - first, strip_tiles * tiles.config.block_m)
+            triton_call.launch(
+                kernels.gradient_kernel, (strips * blocks(m, tiles.config.block_n),),
+                {**scores, **place, **tiles.operands(x, y), "p": tiles.output(out), "strips": strips,
+                 "strip_tiles": strip_tiles},
+                {**constants, **tiles.constants, "STRIPS": tiles.strips}, **tiles.options,
+            )  # fmt: skip
+        triton_call.launch(
+            kernels.online_gradient_kernel, (min(online.count(end - first, m), online.few),),
+            {**scores, **place, **online.operands(x, y), "p": online.output(out), "rows2": w.rows2, "cols2": w.cols2},
+            {**constants, **online.constants}, **online.options,
+        )  # fmt: skip
+
+    return make
+
+
+def _owned_gradient(own: Tensor, partner: Tensor, scale: Tensor, w: _Weights, pairs: _Pairs) -> Tensor:
+    """-> P partner (rows, d) float32; u of the weights and rows of the pairs are own's, v and columns partner's."""
+    from cibr_kernels.primitives.dot.lse import triton_backward as kernels
+
+    config, (rows, d) = OWNED[target_name(own.device)], own.shape
+    sums = scale.new_empty(own.shape)
+    triton_call.launch(
+        kernels.owned_gradient_kernel, (blocks(rows, config.block_m),),
+        {"own": own, "partner": partner, "scale": scale, "stash_offset": w.stash_offset, "own_ids": pairs.row_ids,
+         "partner_ids": pairs.col_ids, "a": w.u, "b": w.v, "a2": w.rows2, "b2": w.cols2, "sums": sums, "rows": rows,
+         "partners": partner.shape[0], "d": d, "offset": pairs.offset},
+        {**pairs.constants, "OWN_WEIGHT": w.u.numel() > 0, "PARTNER_WEIGHT": w.v.numel() > 0, "BLOCK_M": config.block_m,
+         "BLOCK_N": config.block_n, "BLOCK_D": max(16, 1 << (d - 1).bit_length())},
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return sums
+
+
+def _features_gradient(
+    sums: Tensor, own: Tensor, partner: Tensor, out: Tensor, along: Tensor, *, g_positives: Tensor, scale: Tensor,
+    exponent: Tensor, shift: int, g_shift: int,
+) -> None:  # fmt: skip
+    """Writes out (rows, d) and along (blocks,): triton_backward.features_gradient_kernel."""
+    from cibr_kernels.primitives.dot.lse import triton_backward as kernels
+
+    triton_call.launch(
+        kernels.features_gradient_kernel, (blocks(own.shape[0], BLOCK_R),),
+        {"sums": sums, "own": own, "partner": partner, "g_positives": g_positives, "scale": scale,
+         "exponent": exponent, "out": out, "along": along, "rows": own.shape[0], "partners": partner.shape[0],
+         "d": own.shape[1], "shift": shift, "g_shift": g_shift},
+        {"BLOCK_R": BLOCK_R, "BLOCK_D": _features_block(own)},
+    )  # fmt: skip
+
+
+def _multiply_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
+    """out = a b, or out += a b, in float32 whatever the operands' dtype.
+
+    Where PyTorch cannot return float32 from half precision (before 2.8, on the CPU, and on ROCm of old) the operands
+    are converted; where it can but not add to float32, the product is a temporary of out's size.
+    """
+    refuses = a.device.type == "cpu" or not hasattr(torch.ops.aten.mm, "dtype_out")
+    if a.dtype == torch.float32:
+        torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
+    elif refuses or (torch.version.hip and not ADDS_TO_FLOAT32):
+        _multiply_into(out, a.float(), b.float(), accumulate=accumulate)
+    elif not accumulate:
+        torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
+    elif ADDS_TO_FLOAT32:
+        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
+    else:
+        out += torch.ops.aten.mm.dtype(a, b, torch.float32)
+
+
+def _total(parts: Tensor) -> Tensor:
+    from cibr_kernels.primitives.dot.lse import triton_backward as kernels
+
+    out = parts.new_empty(())
+    triton_call.launch(
+        kernels.total_kernel, (1,), {"parts": parts, "out": out, "count": parts.numel()}, {"BLOCK": 1024}
+    )
+    return out
+
+
+def _features_block(t: Tensor) -> int:
+    """Features at a time in elementwise kernels: a power of two (256 crashes Triton 3.8 for gfx1100)."""
+    return min(128, 1 << (t.shape[1] - 1).bit_length())
+
+
+def _pitch(m: int) -> int:
+    """Columns in memory of an (n, m) matrix: rows stay aligned to 16 bytes and more."""
+    return blocks(m, 16) * 16

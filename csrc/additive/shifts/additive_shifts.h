@@ -1,0 +1,32 @@
+// Scores of an additive critic on k cyclic shifts of the batch, and their gradients, without the (k, n, h) activations.
+//
+//   S_ri = sum_h w_h phi(t_rih)           t_rih = a_ih + b_jh, j = (i + first + r) mod m, r = 0 ... k - 1
+//   da_ih = w_h sum_r g_ri phi'(t_rih)    db_jh = w_h sum over the (r, i) that meet j of g_ri phi'(t_rih)
+//   dw_h = sum_ri g_ri phi(t_rih)         g = dL/dS
+//
+// A NaN or an infinity in a row makes the outputs that it enters NaN: on the CPU the scores of the row, the rows of da and
+// db that meet it, and dw.  Results do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+
+namespace ck {
+
+struct AdditiveShifts {
+  const float *a, *b, *w;          // (n, h), (m, h), (h,) contiguous
+  int64_t n, m, h, first, k;       // n <= m
+  int32_t activation;              // an Activation (additive/activation_names.h)
+  float slope;                     // leaky_relu's negative slope; elu's alpha
+  int32_t threads;
+  float* scores;                   // (k, n), forward only
+  const float* g;                  // (k, n), backward only
+  int32_t need_a, need_b, need_w;  // backward only: which gradients to compute; the pointers of the others may be null
+  float *da, *db, *dw;             // (n, h), (m, h), (h,)
+};
+
+CK_DECLARE(additive_shifts_forward, AdditiveShifts)
+CK_DECLARE(additive_shifts_backward, AdditiveShifts)
+
+}  // namespace ck

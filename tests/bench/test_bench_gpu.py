@@ -1,0 +1,279 @@
+"""`bench gpu` as far as a CPU goes: the measuring function, its tables and files, the command line, the search."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import cli, gpu, gpu_cases, gpu_search
+from bench.gpu_cases import CASES, IMPLEMENTATIONS, GpuCase, Implementation
+from bench.measure import Timed, difference, turns
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TINY = [
+    GpuCase("clip_loss", 48, 32),
+    GpuCase("clip_loss", 48, 32, "float32", backward=False),
+    GpuCase("clip_loss", 48, 32, "float32", stash=True),
+    GpuCase("critic_moments", 24, 16, "float32"),
+    GpuCase("log_mean_exp", 24, 16, "float32"),
+    GpuCase("siglip_loss", 48, 32),
+]
+
+
+class Cpu:
+    """A device whose clock is the wall's and whose peak is a number."""
+
+    name = "cpu"
+    memory = 10**9
+
+    def seconds(self, run: Callable[[], Any]) -> float:
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
+
+    def peak_bytes(self, run: Callable[[], Any]) -> int:
+        run()
+        return 1000
+
+    def graph(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        return run
+
+    def matmul_rate(self) -> float:
+        return 1e12
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+def test_every_implementation_that_runs_here_agrees(case):
+    names = [n for n in ("fused", "eager", "open_clip") if (case.op, n) in IMPLEMENTATIONS]
+    result = gpu.measure(case, Cpu(), names, budget=0.01)
+    for row in result.rows:
+        if row.note.startswith("not installed"):
+            continue
+        assert row.note == "" and row.seconds and min(row.seconds) > 0 and row.extra_bytes == 1000
+        assert not row.wrong and (row.implementation == "fused") == (row.loss_diff is None), row
+        assert (row.grad_diff is None) == (row.implementation == "fused" or not case.backward)
+
+
+def test_a_wrong_implementation_is_called_wrong(monkeypatch):
+    case = TINY[1]
+    for factor, wrong in ((1.5, True), (math.nan, True), (1 + 1e-7, False)):
+        off = Implementation(lambda c, f=factor: lambda t: f * gpu_cases.fused(c)(t))
+        monkeypatch.setitem(IMPLEMENTATIONS, ("clip_loss", "off"), off)
+        row = gpu.measure(case, Cpu(), ["fused", "off"], budget=0.0).rows[1]
+        assert row.wrong is wrong
+        assert ("WRONG" in gpu.table(gpu.Result(case, [Timed("fused"), row]))) is wrong
+
+
+def test_a_peer_that_is_missing_fails_or_does_not_fit_is_a_row(monkeypatch):
+    def missing(case: GpuCase) -> gpu_cases.Loss:
+        raise ModuleNotFoundError("No module named 'flash_nothing'", name="flash_nothing")
+
+    def broken(case: GpuCase) -> gpu_cases.Loss:
+        return lambda t: torch.zeros(3) @ torch.zeros(4)
+
+    def huge(case: GpuCase) -> float:
+        return 2e9
+
+    for name, made in {
+        "missing": Implementation(missing), "broken": Implementation(broken), "huge": Implementation(missing, huge),
+    }.items():  # fmt: skip
+        monkeypatch.setitem(IMPLEMENTATIONS, ("clip_loss", name), made)
+    result = gpu.measure(TINY[0], Cpu(), ["fused", "missing", "broken", "huge"], budget=0.0)
+    notes = [row.note for row in result.rows]
+    assert notes[0] == "" and notes[1] == "not installed: flash_nothing"
+    assert notes[2].startswith("RuntimeError: ") and notes[3] == "needs about 2 GB of 1 GB: not run"
+    assert [len(row.seconds) for row in result.rows[1:]] == [0, 0, 0]
+
+
+def test_a_gradient_that_a_peer_lacks_is_left_out():
+    loss, one, half = torch.tensor(2.0), torch.ones(3), torch.full((3,), 0.5)
+    assert difference((loss, (one, one)), loss, (None, half)) == {"loss_diff": 0.0, "grad_diff": pytest.approx(0.5)}
+    assert difference((loss, (one, one)), loss / 2, (one, None)) == {"loss_diff": 0.5, "grad_diff": 0.0}
+    assert difference((loss, (one,)), loss, (None,)) == {"loss_diff": 0.0, "grad_diff": None}
+
+
+def test_the_fused_op_may_not_fail(monkeypatch):
+    def broken(case: GpuCase) -> gpu_cases.Loss:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(IMPLEMENTATIONS, ("clip_loss", "fused"), Implementation(broken))
+    result = gpu.measure(TINY[1], Cpu(), ["fused", "eager"], budget=0.0)
+    assert [row.wrong for row in result.rows] == [True, False] and len(result.rows[1].seconds) == 1
+    assert "RuntimeError: no such kernel  WRONG: fails" in gpu.table(result)
+
+
+def test_implementations_take_turns_until_their_share_is_used():
+    seconds: dict[str, list[float]] = {"quick": [], "slow": []}
+    for name in turns(seconds, budget=4.0, rounds=3):
+        seconds[name].append({"quick": 0.1, "slow": 5.0}[name])
+    assert seconds == {"quick": [0.1] * 3, "slow": [5.0]}
+
+
+@pytest.mark.parametrize(("at_least", "rounds"), [(0.5, 3), (2.0, 10), (100.0, 33)])
+def test_short_ones_take_more_turns(at_least, rounds):
+    seconds: dict[str, list[float]] = {"a": [], "b": []}
+    for name in turns(seconds, budget=4.125, rounds=3, at_least=at_least):
+        seconds[name].append({"a": 0.0625, "b": 0.140625}[name])
+    assert len(seconds["a"]) == rounds
+
+
+def test_the_table_gives_ratios_and_flops():
+    case = GpuCase("clip_loss", 1000, 500)
+    rows = [Timed("fused", [0.001, 0.002, 0.004], 10**6), Timed("eager", [0.006], 5 * 10**6, 1e-3, 2e-3)]
+    lines = gpu.table(gpu.Result(case, rows, 8e12), {(case.name, "fused"): 1.5}).splitlines()
+    assert lines[0] == "clip_loss-train-1000x500" and len({len(line) for line in lines[1:4]}) == 1
+    expected = ["fused", "2", "1", "..", "4", "1x", "1", "MB", "1x", "2", "25", "%", "1.5", "-", "-"]
+    assert lines[2].split() == expected  # 4 x 1e9 / 2 ms
+    assert lines[3].split()[1:] == ["6", "6", "..", "6", "3x", "5", "MB", "5x", "-", "-", "-", "1.0e-03", "2.0e-03"]
+    assert lines[4].split() == ["vendor's", "matmul", "just", "before:", "8", "TFLOP/s"]
+
+
+def test_predictions_are_those_of_the_same_processor():
+    found = gpu.predictions("NVIDIA H100 80GB HBM3")
+    assert found == gpu.predictions("NVIDIA H200") and found != gpu.predictions("NVIDIA B200") != {}
+    assert found["clip_loss-train-65536x512", "fused"] > 10 and gpu.predictions("NVIDIA L4") == {}
+
+
+def test_steps_of_small_batches_are_timed_in_a_graph_too():
+    assert "fused+graph" in gpu_cases.implementations(GpuCase("clip_loss", 4096, 512))
+    assert "fused+graph" not in gpu_cases.implementations(GpuCase("clip_loss", 65536, 512))
+
+
+def test_results_are_named_after_the_device(tmp_path):
+    about = {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.14"}
+    result = gpu.Result(TINY[0], [Timed("fused", [0.5], 7)])
+    text, data = gpu.write(tmp_path, about, [result])
+    assert text.name == "gpu-nvidia-h100-80gb-hbm3.txt" and "NVIDIA H100" in text.read_text()
+    assert json.loads(data.read_text())["results"][0]["rows"][0]["seconds"] == [0.5]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_cases_have_names_and_implementations():
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names)
+    for case in CASES:
+        assert gpu_cases.implementations(case)[0] == "fused"
+        assert gpu_cases.implementations(replace(case, stash=True)) == ["fused"]
+
+
+# ------------------------------------------------------------------------------------------------ command line
+def test_without_a_gpu_there_is_one_line_and_status_2(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["gpu"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == gpu.NO_GPU + "\n" and "--predict" in gpu.NO_GPU
+
+
+def test_an_unknown_case_lists_the_known(capsys):
+    assert cli.main(["gpu", "clip_los5", "--predict"]) == 2
+    assert "clip_los5" in (err := capsys.readouterr().err) and CASES[0].name in err
+
+
+def test_search_alone_means_gpu(monkeypatch):
+    seen = {}
+
+    def measure(*args, **options) -> int:
+        seen.update(options)
+        return 0
+
+    monkeypatch.setattr("bench.gpu.main", measure)
+    assert cli.main(["--search"]) == 0
+    assert seen["search"] and not seen["predict"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["scale", "--predict"], ["toy", "--predict"], ["clip_loss", "--search"]], ids=" ".join
+)
+def test_flags_of_gpu_are_refused_elsewhere(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2 and "belong to gpu" in capsys.readouterr().err
+
+
+def test_predictions_without_triton_say_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert cli.main(["gpu", "--predict"]) == 2
+    assert "pip install triton" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_predictions_are_called_that_and_count_the_passes(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("triton")
+    from bench import gpu_predictions
+    from bench.static.gpus import GPUS
+
+    cases = [GpuCase("clip_loss", 4096, 512), GpuCase("clip_loss", 4096, 512, backward=False)]
+    monkeypatch.setattr(gpu_cases, "CASES", cases)
+    monkeypatch.setattr(gpu_predictions.main, "__defaults__", (cases, (90,)))
+    assert cli.main(["gpu", "--predict", "--json", str(tmp_path / "p.json")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("PREDICTIONS, not measurements") and "PREDICTED ms" in out and GPUS[90].name in out
+    train, forward = json.loads((tmp_path / "p.json").read_text())
+    assert (train["passes"], forward["passes"]) == (pytest.approx(4.0), pytest.approx(1.0))
+    for row in (train, forward):
+        assert 0 < row["bound_ms"] < row["predicted_ms"] and 0 < row["percent_of_peak"] < 100 and not row["note"]
+
+
+# ------------------------------------------------------------------------------------------------ search
+@dataclass(frozen=True)
+class Tile:
+    block_m: int = 32
+    num_warps: int = 4
+    num_stages: int = 2
+    tma: bool = True
+
+
+def test_neighbours_are_one_step_away_and_stay_in_range():
+    found = set(gpu_search.neighbours(Tile(256, 2, 2)))
+    assert found == {Tile(128, 2, 2), Tile(256, 4, 2), Tile(256, 2, 3)}
+
+
+def test_the_search_climbs_to_the_best_and_never_takes_what_does_not_run():
+    def seconds(tile: Tile) -> float:
+        if tile.block_m * tile.num_stages > 500:
+            return math.inf
+        return abs(math.log2(tile.block_m) - 7) + abs(tile.num_stages - 3) + abs(tile.num_warps - 8)
+
+    best, tried = gpu_search.climb(Tile(), seconds)
+    assert best == Tile(128, 8, 3) and tried[best] == 0
+    assert all(tried[t] == math.inf for t in tried if t.block_m * t.num_stages > 500)
+
+
+def test_the_search_puts_the_table_back(monkeypatch):
+    pytest.importorskip("triton")
+    choice = gpu_search.Choice("sm_90", 2, "gradient")
+    before, seen = choice.get(), []
+
+    def seconds() -> float:
+        seen.append(choice.get())
+        if len(seen) == 2:
+            raise RuntimeError("out of shared memory")
+        return 1.0 / len(seen)
+
+    text = gpu_search.search(choice, seconds, "case")
+    assert choice.get() == before and len(set(seen)) == len(seen) > 2
+    assert "faster: " in text and str(seen[1]) not in text.partition("faster")[2]
+    assert text.endswith("\n  1 do not run, the last for RuntimeError: out of shared memory")
+
+
+def test_a_launcher_that_fails_with_the_tables_entry_is_an_error():
+    pytest.importorskip("triton")
+    choice = gpu_search.Choice("sm_90", 2, "gradient")
+    before = choice.get()
+
+    def seconds() -> float:
+        raise RuntimeError("no such kernel")
+
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        gpu_search.search(choice, seconds, "case")
+    assert choice.get() == before

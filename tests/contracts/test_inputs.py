@@ -1,0 +1,162 @@
+"""Bad input is refused in the caller's words before any work; NaN and infinity never become a finite loss."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import Recorded, each_dtype, each_isa, leaves, towers
+
+import cibr_kernels as ck
+from cibr_kernels import testing
+from cibr_kernels.losses.cibr import TERMS
+
+X = torch.randn(6, 4)
+CRITIC = ck.nn.ConcatCritic(4, 4, 8)
+CRITICS = dict.fromkeys(TERMS, CRITIC)
+INPUTS = {"image_inputs": X, "text_inputs": X, "critics": CRITICS}
+
+
+def clip(x=X, y=X, scale=5.0, **options):
+    return lambda: ck.clip_loss(x, y, scale, **options)
+
+
+def moments(x=X, z=X, critic=CRITIC, **options):
+    return lambda: ck.critic_moments(x, z, critic, **options)
+
+
+def cmi(z=X, own=X, other=X, critics=(CRITIC, CRITIC), **options):
+    return lambda: ck.conditional_mutual_information(z, own, other, critics, **options)
+
+
+def cibr(x=X, y=X, **options):
+    return lambda: ck.cibr_loss(x, y, 5.0, **{**INPUTS, **options})
+
+
+REFUSED = {
+    "clip integer": (clip(X.long()), TypeError, r"image_features must be float32.*got torch.int64"),
+    "clip integer text": (clip(y=X.int()), TypeError, r"text_features must be float32.*got torch.int32"),
+    "clip list": (clip([1.0]), TypeError, r"image_features must be a tensor, got list"),
+    "clip dtypes": (clip(X.bfloat16()), ValueError, r"image_features is torch.bfloat16 .* text_.* torch.float32"),
+    "clip devices": (clip(y=X.to("meta")), ValueError, r"image_features is .* on cpu but text_features is .* on meta"),
+    "clip devices, image": (clip(X.to("meta")), ValueError, r"image_features is .* on meta but text_.* on cpu"),
+    "clip 1-d": (clip(X[0]), ValueError, r"image_features must be 2-d .* got shape \(4,\)"),
+    "clip 3-d": (clip(y=X[None]), ValueError, r"text_features must be 2-d .* got shape \(1, 6, 4\)"),
+    "clip rows": (clip(X[:5]), ValueError, r"image_features has 5 rows but text_features has 6"),
+    "clip widths": (clip(X[:, :3]), ValueError, r"image_features has width 3 but text_features has width 4"),
+    "clip no rows": (clip(X[:0], X[:0]), ValueError, r"image_features is empty: shape \(0, 4\)"),
+    "clip no columns": (clip(X[:, :0], X[:, :0]), ValueError, r"image_features is empty: shape \(6, 0\)"),
+    "clip scale 0": (clip(scale=0.0), ValueError, r"logit_scale must be positive .* got 0.0"),
+    "clip scale -1": (clip(scale=torch.tensor(-1.0)), ValueError, r"logit_scale must be positive .* got -1.0"),
+    "clip scale shape": (clip(scale=torch.ones(2)), ValueError, "logit_scale must have one element, or 6, one per row"),
+    "clip scale int": (clip(scale=torch.tensor(5)), TypeError, r"logit_scale must be floating, got torch.int64"),
+    "clip scale text": (clip(scale="5"), TypeError, r"logit_scale must be a number .* got str"),
+    "clip scale device": (clip(scale=torch.ones((), device="meta")), ValueError, r"logit_scale is on meta .* on cpu"),
+    "clip bias": (clip(logit_bias=torch.ones(2)), ValueError, r"logit_bias must have one element, got shape \(2,\)"),
+    "clip backend": (clip(backend="cuda"), ValueError, r"backend is 'cuda'; known are 'auto', 'native', .*"),
+    "clip native float64": (clip(X.double(), X.double(), backend="native"), RuntimeError, r"native: .* got .*float64"),
+    "moments integer": (moments(X.long()), TypeError, r"x must be float32.*got torch.int64"),
+    "moments shape": (moments(z=X[0]), ValueError, r"z must be 2-d .* got shape \(4,\)"),
+    "moments empty": (moments(X[:0], X[:0]), ValueError, r"x is empty: shape \(0, 4\)"),
+    "moments rows": (moments(X[:5]), ValueError, r"x has 5 rows but z has 6"),
+    "moments dtypes": (moments(X.double()), ValueError, r"x is torch.float64 on cpu but z is torch.float32 on cpu"),
+    "moments devices": (moments(z=X.to("meta")), ValueError, r"x is .* on cpu but z is .* on meta"),
+    "moments one row": (moments(X[:1], X[:1]), ValueError, r"at least 2 rows.* got 1"),
+    "moments diagonal": (moments(diagonal="skip"), ValueError, r"diagonal is 'skip'; known are 'exclude', 'include'"),
+    "moments negatives": (moments(negatives="one"), ValueError, r"negatives is 'one'; known are 'all', shifts\(k\)"),
+    "moments count": (moments(negatives=3), ValueError, r"negatives is 3; known are 'all', shifts\(k\)"),
+    "moments shifts": (moments(negatives=ck.shifts(6)), ValueError, r"shifts\(6\) needs more than 6 rows, got 6"),
+    "moments critic": (moments(critic=torch.nn.Linear(4, 4)), TypeError, r"critic must have .* got Linear"),
+    "moments backend": (moments(backend="metal"), ValueError, r"backend is 'metal'"),
+    "shifts 0": (lambda: ck.shifts(0), ValueError, r"k >= 1, got 0"),
+    "mi estimator": (lambda: ck.mutual_information(X, X, CRITIC, estimator="no"), ValueError, r"estimator is 'no'"),
+    "bound ema": (lambda: ck.bound(X[0, 0], X[0, 0], "nwj", ema=X[0, 0]), ValueError, r"ema corrects .* got .* 'nwj'"),
+    "bound estimator": (lambda: ck.bound(X[0, 0], X[0, 0], "ceb"), ValueError, r"estimator is 'ceb'; known are 'mine'"),
+    "bound a": (lambda: ck.bound(X[0, 0], X[0, 0], "tuba", a=0.0), ValueError, r"TUBA's a must be positive, got 0.0"),
+    "cmi estimator": (cmi(estimator="club"), ValueError, r"estimator is 'club'"),
+    "cmi decomposition": (cmi(decomposition="knn"), ValueError, r"decomposition is 'knn'; known are 'markov'"),
+    "cmi critics": (cmi(critics=(CRITIC,)), ValueError, r"'markov' needs 2 critics, got 1"),
+    "cmi rows": (cmi(other=X[:5]), ValueError, r"z has 6 rows but other has 5"),
+    "cmi own": (cmi(own=X.long()), TypeError, r"own must be float32"),
+    "cmi noise": (cmi(estimator="ceb", critics=lambda t: t), ValueError, r"'ceb' needs noise_std > 0 .* got None"),
+    "cmi align width": (cmi(other=X[:, :3], estimator="align", noise_std=1.0), ValueError, r"z has .* 4 but other .*3"),
+    "cmi ceb": (cmi(estimator="ceb", critics=lambda t: t[1:], noise_std=1.0), ValueError, r"q\(other\) has shape"),
+    "cibr critics": (cibr(critics={"image_own": CRITIC}), ValueError, r"critics lacks image_other, .* has image_own"),
+    "cibr lam": (cibr(lam=-0.5), ValueError, r"lam must not be negative, got -0.5"),
+    "cibr noise": (cibr(noise_std=-0.1), ValueError, r"noise_std must not be negative, got -0.1"),
+    "cibr estimator": (cibr(estimator="ceb"), ValueError, r"estimator is 'ceb'"),
+    "cibr inputs": (cibr(image_inputs=X[:5]), ValueError, r"image_features has 6 rows but image_inputs has 5"),
+    "cibr integer": (cibr(text_inputs=X.long()), TypeError, r"text_inputs must be float32"),
+    "cibr features": (cibr(X[:5], X[:5]), ValueError, r"image_features has 5 rows but image_inputs has 6"),
+    "lme integer": (lambda: ck.log_mean_exp(X.long()), TypeError, r"scores must be a floating tensor, got torch.int64"),
+    "lme number": (lambda: ck.log_mean_exp(3.0), TypeError, r"scores must be a floating tensor, got float"),
+    "lme empty": (lambda: ck.log_mean_exp(X[:0]), ValueError, r"scores is empty: shape \(0, 4\)"),
+    "lme mask dtype": (lambda: ck.log_mean_exp(X, mask=X), TypeError, r"mask must be bool, got torch.float32"),
+    "lme mask shape": (lambda: ck.log_mean_exp(X, mask=X[0] > 0), ValueError, r"mask is \(4,\) .* scores is \(6, 4\)"),
+    "lme mask empty": (lambda: ck.log_mean_exp(X, mask=X > 99), ValueError, r"mask has no True entry"),
+    "lme ema": (lambda: ck.log_mean_exp(X, ema=torch.ones(2)), ValueError, r"ema must have one element"),
+    "stash budget": (lambda: ck.set_stash_budget(-1), ValueError, r"must not be negative, got -1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_bad_input_is_refused_by_name(name):
+    call, error, message = REFUSED[name]
+    with pytest.raises(error, match=message), Recorded() as seen:
+        call()
+    assert not seen.calls
+
+
+@each_isa
+@each_dtype
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("one_way", [False, True])
+def test_clip_loss_of_a_bad_feature_is_nan(one_way, value, dtype, isa):
+    for which, row, column in ((0, 0, 0), (1, 32, 15), (0, 39, 7)):
+        tensors = leaves(*towers(40, 40, 16), dtype=dtype)
+        with torch.no_grad():
+            tensors[which][row, column] = value
+        with testing.instruction_set(isa):
+            loss = ck.clip_loss(*tensors, 14.3, one_way=one_way, backend="native")
+            loss.backward()
+        assert loss.isnan()
+        assert not all(t.grad.isfinite().all() for t in tensors)
+
+
+@each_isa
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("critic", [ck.nn.ConcatCritic(16, 16, 40), ck.nn.SeparableCritic(16, 16, 40, 33)])
+def test_moments_of_a_bad_feature_are_not_finite(critic, value, isa):
+    for which in (0, 1):
+        tensors = leaves(*towers(40, 40, 16))
+        with torch.no_grad():
+            tensors[which][33, 5] = value
+        with testing.instruction_set(isa):
+            j, el = ck.critic_moments(*tensors, critic, backend="native")
+            (j - el).backward()
+        assert not (j - el).isfinite()
+        assert not all(t.grad.isfinite().all() for t in tensors)
+
+
+@each_isa
+def test_log_mean_exp_of_a_bad_score_is_not_finite(isa):
+    with testing.instruction_set(isa):
+        for value in (math.nan, math.inf):
+            scores = torch.randn(20_000).index_fill_(0, torch.tensor([17_000]), value).requires_grad_()
+            el = ck.log_mean_exp(scores, backend="native")
+            el.backward()
+            assert not el.isfinite() and not scores.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_bad_scale_is_nan_or_refused(value):
+    assert ck.clip_loss(X, X, value).isnan()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_cibr_loss_of_a_bad_feature_is_not_finite(value):
+    for name in ("features", "inputs"):
+        bad = X.index_fill(0, torch.tensor([2]), value)
+        call = cibr(bad) if name == "features" else cibr(image_inputs=bad)
+        assert not call().isfinite()

@@ -1,0 +1,185 @@
+"""The pages of docs/: every Python block runs, every public name and argument is there, every link leads somewhere.
+
+The blocks of a page share one namespace, in order.  A comment on the line above a block changes what is done with it:
+
+    <!-- needs: torch_mist, cuda -->    run where these can be imported (and CUDA is there), compiled everywhere
+    <!-- ranks: 2 -->                   a script of its own, run by so many processes over gloo
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cibr_kernels as ck
+
+ROOT = Path(__file__).parents[2]
+PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+BLOCK = re.compile(r"(?:^<!-- (needs|ranks): ([^\n]*?) -->\n)?^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+PUBLIC = [
+    *(name for name in ck.__all__ if name not in ("nn", "distributed")),
+    *(f"nn.{name}" for name in ck.nn.__all__),
+    *(f"distributed.{name}" for name in ck.distributed.__all__),
+]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A Python block; line: where in the file its code begins."""
+
+    page: str
+    line: int
+    code: str
+    needs: tuple[str, ...]
+    ranks: int
+
+    def compiled(self) -> Any:
+        """The code, whose line numbers are the page's."""
+        return compile("\n" * (self.line - 1) + self.code, str(ROOT / "docs" / f"{self.page}.md"), "exec")
+
+
+def blocks(page: str) -> list[Block]:
+    found = []
+    for match in BLOCK.finditer(PAGES[page]):
+        key, value, code = match.groups()
+        line = PAGES[page][: match.start(3)].count("\n") + 1
+        needs = tuple(re.split(r",\s*", value)) if key == "needs" else ()
+        found.append(Block(page, line, code, needs, int(value) if key == "ranks" else 1))
+    return found
+
+
+def here(need: str) -> bool:
+    if need == "cuda":
+        return torch.cuda.is_available()
+    try:
+        importlib.import_module(need)
+    except ImportError:
+        return False
+    return True
+
+
+SCRIPTS = [block for page in PAGES for block in blocks(page) if block.ranks > 1]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_blocks_of_a_page_run(page: str) -> None:
+    assert PAGES[page].count("```python") == len(blocks(page))
+    names: dict[str, Any] = {"__name__": page}
+    for block in blocks(page):
+        code = block.compiled()
+        if block.ranks == 1 and all(here(need) for need in block.needs):
+            exec(code, names)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=[f"{block.page}:{block.line}" for block in SCRIPTS])
+def test_a_script_for_several_ranks_runs(script: Block, tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(script.code)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {
+        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(script.ranks),
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }  # fmt: skip
+    logs = [tmp_path / f"{rank}.log" for rank in range(script.ranks)]
+    processes = []
+    for rank, log in enumerate(logs):
+        environment = {**common, "RANK": str(rank)}
+        with log.open("w") as stderr:
+            processes.append(subprocess.Popen([sys.executable, str(path)], env=environment, stderr=stderr))
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in processes]
+        if any(codes) or None not in codes:  # one has failed, and the others would wait for it; or all are done
+            break
+        time.sleep(0.05)
+    for process in processes:
+        process.kill()
+        process.wait()
+    said = "\n".join(f"rank {rank}:\n{log.read_text()}" for rank, log in enumerate(logs))
+    assert codes == [0] * script.ranks, said
+
+
+def section(name: str) -> str:
+    """What the pages say of a public name: its own page, its section of nn.md, or the page that names it in a title."""
+    kind, _, short = name.rpartition(".")
+    if kind == "nn":
+        return re.split(r"^## ", PAGES["nn"].split(f"\n## {short}\n")[1], flags=re.MULTILINE)[0]
+    if kind == "distributed":
+        return PAGES["distributed"]
+    titled = [text for text in PAGES.values() if name in text.partition("\n")[0].lstrip("# ").split(", ")]
+    return titled[0] if titled else "\n".join(PAGES.values())
+
+
+def public(name: str) -> Any:
+    thing = ck
+    for part in name.split("."):
+        thing = getattr(thing, part)
+    return thing
+
+
+def shown_signature(text: str, name: str) -> inspect.Signature | None:
+    """Of the first `name(...)` in a block indented by four."""
+    found = re.search(rf"^ {{4}}{name}\(((?:[^()]|\([^()]*\))*)\)", text, re.MULTILINE)
+    if found is None:
+        return None
+    names = {"e": math.e}
+    exec(f"def shown({found[1]}): pass", names)
+    return inspect.signature(names["shown"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_is_documented_with_all_its_arguments(name: str) -> None:
+    text, short = section(name), name.rpartition(".")[2]
+    words = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`\n]+)`", text))))
+    shown = shown_signature(text, short)
+    assert short in words or shown
+    if shown and name.startswith("nn."):  # its section says in words what the arguments are
+        return
+    missing = set(inspect.signature(public(name)).parameters) - words
+    assert not missing, f"{name} has the arguments {missing}, of which its page says nothing"
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_signature_on_a_page_is_that_of_the_code(name: str) -> None:
+    shown, actual = (
+        None if signature is None else [(p.name, p.kind, p.default) for p in signature.parameters.values()]
+        for signature in (shown_signature(section(name), name.rpartition(".")[2]), inspect.signature(public(name)))
+    )  # fmt: skip
+    if shown is None:
+        assert name not in PAGES and name.rpartition(".")[0] != "nn", f"{name} has a page without its signature"
+    else:
+        assert shown == actual
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (ROOT / "docs" / file).resolve() if file else ROOT / "docs" / f"{page}.md"
+        assert path.exists(), f"{page}.md links to {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert anchor in anchors, f"{page}.md links to {target}, which has {anchors}"
+
+
+def test_every_page_can_be_reached_from_the_index() -> None:
+    linked = re.findall(r"\]\((\w+)\.md[)#]", PAGES["index"])
+    assert set(PAGES) - {"index"} == set(linked) - {"index"}

@@ -1,0 +1,162 @@
+"""additive_moments: the kernel against float64 on every instruction set, for the eight activations."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from cases import each_isa, with_gradients
+from torch import Tensor
+
+from cibr_kernels import testing
+from cibr_kernels.primitives.additive.moments.op import additive_moments
+from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS, pair_mask
+from cibr_kernels.primitives.additive.moments.reference import additive_moments as reference
+
+WEIGHTS = (0.7, -1.3)
+SHAPES = [(2, 2, 0, 1), (5, 5, 0, 31), (48, 48, 0, 64), (33, 33, 0, 100), (20, 70, 17, 65), (1, 40, 3, 16)]
+BLOCKS = (150, 1400, 100, 40)  # several groups of rows and blocks of columns (32768 / h of them)
+NAMES = ("J", "L", "da", "db", "dw")
+SLOPES = {"leaky_relu": 0.2, "elu": 0.7}
+
+each_activation = pytest.mark.parametrize("activation", list(ACTIVATIONS))
+
+
+@functools.lru_cache(maxsize=2)
+def expected(
+    shape: tuple, activation: str, size: float, shift: float, include: bool, dtype: torch.dtype = torch.float32
+) -> tuple:
+    """Inputs with scores of standard deviation near `size` and biases near `shift`, and what they give."""
+    n, m, offset, h = shape
+    torch.manual_seed(n * 131 + m * 7 + h)
+    a, b, w = torch.randn(n, h) - shift, torch.randn(m, h) + shift, size * torch.randn(h) / math.sqrt(h)
+    a, b, w = a.to(dtype), b.to(dtype), w.to(dtype)
+    slope = SLOPES.get(activation, 0.0)
+
+    def moments(a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return reference(a, b, w, activation, slope, offset, include)
+
+    eager = with_gradients(moments, a, b, w, weights=WEIGHTS)
+    truth = with_gradients(moments, a, b, w, weights=WEIGHTS, dtype=torch.float64)
+    phi = ACTIVATIONS[activation][0]
+    values = phi(a.double()[:, None] + b.double()[None], slope)  # (n, m, h)
+    terms = (values * w.double()).abs().sum(-1)  # (n, m): of S
+    p = (values @ w.double()).masked_fill(~pair_mask(n, m, offset, include, a.device), -math.inf)
+    p = p.flatten().softmax(0).view(n, m)
+    dw_terms = WEIGHTS[0] * values.diagonal(offset)[:, :n].abs().mean(1) - WEIGHTS[1] * torch.einsum(
+        "ij,ijh->h", p, values.abs()
+    )
+    log_pairs = math.log(n * m - (0 if include else n))
+    magnitudes = [
+        terms.diagonal(offset)[:n].mean().item(),
+        abs(truth[1].item() + log_pairs) + log_pairs,  # L = LSE - log |P|
+        0.0,
+        0.0,
+        dw_terms.max().item(),
+    ]
+    return (a, b, w), eager, truth, terms.max().item(), magnitudes
+
+
+def check(
+    shape: tuple, activation: str, isa: str, *, size: float = 1.0, shift: float = 0.0, include: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
+    inputs, eager, truth, exponent, magnitudes = expected(shape, activation, size, shift, include, dtype)
+    n, m, offset, h = shape
+
+    def moments(a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return additive_moments(
+            a, b, w, activation=activation, slope=SLOPES.get(activation, 0.0), offset=offset, include_diagonal=include,
+            backend="native",
+        )  # fmt: skip
+
+    with testing.instruction_set(isa):
+        actual = with_gradients(moments, *inputs, weights=WEIGHTS)
+    for name, a, e, t, magnitude in zip(NAMES, actual, eager, truth, magnitudes, strict=True):
+        testing.assert_close(name, a, e, t, terms=n + m + h, exponent=exponent, features=dtype, magnitude=magnitude)
+
+
+@each_isa
+@pytest.mark.parametrize("include", [False, True], ids=["exclude", "include"])
+@each_activation
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernel_matches_float64(shape, activation, include, isa):
+    check(shape, activation, isa, include=include)
+
+
+@each_isa
+@each_activation
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision_storage(dtype, activation, isa):
+    check((33, 70, 9, 100), activation, isa, dtype=dtype)
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_storage_in_half_precision_rounds_nothing_but_the_gradients(dtype, isa):
+    # the kernel's sums are those of the same numbers in float32: equal bits, and gradients rounded once
+    torch.manual_seed(5)
+    a, b, w = torch.randn(40, 70).to(dtype), torch.randn(90, 70).to(dtype), torch.randn(70) / 8
+    kernel = functools.partial(additive_moments, activation="leaky_relu", slope=0.1, backend="native")
+    with testing.instruction_set(isa):
+        j, el, da, db, dw = with_gradients(kernel, a, b, w, weights=(0, 1))
+        wide = with_gradients(kernel, a.float(), b.float(), w, weights=(0, 1))
+    assert torch.equal(j, wide[0]) and torch.equal(el, wide[1]) and torch.equal(dw, wide[4])
+    assert torch.equal(da, wide[2].to(dtype)) and torch.equal(db, wide[3].to(dtype))
+
+
+@each_isa
+@each_activation
+def test_large_scores_move_the_shared_exponent(activation, isa):
+    check((33, 70, 9, 100), activation, isa, size=60.0)
+
+
+@each_isa
+@each_activation
+@pytest.mark.parametrize("shift", [30.0, -30.0])
+def test_large_biases_that_cancel(activation, shift, isa):
+    check((20, 70, 17, 65), activation, isa, shift=shift)
+
+
+@each_isa
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "gelu", "tanh"])
+def test_several_groups_and_blocks(activation, isa):
+    check(BLOCKS, activation, isa)
+
+
+@each_isa
+@each_activation
+@pytest.mark.parametrize(("grad_j", "grad_l"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
+def test_each_moment_alone(activation, grad_j, grad_l, isa):
+    torch.manual_seed(3)
+    a, b, w = torch.randn(20, 33), torch.randn(70, 33), torch.randn(33) / 6
+    kernel = functools.partial(additive_moments, activation=activation, slope=0.3, offset=17, backend="native")
+    with testing.instruction_set(isa):
+        actual = with_gradients(kernel, a, b, w, weights=(grad_j, grad_l))
+    truth = with_gradients(
+        lambda *t: reference(*t, activation, 0.3, 17), a, b, w, weights=(grad_j, grad_l), dtype=torch.float64
+    )
+    for got, t in zip(actual, truth, strict=True):
+        torch.testing.assert_close(got.double(), t, rtol=1e-5, atol=1e-6)
+
+
+@each_isa
+def test_relu_is_flat_at_zero(isa):
+    a, b, w = torch.zeros(4, 32), torch.zeros(4, 32), torch.ones(32)  # phi'(0) = 0, as in PyTorch
+    with testing.instruction_set(isa):
+        _, _, da, db, dw = with_gradients(additive_moments, a, b, w, weights=(1, 2))
+    assert not da.any() and not db.any() and not dw.any()
+
+
+@each_isa
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_weights_of_the_pairs_sum_to_one(size, isa):
+    # a unit that is 1 on every pair gets dL/dw = sum P
+    torch.manual_seed(4)
+    a, b, w = torch.randn(200, 64), torch.randn(300, 64), size * torch.randn(64) / 8
+    a[:, 5], b[:, 5] = 1.0, 0.0
+    with testing.instruction_set(isa):
+        *_, dw = with_gradients(additive_moments, a, b, w, weights=(0, 1))
+    assert abs(dw[5].item() - 1) < 1e-5

@@ -1,0 +1,140 @@
+"""additive_scores: scores and gradients against float64 on every instruction set, for the eight activations."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from cases import each_dtype, each_isa, leaves
+from torch import Tensor
+
+from cibr_kernels import testing
+from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
+from cibr_kernels.primitives.additive.scores.op import additive_scores
+from cibr_kernels.primitives.additive.scores.reference import additive_scores as reference
+
+SHAPES = [(1, 1, 1), (5, 3, 31), (48, 64, 64), (33, 70, 100), (1, 40, 16)]
+PANEL = (150, 700, 100)  # several groups of rows and blocks of columns (32768 / h of them)
+NAMES = ("scores", "da", "db", "dw")
+SLOPES = {"leaky_relu": 0.2, "elu": 0.7}
+
+each_activation = pytest.mark.parametrize("activation", list(ACTIVATIONS))
+
+
+def with_gradients(f, inputs: tuple[Tensor, ...], grad: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
+    tensors = leaves(*inputs, dtype=dtype)
+    scores = f(*tensors)
+    return [scores.detach(), *torch.autograd.grad(scores, tensors, grad.to(scores.dtype))]
+
+
+@functools.lru_cache(maxsize=2)
+def expected(shape: tuple[int, ...], activation: str, dtype: torch.dtype, shift: float) -> tuple:
+    """Inputs with biases near `shift`, a gradient of both signs, and what they give."""
+    n, m, h = shape
+    torch.manual_seed(n * 131 + m * 7 + h)
+    inputs = torch.randn(n, h) - shift, torch.randn(m, h) + shift, torch.randn(h) / math.sqrt(h)
+    inputs, grad = tuple(t.to(dtype) for t in inputs), torch.randn(n, m)
+    slope = SLOPES.get(activation, 0.0)
+    eager = with_gradients(lambda *t: reference(*t, activation, slope), inputs, grad)
+    truth = with_gradients(lambda *t: reference(*t, activation, slope), inputs, grad, torch.float64)
+    a, b, w = (t.double() for t in inputs)
+    phi, phi_slope = (f(a[:, None] + b[None], slope).abs() for f in ACTIVATIONS[activation])  # (n, m, h)
+    g = grad.double().abs()
+    magnitudes = [  # sums of absolute terms: signs cancel
+        (phi @ w.abs()).max().item(),
+        (torch.einsum("ij,ijh->ih", g, phi_slope) * w.abs()).max().item(),
+        (torch.einsum("ij,ijh->jh", g, phi_slope) * w.abs()).max().item(),
+        torch.einsum("ij,ijh->h", g, phi).max().item(),
+    ]
+    return inputs, grad, slope, eager, truth, magnitudes
+
+
+def check(shape, activation, isa, dtype=torch.float32, shift=0.0) -> None:
+    inputs, grad, slope, eager, truth, magnitudes = expected(shape, activation, dtype, shift)
+    with testing.instruction_set(isa):
+        actual = with_gradients(
+            functools.partial(additive_scores, activation=activation, slope=slope, backend="native"), inputs, grad
+        )
+    for name, a, e, t, magnitude in zip(NAMES, actual, eager, truth, magnitudes, strict=True):
+        testing.assert_close(name, a, e, t, terms=sum(shape), exponent=0.0, features=dtype, magnitude=magnitude)
+
+
+@each_isa
+@each_activation
+@each_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernel_matches_float64(shape, dtype, activation, isa):
+    check(shape, activation, isa, dtype)
+
+
+@each_isa
+@each_activation
+@pytest.mark.parametrize("shift", [30.0, -30.0])
+def test_large_biases_that_cancel(activation, shift, isa):
+    check((20, 70, 65), activation, isa, shift=shift)
+
+
+@each_isa
+@each_activation
+def test_several_groups_and_blocks(activation, isa):
+    check(PANEL, activation, isa)
+
+
+@each_isa
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("needs", [(0,), (1,), (2,), (0, 1), (1, 2)])
+def test_gradients_that_are_asked_for_and_nothing_else(needs, activation, isa):
+    torch.manual_seed(2)
+    inputs, grad = (torch.randn(20, 33), torch.randn(70, 33), torch.randn(33)), torch.randn(20, 70)
+
+    def gradients(needs: tuple[int, ...]) -> tuple[Tensor, ...]:
+        tensors = [t.clone().requires_grad_(k in needs) for k, t in enumerate(inputs)]
+        scores = additive_scores(*tensors, activation=activation, slope=0.3, backend="native")
+        return torch.autograd.grad(scores, [tensors[k] for k in needs], grad)
+
+    with testing.instruction_set(isa):
+        every = gradients((0, 1, 2))
+        for k, got in zip(needs, gradients(needs), strict=True):
+            assert torch.equal(got, every[k])
+
+
+@each_isa
+def test_relu_is_flat_at_zero(isa):
+    inputs = torch.zeros(4, 32), torch.zeros(4, 32), torch.ones(32)  # phi'(0) = 0, as in PyTorch
+    with testing.instruction_set(isa):
+        for t in with_gradients(functools.partial(additive_scores, backend="native"), inputs, torch.ones(4, 4)):
+            assert not t.any()
+
+
+@each_isa
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "gelu"])
+def test_the_number_of_threads_changes_no_bit(activation, isa):
+    torch.manual_seed(3)
+    inputs, grad = (torch.randn(300, 70), torch.randn(600, 70), torch.randn(70)), torch.randn(300, 600)
+    results = []
+    with testing.instruction_set(isa):
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            f = functools.partial(additive_scores, activation=activation, slope=0.3, backend="native")
+            results.append(with_gradients(f, inputs, grad))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@each_isa
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh"])
+@pytest.mark.parametrize("which", range(4), ids=["a", "b", "w", "grad"])
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_what_is_not_finite_gives_nan(bad, which, activation, isa):
+    torch.manual_seed(4)
+    tensors = [torch.randn(5, 9), torch.randn(7, 9), torch.randn(9), torch.randn(5, 7)]
+    tensors[which].view(-1)[3] = bad
+    *inputs, grad = tensors
+    with testing.instruction_set(isa):
+        f = functools.partial(additive_scores, activation=activation, backend="native")
+        scores, *gradients = with_gradients(f, tuple(inputs), grad)
+    assert torch.isnan(scores).all() == (which < 3)
+    for t in gradients:
+        assert torch.isnan(t).all()
