@@ -87,7 +87,7 @@ def _plain_type(annotation: Any) -> type:
 
 
 def build_emoji(options: argparse.Namespace) -> int:
-    from cibr.emoji import build
+    from cibr.data.emoji_build import build
 
     if options.size < 8:
         raise UsageError(f"--size is {options.size}, but must be at least 8 pixels")

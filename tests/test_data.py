@@ -20,8 +20,8 @@ import torch
 import toyset
 from PIL import Image
 
-from cibr import emoji
 from cibr.data import ConceptSampler, Pairs, augment, load, split
+from cibr.data import emoji_build as emoji
 from cibr.errors import UsageError
 from cibr.models.text import Captions, Vocabulary
 from cibr.run.atomic import atomic_directory

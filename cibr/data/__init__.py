@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from cibr.data.batch import Batch, Batches
+from cibr.data.batch import Batch, Batches, in_order
+from cibr.data.csv import open_csv
 from cibr.data.dataset import Dataset, Sample, Skipped, SkipSample
-from cibr.data.options import KINDS, DataOptions
+from cibr.data.emoji import open_emoji
+from cibr.data.features import open_features
+from cibr.data.folder import open_folder
+from cibr.data.options import DataOptions
 from cibr.data.pairs import Concept, ConceptSampler, Pairs, augment, load, split
 from cibr.data.synthetic import open_synthetic
 from cibr.data.transforms import training_transform
+from cibr.data.webdataset import open_webdataset
 from cibr.errors import UsageError
 
 __all__ = [
@@ -25,23 +31,45 @@ __all__ = [
     "SkipSample",
     "Skipped",
     "augment",
+    "in_order",
     "load",
     "open_dataset",
     "split",
     "training_transform",
 ]
 
-SOURCES: dict[str, Callable[[str, DataOptions], Dataset]] = {
-    "synthetic": open_synthetic,
+Opener = Callable[[str, DataOptions, str], Dataset]  # what follows the colon, the options, the split
+
+
+@dataclass(frozen=True)
+class Source:
+    """A kind of data set: `open` raises UsageError in words; `grammar` says what follows the kind's name."""
+
+    open: Opener
+    grammar: str
+
+
+SOURCES: dict[str, Source] = {
+    "emoji": Source(open_emoji, "DIR, as `cibr data emoji` builds it"),
+    "webdataset": Source(open_webdataset, "DIR, a glob of local .tar files, urls with braces, or pipe:COMMAND"),
+    "csv": Source(open_csv, "FILE, a row for each pair of image path and caption"),
+    "folder": Source(open_folder, "DIR, a folder of images for each class"),
+    "features": Source(open_features, "FILE, as `cibr data cache` writes it"),
+    "synthetic": Source(open_synthetic, "N drawings made on the fly"),
 }
 
 
 def open_dataset(options: DataOptions, split: str = "train") -> Dataset:
-    """The data set that `options.data` names. Raises UsageError in words for what is not there or holds nothing."""
+    """The data set that `options.data` names; a plain folder of tars is one of emoji or of webdataset's layout.
+
+    Raises UsageError in words for what is not there or holds nothing.
+    """
     kind, colon, place = options.data.partition(":")
-    if not colon or kind not in KINDS:
+    if not colon and Path(kind).is_dir() and any(Path(kind).glob("*.tar")):
+        kind, place = "emoji" if (Path(kind) / "set.json").is_file() else "webdataset", kind
+    if kind not in SOURCES or not place:
         raise UsageError(_advice(options.data))
-    dataset = SOURCES[kind](place, options)
+    dataset = SOURCES[kind].open(place, options, split)
     if not len(dataset):
         raise UsageError(f"no usable sample in {options.data}\n{dataset.skipped}".strip())
     return dataset
@@ -51,6 +79,8 @@ def _advice(data: str) -> str:
     """What to write instead of `data`, which has no kind."""
     endings = {".csv": "csv", ".tsv": "csv", ".safetensors": "features", ".tar": "webdataset"}
     kind = endings.get(Path(data).suffix)
-    if kind is not None:
+    if kind is not None and ":" not in data:
         return f"--data {data} does not say what it is; did you mean --data {kind}:{data}?"
-    return f"--data {data} is none of the kinds there are: " + "; ".join(KINDS.values())
+    known = "\n".join(f"  {name}:{source.grammar}" for name, source in SOURCES.items())
+    missing = "" if ":" in data or Path(data).exists() else f"; nor is there a folder {data}"
+    return f"--data {data} is none of the kinds there are{missing}. Known are\n{known}"

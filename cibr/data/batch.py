@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cibr.data.dataset import Dataset, Skipped, SkipSample, group_id
-from cibr.data.features import Features
+from cibr.data.features import FeatureSet
 from cibr.data.options import DataOptions
 from cibr.data.order import Order, random_numbers
 from cibr.data.transforms import Transform, own_random_state
@@ -60,7 +60,7 @@ class Steps(torch.utils.data.Dataset[Made]):
 
     def __getitem__(self, step: int) -> Made:
         rows = self.order.rows(step)[self.part]
-        if isinstance(self.dataset, Features):
+        if isinstance(self.dataset, FeatureSet):
             batch = self.dataset.batch(rows, random_numbers(self.order.seed, step, rows))
             return Made(self._without_groups(batch), [])
         before = set(self.bad)
@@ -171,11 +171,48 @@ class Batches:
             yield made.batch
 
 
+def in_order(
+    dataset: Dataset, options: DataOptions, *, batch_size: int, transform: Transform | None = None
+) -> Iterator[Batch]:
+    """Every row that can be read once, in order: `image` or `image_features`, and `index`.
+
+    What cannot be read is counted in `dataset.skipped`.
+    """
+    parts = (range(first, min(first + batch_size, len(dataset))) for first in range(0, len(dataset), batch_size))
+    for made in loader(Rows(dataset, transform), parts, default_workers(dataset, options), options.prefetch):
+        for row, reason in made.bad:
+            dataset.skipped.add(reason, dataset.keys[row])
+        if made.batch:
+            yield made.batch
+
+
+class Rows(torch.utils.data.Dataset[Made]):
+    """Item `range(a, b)` is the images of these rows."""
+
+    def __init__(self, dataset: Dataset, transform: Transform | None) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __getitem__(self, rows: range) -> Made:
+        images: list[Tensor] = []
+        taken: list[int] = []
+        bad = []
+        for row in rows:
+            try:
+                image: Any = self.dataset.image(row)
+            except SkipSample as reason:
+                bad.append((row, str(reason)))
+                continue
+            images.append(self.transform(image) if self.transform is not None else image)
+            taken.append(row)
+        key = "image" if self.dataset.image_width is None else "image_features"
+        return Made({key: torch.stack(images), "index": torch.tensor(taken)} if taken else {}, bad)
+
+
 def default_workers(dataset: Dataset, options: DataOptions) -> int:
     """The `workers` asked for; by default none for cached features, which need no work."""
     if options.workers is not None:
         return options.workers
-    if isinstance(dataset, Features):
+    if isinstance(dataset, FeatureSet):
         return 0
     return max(1, min(8, len(os.sched_getaffinity(0)) - 1 if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
 

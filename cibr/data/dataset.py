@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,11 @@ def group_id(text: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def fill(template: str, name: str) -> str:
+    """Not `str.format`, which would evaluate what a file says."""
+    return template.replace("{}", name)
+
+
 class Dataset:
     """Rows in a fixed order. A source derives from it and says how a row's `image` is read.
 
@@ -69,6 +75,8 @@ class Dataset:
 
     distinct_groups = False  # whether a batch takes at most one row of a group
     augment = "model"  # the augmentation that `auto` stands for
+    image_width: int | None = None  # of cached features
+    text_width: int | None = None
 
     def __init__(
         self,
@@ -95,13 +103,24 @@ class Dataset:
         raise NotImplementedError
 
     def captions(self, index: int) -> tuple[str, ...] | Tensor:
-        """All captions of a row, without reading its image: texts, or features (k, dt)."""
-        return self.texts[index]
+        """All captions of a row, without reading its image: texts, its class in each template, or features (k, dt)."""
+        return self.texts[index] or tuple(fill(t, self._class_name(index)) for t in self.templates or ())
 
     def draw(self, index: int, number: int) -> str | Tensor:
         """One caption of the row, chosen by a random `number` in [0, 2^63): a text, or features (dt,)."""
-        captions = self.captions(index)
-        return captions[number % len(captions)]
+        captions = self.texts[index]
+        if captions:
+            return captions[number % len(captions)]
+        assert self.templates is not None
+        return fill(self.templates[number % len(self.templates)], self._class_name(index))
+
+    def _class_name(self, index: int) -> str:
+        assert self.labels is not None and self.class_names is not None
+        return self.class_names[int(self.labels[index])]
+
+    def words(self) -> Iterable[str]:
+        """Texts that hold every word a caption may have, to make a vocabulary of."""
+        return itertools.chain(self.texts.strings, self.class_names or (), self.templates or ())
 
     def sample(self, index: int) -> Sample:
         """Raises SkipSample for what cannot be read."""
@@ -135,5 +154,6 @@ class Dataset:
             digest.update(strings.starts.tobytes() + strings.bytes.tobytes())
         digest.update(self.texts.starts.tobytes() + self.sizes().tobytes())
         if self.labels is not None:
-            digest.update(self.labels.numpy().tobytes() + "\n".join(self.class_names or ()).encode())
+            names = "\n".join([*(self.class_names or ()), *(self.templates or ())])
+            digest.update(self.labels.numpy().tobytes() + names.encode())
         return digest.hexdigest()

@@ -1,15 +1,17 @@
-"""Cached features of frozen towers: a safetensors file, mapped into memory, with one or several captions an image.
+"""Cached features of frozen towers: one safetensors file, mapped into memory, with one or several captions an image.
 
-image_features   (n, dv) float32 or less
-text_features    (m, dt), of all captions, those of an image in a row
-caption_starts   (n + 1,) int64: the captions of image i are [caption_starts[i], caption_starts[i + 1])
+image_features   (n, dv) float32
+text_features    (m, dt) float32, of all captions, those of an image in a row
+caption_starts   (n + 1,) int64: image i has the captions from caption_starts[i] to caption_starts[i + 1]
 group_ids        (m,) int64, equal for equal captions or classes
-keys, captions   bytes and starts of strings; labels (n,) int64 where there are classes
+labels           (n,) int64, where there are classes
+*.bytes, *.starts  the strings of `keys`, `captions`, `class_names` and `styles`
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,18 +19,87 @@ from torch import Tensor
 
 from cibr.data.dataset import Dataset
 from cibr.data.options import DataOptions
+from cibr.data.strings import Strings, Texts
+from cibr.errors import UsageError, missing_extra
 
 
-class Features(Dataset):
-    """Rows of a features file."""
+class FeatureSet(Dataset):
+    """Rows of a features file; a batch is gathered at once."""
+
+    def __init__(self, tensors: dict[str, Tensor], limit: int | None = None) -> None:
+        """Raises KeyError or ValueError for tensors that do not belong together."""
+        self.image_features, self.text_features = tensors["image_features"], tensors["text_features"]
+        self.starts, self.caption_groups = tensors["caption_starts"], tensors["group_ids"]
+        n, m = len(self.image_features), len(self.text_features)
+        if self.starts[0] != 0 or self.starts[-1] != m or len(self.starts) != n + 1 or (self.starts.diff() < 1).any():
+            raise ValueError("caption_starts does not divide the captions among the images")
+        if len(self.caption_groups) != m:
+            raise ValueError(f"{len(self.caption_groups)} group_ids for {m} captions")
+        n = min(n, limit or n)
+        captions = load_strings(tensors, "captions")
+        super().__init__((), ())
+        self.keys = load_strings(tensors, "keys") or Strings(str(row) for row in range(n))
+        self.texts = Texts.of_strings(captions, self.starts.numpy()) if captions is not None else self.texts
+        names, styles = load_strings(tensors, "class_names"), load_strings(tensors, "styles")
+        self.class_names = None if names is None else list(names)
+        self.styles = None if styles is None else list(styles)
+        self.labels = tensors["labels"][:n] if "labels" in tensors else None
+        self.rows = n
+        self.image_width, self.text_width = self.image_features.shape[1], self.text_features.shape[1]
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def image(self, index: int) -> Tensor:
+        return self.image_features[index]
+
+    def captions(self, index: int) -> Tensor:
+        return self.text_features[self.starts[index] : self.starts[index + 1]]
+
+    @property
+    def group_ids(self) -> Tensor:
+        return self.caption_groups[self.starts[: self.rows]]
 
     def batch(self, rows: np.ndarray, numbers: np.ndarray) -> dict[str, Tensor]:
-        """The batch of `rows` (n,), a caption each by a random number."""
-        raise NotImplementedError
+        """The batch of `rows` (n,), of each a caption by its random number."""
+        index = torch.from_numpy(rows)
+        first = self.starts[index]
+        caption = first + torch.from_numpy(numbers) % (self.starts[index + 1] - first)
+        return {
+            "image_features": self.image_features[index],
+            "text_features": self.text_features[caption],
+            "group_ids": self.caption_groups[caption],
+            "index": index,
+        }
+
+    def sizes(self) -> np.ndarray:
+        """The sums of the features, so that those of another tower are another set."""
+        sums = torch.stack([self.image_features[: self.rows].double().sum(), self.text_features.double().sum()])
+        return sums.view(torch.int64).numpy()
 
 
-def open_features(path: Path, options: DataOptions) -> Features:
-    raise NotImplementedError
+def save_strings(tensors: dict[str, Tensor], name: str, strings: Strings) -> None:
+    tensors[f"{name}.bytes"] = torch.from_numpy(strings.bytes.copy())
+    tensors[f"{name}.starts"] = torch.from_numpy(strings.starts)
 
 
-_ = torch
+def load_strings(tensors: dict[str, Tensor], name: str) -> Strings | None:
+    if f"{name}.bytes" not in tensors:
+        return None
+    return Strings.of_arrays(tensors[f"{name}.bytes"].numpy(), tensors[f"{name}.starts"].numpy())
+
+
+def open_features(place: str, options: DataOptions, split: str) -> FeatureSet:
+    """Raises UsageError for a file that is not there, or none of `cibr data cache`'s."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise missing_extra(error) from error
+    if not Path(place).is_file():
+        raise UsageError(f"there is no file {place}; `cibr data cache` writes one")
+    try:
+        with safe_open(place, "pt") as file:  # tensors on the CPU are mapped, not read
+            tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return FeatureSet(tensors, options.limit)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise UsageError(f"{place} is not what `cibr data cache` writes: {error}") from error

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from cibr.config import option
 from cibr.errors import UsageError
-
-KINDS = {
-    "emoji": "emoji:DIR, as `cibr data emoji` builds it",
-    "webdataset": "webdataset:DIR, or a glob of local .tar files, urls with braces, or pipe:COMMAND",
-    "csv": "csv:FILE, one row a pair",
-    "folder": "folder:DIR, a folder of images per class",
-    "hf": "hf:NAME_OR_PATH, a Hugging Face data set",
-    "features": "features:FILE, as `cibr data cache` writes it",
-    "synthetic": "synthetic:N, drawings made on the fly",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """Raises UsageError for values that make no sense."""
 
-    data: str = option("", "; ".join(KINDS.values()))
-    image_column: str | None = option(None, "column of image paths; default filepath (csv) or the image column (hf)")
+    data: str = option(
+        "", "KIND:PLACE: emoji:DIR, webdataset:GLOB_OR_URL, csv:FILE, folder:DIR, hf:NAME, features:FILE"
+    )
+    image_column: str | None = option(None, "column of image paths; default filepath (csv), the image column (hf)")
     caption_column: str | None = option(None, "column of captions; default title (csv), or caption(s) or text (hf)")
     separator: str | None = option(None, "between columns of a csv; default a tab if the header has one, else a comma")
     hf_split: str | None = option(None, "split of an hf data set; default train to train on, else test or validation")
@@ -31,14 +24,16 @@ class DataOptions:
     unseen_fraction: float = option(0.1, "emoji: share of the concepts kept from training, of every vendor")
     limit: int | None = option(None, "use only the first so many samples (emoji: concepts)")
     mask_duplicates: bool = option(True, "pairs of equal captions or classes are no negatives of each other")
-    augment: str = option("auto", "model (its own), drawing (zoom, shift, turn, mirror, recolour), none, or auto")
+    augment: Literal["auto", "model", "drawing", "none"] = option(
+        "auto", "model: its own; drawing: zoom, shift, turn, mirror, recolour; none; or auto"
+    )
     max_pixels: int = option(89_478_485, "images with more are skipped, unread")
     workers: int | None = option(None, "processes that make batches; default one less than the cores, at most 8")
     prefetch: int = option(2, "batches each worker makes ahead")
 
     def __post_init__(self) -> None:
         if not self.data:
-            raise UsageError("--data is missing; known are " + "; ".join(KINDS.values()))
+            raise UsageError("--data is missing, as in --data emoji:DIR or --data csv:FILE")
         for name in ("limit", "max_pixels", "prefetch"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -44,6 +44,13 @@ class Texts:
         self.strings = Strings(text for row in rows for text in row)
         self.starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)  # (n + 1,): the first caption of each row
 
+    @classmethod
+    def of_strings(cls, strings: Strings, starts: np.ndarray) -> Texts:
+        """Row i has the strings from starts[i] to starts[i + 1]."""
+        texts = cls.__new__(cls)
+        texts.strings, texts.starts = strings, starts
+        return texts
+
     def __len__(self) -> int:
         return len(self.starts) - 1
 

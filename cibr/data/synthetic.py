@@ -60,7 +60,7 @@ class Synthetic(Dataset):
         return page
 
 
-def open_synthetic(text: str, options: DataOptions) -> Dataset:
+def open_synthetic(text: str, options: DataOptions, split: str) -> Dataset:
     """Raises UsageError if `text` is no number of samples."""
     if not text.isdecimal() or not int(text):
         raise UsageError(f"--data synthetic:{text}: say how many samples, as in synthetic:10000")
