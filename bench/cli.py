@@ -49,6 +49,11 @@ def commands() -> dict[str, Callable[[argparse.Namespace], int]]:
 
         return curve.main(args.json, args.plot, quick=args.quick)
 
+    def run_picture(args: argparse.Namespace) -> int:
+        from bench import picture
+
+        return picture.main(args.plot)
+
     def run_instructions(args: argparse.Namespace) -> int:
         from bench import instructions
 
@@ -57,6 +62,7 @@ def commands() -> dict[str, Callable[[argparse.Namespace], int]]:
     return {
         "instructions": run_instructions,
         "curve": run_curve,
+        "picture": run_picture,
         "toy": run_toy,
         "gpu": run_gpu,
         "scale": run_scale,

@@ -16,7 +16,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "README
 
 def test_the_snippet_takes_a_training_step():
     names: dict[str, Any] = {}
-    exec(BLOCKS[0], names)
+    exec(BLOCKS[0] + BLOCKS[1], names)
     assert names["loss"].isfinite()
     parameters = [*names["encoders"], *names["loss_fn"].parameters()]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in parameters)
@@ -30,6 +30,6 @@ def test_the_ops_equal_the_pytorch_shown():
         "torch": torch, "F": F, "critic": critic, "x": x, "z": z, "image_features": image, "text_features": text,
         "logit_scale": scale,
     }  # fmt: skip
-    exec(BLOCKS[1], names)
+    exec(BLOCKS[2], names)
     torch.testing.assert_close(ck.clip_loss(image, text, scale), names["clip_loss"])
     torch.testing.assert_close(ck.mutual_information(x, z, critic), names["mutual_information"])
