@@ -1,15 +1,19 @@
-"""Drop-ins for open_clip's losses."""
+"""Drop-ins for open_clip's losses, and NT-Xent with lightly's call."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from cibr_kernels import checks
 from cibr_kernels.distributed import merge
+from cibr_kernels.distributed.lse import STRATEGIES
+from cibr_kernels.distributed.shards import Agreement, Shards
 from cibr_kernels.losses.clip.op import clip_loss
 from cibr_kernels.losses.siglip.op import siglip_loss
 
@@ -97,3 +101,52 @@ class SigLipLoss(_OnRanks):
             image_features, text_features, logit_scale, logit_bias, process_group=self._group(), strategy=self.strategy
         )
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+class NTXentLoss(nn.Module):
+    """NT-Xent, the loss of SimCLR, with the call of `lightly.loss.NTXentLoss`.
+
+    A row's positive is its other view; the 2n - 2 rows of other samples, in both views, are its negatives.  Features
+    are normalised here.
+
+    temperature: a positive number, 1 / logit_scale.
+    gather_distributed: where torch.distributed is initialised, its default group's ranks make one batch; or
+    `process_group` and `strategy` as in `cibr_kernels.clip_loss`.  Shards may be uneven.  The mean over ranks is the
+    loss of the whole batch, and DDP's averages are its gradients.
+    Raises ValueError for a temperature that is not positive, and what `cibr_kernels.clip_loss` raises.
+    Source: Chen et al. 2020 (2002.05709), equation 1.
+    """
+
+    def __init__(
+        self, temperature: float = 0.5, *, gather_distributed: bool = False, process_group: ProcessGroup | None = None,
+        strategy: str = "gather",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        checks.choice("strategy", strategy, STRATEGIES)
+        self.temperature, self.gather_distributed = temperature, gather_distributed
+        self.process_group, self.strategy = process_group, strategy
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """(n, d) and (n, d), two views of n samples, of one dtype and device -> the loss in nats, a float32 scalar."""
+        group = self.process_group
+        if group is None and self.gather_distributed and dist.is_initialized():
+            group = dist.group.WORLD
+        with Agreement("NTXentLoss", group, temperature=self.temperature, strategy=self.strategy) as agreement:
+            checks.matrix("out0", out0)
+            checks.matrix("out1", out1)
+            checks.same_place(out0=out0, out1=out1)
+            checks.same_rows(out0=out0, out1=out1)
+            checks.same_width(out0=out0, out1=out1)
+            agreement.describe(out0=out0, out1=out1)
+        n, shards = out0.shape[0], agreement.shards
+        first = 0 if shards is None else shards.offset
+        samples = torch.arange(first, first + n, device=out0.device)
+        if shards is not None:
+            shards = Shards(shards.group, shards.rank, tuple(2 * rows for rows in shards.rows))
+        view0, view1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+        return clip_loss(
+            torch.cat([view0, view1]), torch.cat([view1, view0]), 1 / self.temperature, group_ids=samples.repeat(2),
+            one_way=True, process_group=shards, strategy=self.strategy,
+        )  # fmt: skip

@@ -100,6 +100,21 @@ def test_contrastive_options(ranks, name, options, rows, strategy, dtype):
     check(ranks.run(sharded.contrastive, len(rows), rows, dtype, name, strategy=strategy, **options), dtype)
 
 
+@pytest.mark.parametrize(
+    ("rows", "strategy", "dtype"),
+    [((5, 5), "gather", F32), ((3, 8, 1), "ring", F32), ((3, 8, 1), "gather", F64), ((4, 4, 4, 4), "ring", F64)],
+    ids=str,
+)
+def test_nt_xent_knows_its_samples_on_every_rank(ranks, rows, strategy, dtype):
+    check(ranks.run(sharded.ntxent, len(rows), rows, dtype, strategy=strategy), dtype)
+
+
+def test_nt_xent_module_takes_the_default_group(ranks):
+    for gathered, alone, text in ranks.run(sharded_runs.ntxent_module, 4):
+        assert gathered == pytest.approx(alone, rel=1e-6)
+        assert text == "ValueError: NTXentLoss: rank 3 has another temperature than rank 0"
+
+
 @pytest.mark.parametrize("strategy", ["gather", "ring"])
 @pytest.mark.parametrize("groups", [0, 4])
 @pytest.mark.parametrize("name", ["clip_loss", "siglip_loss"])

@@ -149,6 +149,17 @@ def contrastive(
     return compare(group, rows, loss, leaves, shared, dtype=dtype, unit=("bias",) if name == "siglip_loss" else ())
 
 
+def ntxent(group: Group, rows: Sequence[int], dtype: torch.dtype, strategy: str) -> Errors:
+    """nn.NTXentLoss of two views, of lengths that it has to take away."""
+    data = batch(sum(rows))
+    views = {"zv": 3 * data["zv"], "zt": data["zt"] / 2}
+
+    def loss(t: dict[str, Tensor], _: Any, group: Group | None) -> Tensor:
+        return ck.nn.NTXentLoss(0.3, process_group=group, strategy=strategy)(t["zv"], t["zt"])
+
+    return compare(group, rows, loss, views, {}, dtype=dtype)
+
+
 def metrics(group: Group, rows: Sequence[int], name: str, groups: int, strategy: str) -> list[dict[str, float]]:
     """What return_metrics gives on this rank, and in one process."""
     data = {k: t.float() for k, t in batch(sum(rows)).items()}

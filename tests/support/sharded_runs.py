@@ -253,6 +253,17 @@ def module_losses(group: Group) -> dict[str, tuple[float, list[float]]]:
     return found
 
 
+def ntxent_module(group: Group) -> tuple[float, float, str]:
+    """With lightly's arguments: the ranks' mean, the value of one process, what ranks of unlike temperatures say."""
+    rows = (3, 5, 2, 6)
+    views = [batch(sum(rows))[name] for name in ("zv", "zt")]
+    here = [mine(t, rows, group) for t in views]
+    gathered = averaged(ck.nn.NTXentLoss(0.3, gather_distributed=True)(*here), group)
+    temperature = 0.1 if dist.get_rank() == 3 else 0.3
+    text = said(lambda: ck.nn.NTXentLoss(temperature, gather_distributed=True)(*here))
+    return gathered.item(), ck.nn.NTXentLoss(0.3)(*views).item(), text
+
+
 def as_open_clip(group: Group) -> str:
     """rank and world_size of the default group, and others."""
     x = batch(4, torch.float32)["zv"]
