@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cibr.data.batch import Batch, Batches, in_order
@@ -12,8 +13,10 @@ from cibr.data.dataset import Dataset, Sample, Skipped, SkipSample
 from cibr.data.emoji import open_emoji
 from cibr.data.features import open_features
 from cibr.data.folder import open_folder
+from cibr.data.karpathy import open_karpathy
 from cibr.data.options import DataOptions
 from cibr.data.pairs import Concept, ConceptSampler, Pairs, augment, load, split
+from cibr.data.standard import STANDARD, open_standard
 from cibr.data.synthetic import open_synthetic
 from cibr.data.transforms import training_transform
 from cibr.data.webdataset import open_webdataset
@@ -56,6 +59,8 @@ SOURCES: dict[str, Source] = {
     "folder": Source(open_folder, "DIR, a folder of images for each class"),
     "features": Source(open_features, "FILE, as `cibr data cache` writes it"),
     "synthetic": Source(open_synthetic, "N drawings made on the fly"),
+    "karpathy": Source(open_karpathy, "FILE.json of Karpathy's splits of COCO, Flickr30K or Flickr8K, by the images"),
+    **{kind: Source(partial(open_standard, kind), "DIR, as its authors publish it") for kind in STANDARD},
 }
 
 
