@@ -29,9 +29,7 @@ def test_shared_and_own_information_of_gaussians() -> None:
 def test_nothing_is_found_where_nothing_is() -> None:
     x, z = torch.randn(400, 4), torch.randn(400, 4)
     found = information((x, z), (x, z), steps=50, hidden=32)
-    assert (
-        abs(found["image_own"]) < 0.3 and abs(found["text_other"]) < 0.3
-    )  # held-out: what was memorised counts against
+    assert abs(found["image_own"]) < 0.3 and abs(found["text_other"]) < 0.3  # what was memorised does not count
 
 
 def test_ceiling_in_closed_form() -> None:

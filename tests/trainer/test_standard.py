@@ -115,9 +115,7 @@ def test_cifar100_is_read_as_published_only(tmp_path: Path, monkeypatch: pytest.
         (folder / name).write_bytes(pickle.dumps(content))
     for spec in (f"cifar100:{tmp_path}", f"cifar100:{folder}"):
         for split in ("test", "train"):
-            with pytest.raises(
-                UsageError, match="does not hold CIFAR-100's train, test and meta as they are published"
-            ):
+            with pytest.raises(UsageError, match="does not hold CIFAR-100's train, test and meta as published"):
                 opened(spec, split)
     known = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in files}
     monkeypatch.setattr(CIFAR100, "test_list", [["test", known["test"]]])
