@@ -13,10 +13,12 @@ from cibr.data.dataset import Dataset, Sample, Skipped, SkipSample
 from cibr.data.emoji import open_emoji
 from cibr.data.features import open_features
 from cibr.data.folder import open_folder
+from cibr.data.hf import open_hf
 from cibr.data.karpathy import open_karpathy
 from cibr.data.options import DataOptions
 from cibr.data.pairs import Concept, ConceptSampler, Pairs, augment, load, split
 from cibr.data.standard import STANDARD, open_standard
+from cibr.data.stream import Stream
 from cibr.data.synthetic import open_synthetic
 from cibr.data.transforms import training_transform
 from cibr.data.webdataset import open_webdataset
@@ -57,6 +59,7 @@ SOURCES: dict[str, Source] = {
     "webdataset": Source(open_webdataset, "DIR, a glob of local .tar files, urls with braces, or pipe:COMMAND"),
     "csv": Source(open_csv, "FILE, a row for each pair of image path and caption"),
     "folder": Source(open_folder, "DIR, a folder of images for each class"),
+    "hf": Source(open_hf, "NAME_OR_PATH of a Hugging Face data set"),
     "features": Source(open_features, "FILE, as `cibr data cache` writes it"),
     "synthetic": Source(open_synthetic, "N drawings made on the fly"),
     "karpathy": Source(open_karpathy, "FILE.json of Karpathy's splits of COCO, Flickr30K or Flickr8K, by the images"),
@@ -75,7 +78,7 @@ def open_dataset(options: DataOptions, split: str = "train") -> Dataset:
     if kind not in SOURCES or not place:
         raise UsageError(_advice(options.data))
     dataset = SOURCES[kind].open(place, options, split)
-    if not len(dataset):
+    if not isinstance(dataset, Stream) and not len(dataset):
         raise UsageError(f"no usable sample in {options.data}\n{dataset.skipped}".strip())
     return dataset
 

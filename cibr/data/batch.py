@@ -13,107 +13,23 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cibr.data.dataset import Dataset, Skipped, SkipSample, group_id
+from cibr.data.dataset import Dataset, Skipped
 from cibr.data.features import FeatureSet
 from cibr.data.options import DataOptions
-from cibr.data.order import Order, random_numbers
-from cibr.data.transforms import Transform, own_random_state
+from cibr.data.order import Order
+from cibr.data.steps import Rows, Steps
+from cibr.data.stream import Stream, StreamSteps
+from cibr.data.transforms import Tokenizer, Transform
 from cibr.errors import UsageError
 
 Batch = dict[str, Tensor]
-Tokenizer = Callable[[list[str]], Tensor]
-
-
-@dataclass
-class Made:
-    """What a worker hands back: a batch, the rows it could not read, or why there is no batch."""
-
-    batch: Batch
-    bad: list[tuple[int, str]]  # row, reason
-    error: str | None = None
-
-
-class Steps(torch.utils.data.Dataset[Made]):
-    """Item `step` is the part of that step's batch that this rank takes."""
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        order: Order,
-        part: slice,
-        transform: Transform | None,
-        tokenizer: Tokenizer | None,
-        mask_duplicates: bool,
-    ) -> None:
-        self.dataset, self.order, self.part = dataset, order, part
-        self.transform, self.tokenizer, self.mask_duplicates = transform, tokenizer, mask_duplicates
-        self.bad: dict[int, str] = {}  # this process's memory of rows that cannot be read
-
-    def __getitem__(self, step: int) -> Made:
-        rows = self.order.rows(step)[self.part]
-        if isinstance(self.dataset, FeatureSet):
-            batch = self.dataset.batch(rows, random_numbers(self.order.seed, step, rows))
-            return Made(self._without_groups(batch), [])
-        before = set(self.bad)
-        try:
-            batch = self._read(step, rows)
-        except _NothingReadable as error:
-            return Made({}, list(self.bad.items()), str(error))
-        return Made(self._without_groups(batch), [(row, why) for row, why in self.bad.items() if row not in before])
-
-    def _read(self, step: int, rows: np.ndarray) -> Batch:
-        images: list[Tensor] = []
-        captions: list[Any] = []
-        taken: list[int] = []
-        with own_random_state() as seed:
-            for place, row in enumerate(rows.tolist()):
-                row, image = self._readable(step, place, row)
-                number = int(random_numbers(self.order.seed, step, np.array([row]))[0])
-                captions.append(self.dataset.draw(row, number))
-                seed(number)
-                images.append(self.transform(image) if self.transform is not None else image)
-                taken.append(row)
-        batch = {"index": torch.tensor(taken), "image": torch.stack(images)}
-        batch["group_ids"] = batch_groups(self.dataset, taken, captions)
-        if self.tokenizer is not None:
-            batch["text"] = self.tokenizer(captions)
-        return batch
-
-    def _readable(self, step: int, place: int, row: int) -> tuple[int, Any]:
-        """The row and its image; for one that cannot be read, what takes its place in the order."""
-        for attempt in range(1, self.order.attempts + 1):
-            if row not in self.bad:
-                try:
-                    return row, self.dataset.image(row)
-                except SkipSample as reason:
-                    self.bad[row] = str(reason)
-            row = int(self.order.rows(step, attempt)[self.part][place])
-        raise _NothingReadable(f"none of the samples drawn can be read; {self.dataset.keys[row]}: {self.bad[row]}")
-
-    def _without_groups(self, batch: Batch) -> Batch:
-        if not self.mask_duplicates:
-            del batch["group_ids"]
-        return batch
-
-
-class _NothingReadable(Exception):
-    pass
-
-
-def batch_groups(dataset: Dataset, rows: list[int], captions: list[Any]) -> Tensor:
-    """(n,) int64: the class of each pair, or what is equal for equal captions."""
-    if dataset.labels is not None:
-        return dataset.labels[rows]
-    return torch.tensor([group_id(text) for text in captions], dtype=torch.int64)
 
 
 class Batches:
@@ -130,45 +46,48 @@ class Batches:
         tokenizer: Tokenizer | None = None,
     ) -> None:
         """Raises UsageError where there are fewer samples than a batch takes, or nothing to tell a pair from."""
-        groups = dataset.group_ids.numpy()
-        if options.mask_duplicates and len(dataset) and (groups == groups[0]).all():
-            raise UsageError(
-                f"all {len(dataset)} samples of {options.data} have the same caption or class, so none is another's "
-                "negative and there is nothing to learn"
-            )
-        self.order = Order(len(dataset), batch_size, seed, groups if dataset.distinct_groups else None)
-        self.dataset, self.options = dataset, options
+        self.dataset, self.options, self.batch_size, self.seed = dataset, options, batch_size, seed
         self.transform, self.tokenizer = transform, tokenizer
+        self.order = None if isinstance(dataset, Stream) else make_order(dataset, options, batch_size, seed)
+        self.steps_per_epoch = None if self.order is None else self.order.steps_per_epoch  # of a stream not known
         self.skipped = Skipped()
         self.skipped.update(dataset.skipped)
-        self._bad: set[int] = set()
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.order.steps_per_epoch
+        self._seen: set[tuple[str, str]] = set()
 
     def start(self, step: int, part: slice | None = None) -> Iterator[Batch]:
         """The batches of `step`, `step` + 1, ... without end; of each the rows `part`.
 
         Raises UsageError when no sample can be read.
         """
-        steps = Steps(
-            self.dataset,
-            self.order,
-            part or slice(None),
-            self.transform,
-            self.tokenizer,
-            self.options.mask_duplicates,
-        )
-        workers = default_workers(self.dataset, self.options)
-        for made in loader(steps, itertools.count(step), workers, self.options.prefetch):
-            for row, reason in made.bad:
-                if row not in self._bad:
-                    self._bad.add(row)
-                    self.skipped.add(reason, self.dataset.keys[row])
+        for made in self._loader(step, part or slice(None)):
+            for name, reason in set(made.bad) - self._seen:
+                self._seen.add((name, reason))
+                self.skipped.add(reason, name)
             if made.error is not None:
                 raise UsageError(made.error)
+            if not self.options.mask_duplicates:
+                del made.batch["group_ids"]
             yield made.batch
+
+    def _loader(self, step: int, part: slice) -> DataLoader:
+        workers, prefetch = default_workers(self.dataset, self.options), self.options.prefetch
+        if self.order is not None:
+            steps = Steps(self.dataset, self.order, part, self.transform, self.tokenizer)
+            return loader(steps, itertools.count(step), workers, prefetch)
+        assert isinstance(self.dataset, Stream)
+        size = len(range(self.batch_size)[part])
+        stream = StreamSteps(self.dataset, step, size, self.seed, self.transform, self.tokenizer, workers)
+        return loader(stream, None, workers, prefetch)
+
+
+def make_order(dataset: Dataset, options: DataOptions, batch_size: int, seed: int) -> Order:
+    groups = dataset.group_ids.numpy()
+    if options.mask_duplicates and (groups == groups[0]).all():
+        raise UsageError(
+            f"all {len(dataset)} samples of {options.data} have the same caption or class, so none is another's "
+            "negative and there is nothing to learn"
+        )
+    return Order(len(dataset), batch_size, seed, groups if dataset.distinct_groups else None)
 
 
 def in_order(
@@ -180,32 +99,10 @@ def in_order(
     """
     parts = (range(first, min(first + batch_size, len(dataset))) for first in range(0, len(dataset), batch_size))
     for made in loader(Rows(dataset, transform), parts, default_workers(dataset, options), options.prefetch):
-        for row, reason in made.bad:
-            dataset.skipped.add(reason, dataset.keys[row])
+        for name, reason in made.bad:
+            dataset.skipped.add(reason, name)
         if made.batch:
             yield made.batch
-
-
-class Rows(torch.utils.data.Dataset[Made]):
-    """Item `range(a, b)` is the images of these rows."""
-
-    def __init__(self, dataset: Dataset, transform: Transform | None) -> None:
-        self.dataset, self.transform = dataset, transform
-
-    def __getitem__(self, rows: range) -> Made:
-        images: list[Tensor] = []
-        taken: list[int] = []
-        bad = []
-        for row in rows:
-            try:
-                image: Any = self.dataset.image(row)
-            except SkipSample as reason:
-                bad.append((row, str(reason)))
-                continue
-            images.append(self.transform(image) if self.transform is not None else image)
-            taken.append(row)
-        key = "image" if self.dataset.image_width is None else "image_features"
-        return Made({key: torch.stack(images), "index": torch.tensor(taken)} if taken else {}, bad)
 
 
 def default_workers(dataset: Dataset, options: DataOptions) -> int:
@@ -214,10 +111,12 @@ def default_workers(dataset: Dataset, options: DataOptions) -> int:
         return options.workers
     if isinstance(dataset, FeatureSet):
         return 0
-    return max(1, min(8, len(os.sched_getaffinity(0)) - 1 if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shards = len(dataset.urls) if isinstance(dataset, Stream) else cores
+    return max(1, min(8, cores - 1, shards // int(os.environ.get("WORLD_SIZE", "1"))))
 
 
-def loader(items: torch.utils.data.Dataset, sampler: Iterable[Any], workers: int, prefetch: int) -> DataLoader:
+def loader(items: Any, sampler: Iterable[Any] | None, workers: int, prefetch: int) -> DataLoader:
     """A DataLoader of whole items in the sampler's order, in pinned memory where there is a GPU."""
     return DataLoader(
         items,
@@ -226,12 +125,12 @@ def loader(items: torch.utils.data.Dataset, sampler: Iterable[Any], workers: int
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=leave_signals_to_the_parent,
         generator=torch.Generator(),  # its own: the global state is part of what a resumed run restores
     )
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
+def leave_signals_to_the_parent(worker: int) -> None:
     """A signal to the whole group must not end the workers before the parent has saved; they end when it does."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

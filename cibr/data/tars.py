@@ -81,15 +81,13 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}/{stem}" if folder else stem, ending.lower()
 
 
-def check_member(member: tarfile.TarInfo, size: int) -> None:
-    """Raises SkipSample for a member that is not to be read; `size` is the tar's."""
+def check_member(member: tarfile.TarInfo) -> None:
+    """Raises SkipSample for a member that is not to be read."""
     parts = PurePosixPath(member.name).parts
     if ".." in parts or member.name.startswith("/"):
         raise SkipSample("tar member with a path out of the tar")
     if not member.isreg() or member.sparse is not None:  # type: ignore[attr-defined]
         raise SkipSample("tar member that is no plain file")
-    if member.offset_data + member.size > size:
-        raise SkipSample("tar member cut short")
     ending = split_name(member.name)[1]
     if ending in TEXTS and member.size > MAX_TEXT_BYTES:
         raise SkipSample("caption file larger than 1 MB")
@@ -106,7 +104,9 @@ def samples(path: Path, skipped: Skipped) -> dict[str, dict[str, Place]]:
             continue
         key, ending = split_name(member.name)
         try:
-            check_member(member, size)
+            check_member(member)
+            if member.offset_data + member.size > size:
+                raise SkipSample("tar member cut short")
             if ending in found.get(key, ()):
                 raise SkipSample("tar member of a name that was there before")
         except SkipSample as reason:

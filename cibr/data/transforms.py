@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 Transform = Callable[[Image.Image], Tensor]
+Tokenizer = Callable[[list[str]], Tensor]  # n texts -> (n, length) int64
 
 
 @contextmanager
