@@ -1,7 +1,7 @@
 """Tars read in sequence, from urls and pipes, through the webdataset library.
 
-The documented exception to "a batch depends on seed and step alone": it depends on the numbers of ranks and workers too,
-among which the shards are dealt out. A batch takes the next samples of its worker's shards. In place of those that
+The documented exception to "a batch depends on seed and step alone": it depends on the ranks and workers too, which
+each have their shards. A batch takes the next samples of its worker's shards. In place of those that
 cannot be read it repeats others of its own, so that a resumed run can pass over what was seen without decoding it.
 """
 

@@ -66,4 +66,5 @@ def build(directory: Path, size: int = 32) -> Path:
             for concept in CONCEPTS:
                 add(tar, f"{concept}_{style}.png", draw(concept, style, size))
                 add(tar, f"{concept}_{style}.json", json.dumps(about(concept, style)).encode())
+    (directory / "set.json").write_text("{}")
     return directory
