@@ -57,9 +57,10 @@ def open_csv(place: str, options: DataOptions, split: str) -> Dataset:
             image, caption = row
             if not image.strip():
                 raise SkipSample("no image")
-            captions.setdefault(image.strip(), []).extend(clean([caption]))
-    for image, texts in list(captions.items())[: options.limit]:
-        listing.add(image, tuple(texts), None, image)
+            texts = clean([caption])
+            captions.setdefault(image.strip(), []).extend(texts)
+    for image, own in list(captions.items())[: options.limit]:
+        listing.add(image, tuple(own), None, image)
     return FileImages(path.parent, listing.places, options.max_pixels, **listing.columns())
 
 

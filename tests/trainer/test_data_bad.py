@@ -1,0 +1,95 @@
+"""Bad data: every case of the campaign, and what the pictures that are odd but whole look like."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+
+import bad_data
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
+
+from cibr.data.dataset import SkipSample
+from cibr.data.images import decode
+
+
+@pytest.mark.parametrize("case", bad_data.CASES, ids=lambda case: case.name)
+def test_campaign(case: bad_data.Case, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path != folder}
+    tracemalloc.start()
+    found = bad_data.run(case, folder)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert bad_data.as_expected(case, found), found
+    assert peak < 32 << 20  # nothing in a data set takes the memory
+    written = {path for path in tmp_path.iterdir() if path not in before} - {folder, tmp_path / "cache"}
+    assert not written  # nor writes beside it
+
+
+def test_the_names_of_bad_cases_are_distinct() -> None:
+    assert len({case.name for case in bad_data.CASES}) == len(bad_data.CASES) > 50
+
+
+def read(image: Image.Image, kind: str = "PNG", **options: object) -> Image.Image:
+    found = decode(bad_data.encode(image, kind, **options), 10_000)
+    assert found.mode == "RGB"
+    return found
+
+
+def test_16_bits_are_scaled_not_clipped() -> None:
+    ramp = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+    for kind in ("PNG", "TIFF"):
+        found = np.asarray(read(Image.fromarray(ramp), kind))
+        assert (found == np.round(ramp / 257)[..., None]).all() and found.max() == 255
+    assert len(np.unique(found)) == 64
+    wide = Image.fromarray(np.full((8, 8), 70_000, np.int32))
+    with pytest.raises(SkipSample, match="more than 16 bits"):
+        read(wide, "TIFF")
+
+
+def test_what_is_transparent_is_white() -> None:
+    white, half = (255, 255, 255), Image.new("RGBA", (8, 8), (0, 0, 255, 128))
+    assert read(Image.new("RGBA", (8, 8), (255, 0, 0, 0))).getpixel((0, 0)) == white
+    assert read(Image.new("LA", (8, 8), (0, 0))).getpixel((0, 0)) == white
+    assert read(half).getpixel((0, 0)) == (127, 127, 255)
+    palette = Image.new("P", (8, 8))
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.putpixel((1, 0), 1)
+    found = read(palette, transparency=0)
+    assert found.getpixel((0, 0)) == white and found.getpixel((1, 0)) == (255, 0, 0)
+    assert read(Image.new("RGB", (8, 8)), transparency=(0, 0, 0)).getpixel((0, 0)) == white
+
+
+def test_a_photo_held_on_its_side_is_upright() -> None:
+    image = Image.new("RGB", (16, 8), "white")
+    image.paste("black", (0, 0, 8, 8))  # the left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees clockwise to be seen
+    for kind in ("PNG", "JPEG", "WEBP"):
+        found = read(image, kind, exif=exif)
+        assert found.size == (8, 16)
+        assert max(found.getpixel((4, 3))) < 40 and min(found.getpixel((4, 12))) > 215  # type: ignore[arg-type,type-var]
+    damaged = bad_data.encode(image, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+    assert decode(damaged, 10_000).size == (16, 8)
+
+
+def test_cmyk_palette_and_animation() -> None:
+    red = read(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG").getpixel((4, 4))
+    assert red[0] > 240 and max(red[1:]) < 20  # type: ignore[index]
+    for kind in ("GIF", "WEBP", "PNG", "TIFF"):
+        first = read(bad_data.FRAMES[0], kind, save_all=True, append_images=bad_data.FRAMES[1:])
+        assert first.getpixel((4, 4)) in ((255, 0, 0), (255, 1, 0), (254, 0, 0))
+    assert read(Image.new("1", (8, 8), 1)).getpixel((0, 0)) == (255, 255, 255)
+    assert read(Image.new("L", (8, 8), 7)).getpixel((0, 0)) == (7, 7, 7)
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = bad_data.encode(Image.new("1", (300, 300)))
+    assert decode(large, 90_000).size == (300, 300)
+    monkeypatch.setattr(PngImageFile, "load", None)
+    with pytest.raises(SkipSample, match="too many pixels"):
+        decode(large, 89_999)
