@@ -25,8 +25,10 @@ def commands() -> dict[str, Callable[[argparse.Namespace], int]]:
         return toy.main(args.json)
 
     def run_gpu(args: argparse.Namespace) -> int:
-        from bench import gpu
+        from bench import gpu, host
 
+        if args.host:
+            return host.main(args.names[1:], update=args.update)
         return gpu.main(args.json, predict=args.predict, search=args.search, only=args.names[1:])
 
     def run_scale(args: argparse.Namespace) -> int:
@@ -87,18 +89,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--plot", type=Path, metavar="FILE.png", help="draw time and memory against N, or the command's picture"
     )
     parser.add_argument("--list", action="store_true", help="print the names and stop")
-    parser.add_argument("--update", action="store_true", help="instructions: record the counts")
+    parser.add_argument("--update", action="store_true", help="instructions, gpu --host: record the counts")
     parser.add_argument("--predict", action="store_true", help="gpu: predict, without a GPU, from what compilers make")
+    parser.add_argument("--host", action="store_true", help="gpu: launches, memory and host instructions, without one")
     parser.add_argument("--search", action="store_true", help="gpu: look for better configurations than the tables'")
     args = parser.parse_args(argv)
     known = commands()
-    if (args.predict or args.search) and not args.names:
+    of_gpu = args.predict or args.search or args.host
+    if of_gpu and not args.names:
         args.names = ["gpu"]
     command = args.names[0] if args.names and args.names[0] in known else None
-    if (args.predict or args.search) and command != "gpu":
-        parser.error("--predict and --search belong to gpu: python bench/ gpu --predict")
-    if args.update and command != "instructions":
-        parser.error("--update belongs to instructions: python bench/ instructions --update")
+    if of_gpu and command != "gpu":
+        parser.error("--predict, --search and --host belong to gpu: python bench/ gpu --predict")
+    if args.update and command != "instructions" and not args.host:
+        parser.error("--update belongs to instructions and gpu --host: python bench/ instructions --update")
     if not command and not args.list:
         processes.start_server()
 

@@ -1,0 +1,111 @@
+"""The fake device counts what a process does to a GPU, and the ops do no more than bench/results/host.json says."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_device
+import pytest
+
+from bench import host
+
+UPDATE = "python bench/ gpu --host --update"
+KNOWN = """
+import json, torch
+from fake_device.counters import Counters
+from triton_program import copy_block
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+counters = Counters()
+x = torch.empty(256, 128, device="cuda", dtype=torch.bfloat16)
+
+def counted(run):
+    run()  # cuBLAS has a handle, Triton a kernel
+    counters.reset()
+    run()
+    return {name: count for name, count in counters.read().items() if count}
+
+maps = [TensorDescriptor.from_tensor(t, [64, 64]) for t in (x, torch.empty_like(x))]
+print(json.dumps({
+    "add": counted(lambda: x + x),
+    "matmul": counted(lambda: x @ x.T),
+    "float32 matmul": counted(lambda: torch.mm(x, x.T, out_dtype=torch.float32)),
+    "item": counted(x.sum().item),
+    "synchronize": counted(torch.cuda.synchronize),
+    "to the host": counted(lambda: x[0].cpu()),
+    "triton": counted(lambda: copy_block[(4,)](*maps, BLOCK=64)),
+    "names": counters.launched(lambda: copy_block[(4,)](*maps, BLOCK=64)),
+    "device": [torch.cuda.get_device_name(), torch.cuda.get_device_capability()],
+}))
+"""
+KERNEL = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def copy_block(source, target, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK
+    target.store([row, 0], source.load([row, 0]))
+"""
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    try:
+        return fake_device.build(tmp_path_factory.mktemp("device"))
+    except fake_device.Unavailable as error:
+        pytest.skip(str(error))
+
+
+def test_launches_maps_copies_and_waits_are_counted(device: Path, tmp_path: Path) -> None:
+    (tmp_path / "triton_program.py").write_text(KERNEL)
+    environment = fake_device.environment(device) | {"PYTHONPATH": f"{host.ROOT}:{host.FAKE_DEVICE}:{tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", KNOWN], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "add": {"aten": 1},
+        "matmul": {"cublas": 1},
+        "float32 matmul": {"cublas": 1},
+        "item": {"memcpys": 1, "synchronisations": 1},
+        "synchronize": {"synchronisations": 1},
+        "to the host": {"memcpys": 1, "synchronisations": 1},
+        "triton": {"triton": 1, "tensor_maps": 2},
+        "names": ["copy_block"],
+        "device": ["Fake H200", [9, 0]],
+    }
+
+
+@pytest.fixture(scope="module")
+def counts(device: Path) -> host.Counts:
+    return host.count(host.CASES)
+
+
+def test_a_step_launches_allocates_and_keeps_no_more_than_is_recorded(counts: host.Counts) -> None:
+    record = host.read()
+    found = host.differences(record, {"counts": counts, "versions": host.versions()})
+    assert not found, "\n".join([*found, f"if that is meant: {UPDATE}"])
+    assert {case for case in counts if not case.startswith(host.NEEDS_CUDA_CPP)} == {
+        case for case in record["counts"] if not case.startswith(host.NEEDS_CUDA_CPP)
+    }
+
+
+def test_nothing_waits_for_the_device(counts: host.Counts) -> None:
+    assert {case: row["waits"] for case, row in counts.items() if row["waits"]} == {}
+
+
+def test_what_changed_is_said() -> None:
+    then = host.read()
+    now = copy.deepcopy(then)
+    now["counts"]["clip_loss 1024x512"]["triton"] += 1
+    now["counts"]["clip_loss 1024x512"]["aten"] += 1
+    now["counts"]["another 1x1"] = now["counts"]["clip_loss 1024x512"]
+    row = then["counts"]["clip_loss 1024x512"]
+    said = [f"triton {row['triton']} -> {row['triton'] + 1}", f"aten {row['aten']} -> {row['aten'] + 1}"]
+    assert host.differences(then, then) == []
+    assert host.differences(then, now) == [f"clip_loss 1024x512: {', '.join(said)}", "another 1x1: not recorded"]
+    now["versions"] = {"torch": "1.0"}
+    assert host.differences(then, now)[0] == f"clip_loss 1024x512: {said[0]}", "aten's launches are the version's"
