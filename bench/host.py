@@ -109,7 +109,7 @@ def host_ratios(cases: Sequence[str]) -> dict[str, float]:
         for file in files:
             text = file.read_text(errors="replace")
             label = re.search(r"^desc: Trigger: Client Request: (.+)$", text, re.MULTILINE)
-            total = re.search(r"^(?:totals|summary): (\d+)", text, re.MULTILINE)
+            total = re.search(r"^totals: (\d+)", text, re.MULTILINE)
             if label and total:
                 totals[label[1]] = int(total[1])
     return {case: round(totals[case] / totals[RATIOS[case]], 2) for case in done.split("\n") if case in wanted}

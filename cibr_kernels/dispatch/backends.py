@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-NAMES = ("native", "triton", "reference")
+NAMES: tuple[str, ...] = ("native", "triton", "reference")
 HOMES = {
     "dot_lse": "primitives.dot.lse",
     "dot_softplus": "primitives.dot.softplus",
