@@ -21,7 +21,7 @@ from bench.static.gpus import GPUS
 PEERS = {"clip_loss": ("open_clip", "eager", "inf_cl", "memeff"), "siglip_loss": ("open_clip", "siglip_kernel")}
 PEER_SIZES = ((65536, 512), (65536, 768))
 # what our kernels find in device memory on unit-norm features: the fixed offset holds (dot/lse/triton_forward.py)
-MEMORY = {"mode": 0, "stash_offset": 0.0}
+MEMORY = {"mode": 0, "stash_shift": 0.0}
 
 
 @dataclass

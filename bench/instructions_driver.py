@@ -43,11 +43,11 @@ def dot_calls(dtype: int) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     name = {FLOAT: "float32", BF16: "bfloat16"}[dtype]
     x, y = normal(N * D, D**-0.5), normal(N * D + 1, D**-0.5)[1:]
     features: dict[str, Any] = {"x": x, "y": y} if dtype == FLOAT else {"x": bf16(x), "y": bf16(y)}
-    problem = {**features, "dtype": dtype, "n": N, "m": N, "d": D, "scale": 14.0, "offset": 0}
-    rows, cols, positives, offset = zeros(N), zeros(N), zeros(N), zeros(1)
+    problem = {**features, "dtype": dtype, "n": N, "m": N, "d": D, "scale": 14.0, "first_positive": 0}
+    rows, cols, positives, shift = zeros(N), zeros(N), zeros(N), zeros(1)
     stash = zeros((N + BLOCK - 1) // BLOCK * N * BLOCK)
     sums = {"row_lse": rows, "col_lse": cols}
-    forward = {**problem, **sums, "mask_positives": 1, "positives": positives, "stash_offset": offset}
+    forward = {**problem, **sums, "mask_positives": 1, "positives": positives, "stash_shift": shift}
     yield f"dot_lse forward {name}", "dot_lse_forward", "DotForward", forward
     kept = {"stash": stash, "stash_dtype": dtype}
     yield f"dot_lse forward {name} stash", "dot_lse_forward", "DotForward", {**forward, **kept}
@@ -55,7 +55,7 @@ def dot_calls(dtype: int) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     gradients = {"dx": zeros(N * D), "dy": zeros(N * D), "dscale": zeros(1)}
     backward = {**problem, **sums, **weights, **gradients, "mask_positives": 1}
     yield f"dot_lse backward {name} panel", "dot_lse_backward", "DotBackward", backward
-    stashed = {**backward, **kept, "stash_offset": offset}  # read when the call is made: the forward has run
+    stashed = {**backward, **kept, "stash_shift": shift}  # read when the call is made: the forward has run
     yield f"dot_lse backward {name} stash", "dot_lse_backward", "DotBackward", stashed
     softplus = {**problem, "bias": -10.0, "row_sum": rows, "col_sum": cols, "dbias": zeros(1)}
     yield f"dot_softplus {name}", "dot_softplus", "DotSoftplus", softplus
@@ -68,7 +68,7 @@ def additive_calls(activation: int) -> Iterator[tuple[str, str, str, dict[str, A
     shape = {"n": N, "m": N, "h": H, "activation": activation, "slope": 0.01}
     problem = {"a": normal(N * H), "b": normal(N * H + 1)[1:], "w": normal(H, H**-0.5), **shape}
     outputs = {"ga": zeros(N * H), "gb": zeros(N * H), "gw": zeros(H)}
-    moments = {**problem, **outputs, "moments": zeros(2), "offset": 0, "include_diagonal": 0}
+    moments = {**problem, **outputs, "moments": zeros(2), "first_positive": 0, "include_diagonal": 0}
     needs = {"need_a": 1, "need_b": 1, "need_w": 1}
     yield f"additive_moments forward {name}", "additive_moments", "AdditiveMoments", moments
     yield f"additive_moments train {name}", "additive_moments", "AdditiveMoments", {**moments, **needs}
@@ -99,7 +99,7 @@ def calls() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
 def call(module: Any, kernel: str, struct: str, fields: dict[str, Any]) -> None:
     params = getattr(module, struct)()
     for name, value in fields.items():
-        if struct == "DotBackward" and name == "stash_offset":
+        if struct == "DotBackward" and name == "stash_shift":
             value = value[0]
         setattr(params, name, value.buffer_info()[0] if isinstance(value, array) else value)
     params.threads = 1

@@ -99,7 +99,7 @@ PYBIND11_MODULE(_C, m) {
   {
     using P = DotProblem;
     py::class_<P> c(m, "DotProblem");
-    FIELD(x), FIELD(y), FIELD(dtype), FIELD(n), FIELD(m), FIELD(d), FIELD(scale), FIELD(offset), FIELD(row_ids),
+    FIELD(x), FIELD(y), FIELD(dtype), FIELD(n), FIELD(m), FIELD(d), FIELD(scale), FIELD(first_positive), FIELD(row_ids),
         FIELD(col_ids), FIELD(threads);
   }
   {
@@ -113,14 +113,14 @@ PYBIND11_MODULE(_C, m) {
     py::class_<P, DotProblem> c(m, "DotForward");
     constructible(c);
     FIELD(mask_positives), FIELD(row_lse), FIELD(col_lse), FIELD(row_max), FIELD(col_max), FIELD(positives),
-        FIELD(stash), FIELD(stash_dtype), FIELD(stash_offset);
+        FIELD(stash), FIELD(stash_dtype), FIELD(stash_shift);
   }
   {
     using P = DotBackward;
     py::class_<P, DotGradient> c(m, "DotBackward");
     constructible(c);
     FIELD(mask_positives), FIELD(row_lse), FIELD(row_weight), FIELD(col_lse), FIELD(col_weight), FIELD(stash),
-        FIELD(stash_dtype), FIELD(stash_offset);
+        FIELD(stash_dtype), FIELD(stash_shift);
   }
   {
     using P = ClipLoss;
@@ -144,7 +144,7 @@ PYBIND11_MODULE(_C, m) {
     using P = AdditiveMoments;
     py::class_<P> c(m, "AdditiveMoments");
     constructible(c);
-    FIELD(a), FIELD(b), FIELD(w), FIELD(n), FIELD(m), FIELD(h), FIELD(offset), FIELD(include_diagonal),
+    FIELD(a), FIELD(b), FIELD(w), FIELD(n), FIELD(m), FIELD(h), FIELD(first_positive), FIELD(include_diagonal),
         FIELD(activation), FIELD(slope), FIELD(need_a), FIELD(need_b), FIELD(need_w), FIELD(features_dtype),
         FIELD(threads), FIELD(moments), FIELD(ga), FIELD(gb), FIELD(gw);
   }

@@ -49,24 +49,32 @@ class Op(NamedTuple):
     exponent: float
 
 
-def clip(n: int, m: int, d: int, offset: int, scale: float, budget: int) -> Op:
+def clip(n: int, m: int, d: int, first_positive: int, scale: float, budget: int) -> Op:
     def ours(x: Tensor, y: Tensor, s: Tensor, backend: str) -> Tensor:
         ck.set_stash_budget(budget)
-        return rectangular_clip_loss(x, y, s, offset=offset, one_way=False, backend=backend)
+        return rectangular_clip_loss(x, y, s, first_positive=first_positive, one_way=False, backend=backend)
 
     def definition(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
-        return clip_reference(x, y, s, offset, False)
+        return clip_reference(x, y, s, first_positive, False)
 
-    return Op((*towers(n, m, d, offset), torch.tensor(scale)), ours, definition, m + d, scale)
+    return Op((*towers(n, m, d, first_positive), torch.tensor(scale)), ours, definition, m + d, scale)
 
 
-def groups(n: int, m: int, d: int, offset: int, scale: float, budget: int, mask: bool = True) -> Op:
+def groups(n: int, m: int, d: int, first_positive: int, scale: float, budget: int, mask: bool = True) -> Op:
     """The sums and the maxima of dot_lse with ids; the columns of two groups are nobody's."""
 
     def total(sums: Callable[..., tuple[Tensor, ...]], x: Tensor, y: Tensor, s: Tensor, **how: str) -> Tensor:
         row_ids, col_ids = torch.arange(n, device=x.device) % 7, torch.arange(m, device=x.device) % 9
         found = sums(
-            x, y, s, row_ids=row_ids, col_ids=col_ids, offset=offset, mask_positives=mask, need_max=True, **how
+            x,
+            y,
+            s,
+            row_ids=row_ids,
+            col_ids=col_ids,
+            first_positive=first_positive,
+            mask_positives=mask,
+            need_max=True,
+            **how,
         )
         return sum(weight * t.mean() for weight, t in zip((1.0, 0.7, -1.3, 0.4, 0.6), found, strict=True))
 
@@ -74,11 +82,11 @@ def groups(n: int, m: int, d: int, offset: int, scale: float, budget: int, mask:
         ck.set_stash_budget(budget)
         return total(dot_lse, x, y, s, backend=backend)
 
-    inputs = (*towers(n, m, d, offset), torch.tensor(scale))
+    inputs = (*towers(n, m, d, first_positive), torch.tensor(scale))
     return Op(inputs, ours, lambda *t: total(lse_reference, *t), m + d, scale)
 
 
-def softplus(n: int, m: int, d: int, offset: int, scale: float, ids: bool, attract: bool, sums: bool) -> Op:
+def softplus(n: int, m: int, d: int, first_positive: int, scale: float, ids: bool, attract: bool, sums: bool) -> Op:
     """Of every row and every second column, with the weights known before the pass or (sums) not."""
 
     def how(x: Tensor) -> dict[str, Any]:
@@ -86,7 +94,7 @@ def softplus(n: int, m: int, d: int, offset: int, scale: float, ids: bool, attra
         return {
             "row_ids": rows if ids else None,
             "col_ids": cols if ids else None,
-            "offset": offset,
+            "first_positive": first_positive,
             "attract": attract,
         }
 
@@ -105,7 +113,7 @@ def softplus(n: int, m: int, d: int, offset: int, scale: float, ids: bool, attra
         (u, v), (rows, cols) = weights(x, s), softplus_reference(x, y, s, bias, **how(x))
         return (rows * u).sum() + (cols * v).sum()
 
-    inputs = (*towers(n, m, d, offset), torch.tensor(scale), torch.tensor(-scale / 2))
+    inputs = (*towers(n, m, d, first_positive), torch.tensor(scale), torch.tensor(-scale / 2))
     return Op(inputs, ours, definition, m + d, 1.5 * scale)
 
 
@@ -125,15 +133,17 @@ def pair_scores(activation: str, size: float) -> Op:
 
 
 def moments(activation: str, shape: tuple[int, int, int, int], size: float) -> Op:
-    n, m, offset, h = shape
+    n, m, first_positive, h = shape
     inputs, *_, exponent, _ = moments_expected(shape, activation, size, 0.0, False)
 
     def ours(a: Tensor, b: Tensor, w: Tensor, backend: str) -> Tensor:
-        j, el = additive_moments(a, b, w, activation=activation, slope=0.2, offset=offset, backend=backend)
+        j, el = additive_moments(
+            a, b, w, activation=activation, slope=0.2, first_positive=first_positive, backend=backend
+        )
         return 0.7 * j - 1.3 * el
 
     def definition(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
-        j, el = moments_reference(a, b, w, activation, 0.2, offset)
+        j, el = moments_reference(a, b, w, activation, 0.2, first_positive)
         return 0.7 * j - 1.3 * el
 
     return Op(inputs, ours, definition, n + m + h, exponent)

@@ -44,7 +44,7 @@ def sharded_dot_lse(
     }  # fmt: skip
     if strategy == "ring" and shards.world > 1:
         return ring_dot_lse(x, y, scale, shards, **options)
-    rows, cols, positives, *maxima = dot_lse(x, gather(y, shards), scale, offset=shards.offset, **options)
+    rows, cols, positives, *maxima = dot_lse(x, gather(y, shards), scale, first_positive=shards.offset, **options)
     if need_cols:
         cols = merge.columns(cols, shards)
         maxima[1:] = [merge.largest(t, shards) for t in maxima[1:]]

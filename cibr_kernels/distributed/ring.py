@@ -85,19 +85,19 @@ class _Blocks:
 
     def forward(self, y: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """y (m, d) -> rows (n,), cols (m,) or (0,), positives (n,) if it is the own shard, maxima (n,), (m,) or (0,),
-        the stash offset () that the block's backward wants; sums in float64."""
+        the stash shift () that the block's backward wants; sums in float64."""
         mask, swap = step == 0 and self.mask_positives, len(y) < len(self.x)
         a, b = (y, self.x) if swap else (self.x, y)
-        rows, cols, positives, row_max, col_max, stash_offset, _ = dot_lse_forward(
+        rows, cols, positives, row_max, col_max, stash_shift, _ = dot_lse_forward(
             a, b, self.scale, *self._ids(step, swap), 0, mask, self.need_cols or swap, self.need_max, 0, self.backend
         )
         if swap:
             rows, cols, row_max, col_max = cols, rows, col_max, row_max
-        return rows.double(), cols.double(), positives, row_max, col_max, stash_offset
+        return rows.double(), cols.double(), positives, row_max, col_max, stash_shift
 
     def backward(
         self, y: Tensor, step: int, rows: Tensor, g_rows: Tensor, cols: Tensor, g_cols: Tensor, positives: Tensor,
-        g_positives: Tensor, stash_offset: Tensor, need_dx: bool, need_dy: bool,
+        g_positives: Tensor, stash_shift: Tensor, need_dx: bool, need_dy: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """-> dx (n, d), dy (m, d), each empty unless needed, dscale ()."""
         own, swap, none = step == 0, len(y) < len(self.x), rows.new_empty(0)
@@ -111,7 +111,7 @@ class _Blocks:
         if not own:
             positives = g_positives = rows.new_zeros(len(a))
         da, db, dscale = dot_lse_backward(
-            g_rows, g_cols, g_positives, a, b, self.scale, *self._ids(step, swap), rows, cols, positives, stash_offset,
+            g_rows, g_cols, g_positives, a, b, self.scale, *self._ids(step, swap), rows, cols, positives, stash_shift,
             none, 0, own and self.mask_positives, *needs, self.backend,
         )  # fmt: skip
         return (db, da, dscale) if swap else (da, db, dscale)
@@ -128,12 +128,12 @@ class _Ring(Function):
         need_cols, need_max = blocks.need_cols, blocks.need_max
         shard, behind = y, None
         rows = cols = positives = row_max = col_max = x.new_empty(0)
-        stash_offsets = []
+        stash_shifts = []
         for step in range(shards.world):
             coming = shards.rows[(shards.rank + step + 1) % shards.world]
             ahead = Hop("ahead", (shard,), coming, shards) if step + 1 < shards.world else None
-            more_rows, more_cols, own_positives, more_row_max, more_col_max, stash_offset = blocks.forward(shard, step)
-            stash_offsets.append(stash_offset)
+            more_rows, more_cols, own_positives, more_row_max, more_col_max, stash_shift = blocks.forward(shard, step)
+            stash_shifts.append(stash_shift)
             if step == 0:
                 rows, positives, row_max = more_rows, own_positives, more_row_max
             else:
@@ -154,7 +154,7 @@ class _Ring(Function):
             col_max = home[0] if home else col_max
         col_max = col_max if need_cols else col_max[:0]
         rows, cols = rows.to(positives.dtype), (cols if need_cols else cols[:0]).to(positives.dtype)
-        ctx.save_for_backward(y, rows, cols, positives, x, scale, row_ids, col_ids, *stash_offsets)
+        ctx.save_for_backward(y, rows, cols, positives, x, scale, row_ids, col_ids, *stash_shifts)
         ctx.options, ctx.shards = options, shards
         ctx.mark_non_differentiable(row_max, col_max)
         return rows, cols, positives, row_max, col_max
@@ -163,7 +163,7 @@ class _Ring(Function):
     @once_differentiable
     def backward(ctx: Any, g_rows: Tensor, g_cols: Tensor, g_positives: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         """(n,), (n,) or (0,), (n,) -> the gradients of x (n, d), y (n, d) and scale (), None unless needed."""
-        y, rows, cols, positives, x, scale, row_ids, col_ids, *stash_offsets = ctx.saved_tensors
+        y, rows, cols, positives, x, scale, row_ids, col_ids, *stash_shifts = ctx.saved_tensors
         blocks, shards = _Blocks(x, scale, row_ids, col_ids, ctx.shards, *ctx.options), ctx.shards
         need_x, need_y, need_scale = ctx.needs_input_grad[:3]
         g_rows, g_positives = g_rows.contiguous(), g_positives.contiguous()
@@ -176,7 +176,7 @@ class _Ring(Function):
             ahead = Hop("ahead", shard, coming, shards) if step + 1 < shards.world else None
             sums, g_sums = (shard[1], shard[2]) if blocks.need_cols else (rows[:0], rows[:0])
             more_dx, more_dy, more_dscale = blocks.backward(
-                shard[0], step, rows, g_rows, sums, g_sums, positives, g_positives, stash_offsets[step],
+                shard[0], step, rows, g_rows, sums, g_sums, positives, g_positives, stash_shifts[step],
                 need_x or not need_y, need_y,
             )  # fmt: skip
             dx, dscale = more_dx.to(wide) if step == 0 else dx.add_(more_dx), dscale + more_dscale

@@ -46,7 +46,7 @@ def sharded_dot_softplus(
         )  # fmt: skip
     return dot_softplus(
         x, gather(y, shards), scale, bias, row_weights, weights, row_ids=row_ids, col_ids=col_ids,
-        offset=shards.offset, attract=attract, backend=backend,
+        first_positive=shards.offset, attract=attract, backend=backend,
     )  # fmt: skip
 
 
@@ -56,9 +56,16 @@ def sharded_dot_softplus_sums(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """-> rows (n,) and cols (n,) of this rank's rows and columns, over those of all ranks.  No checks."""
     rows, cols = dot_softplus_sums(
-        x, gather(y, shards), scale, bias, row_ids=row_ids, col_ids=col_ids, offset=shards.offset, attract=attract,
+        x,
+        gather(y, shards),
+        scale,
+        bias,
+        row_ids=row_ids,
+        col_ids=col_ids,
+        first_positive=shards.offset,
+        attract=attract,
         backend=backend,
-    )  # fmt: skip
+    )
     if shards.world == 1:
         return rows, cols
     parts = exchange(cols, shards.rows, (shards.local,) * shards.world, shards.group)

@@ -69,16 +69,27 @@ def _all(pairs: Pairs, kind: str, clamp: float | None) -> Parts:
     right = pairs.all_columns(scored.right)
     if isinstance(scored, Additive):
         return additive_contrast(
-            scored.left, right, scored.w, scored.bias, kind, clamp=clamp, activation=scored.activation,
-            slope=scored.slope, offset=pairs.offset, include_diagonal=pairs.include, backend=pairs.backend,
-        )  # fmt: skip
+            scored.left,
+            right,
+            scored.w,
+            scored.bias,
+            kind,
+            clamp=clamp,
+            activation=scored.activation,
+            slope=scored.slope,
+            first_positive=pairs.first_positive,
+            include_diagonal=pairs.include,
+            backend=pairs.backend,
+        )
     if isinstance(scored, Dot):
         return _dot(scored.left, right, pairs, kind, clamp)
     if kind == "infonce":
-        positives, rows, clamped = general_sums(scored, right, "lse", offset=pairs.offset, include=False)
+        positives, rows, clamped = general_sums(
+            scored, right, "lse", first_positive=pairs.first_positive, include=False
+        )
         return softplus(rows - positives).mean(), positives, clamped
     positives, sums, clamped = general_sums(
-        scored, right, "softplus", offset=pairs.offset, include=pairs.include, tau=clamp
+        scored, right, "softplus", first_positive=pairs.first_positive, include=pairs.include, tau=clamp
     )
     return _js(positives, sums, _per_row(pairs)), positives, clamped
 
@@ -87,17 +98,25 @@ def _dot(f: Tensor, g: Tensor, pairs: Pairs, kind: str, clamp: float | None) -> 
     """f (n, k), g (m, k)."""
     n, none = f.shape[0], f.new_empty(0)
     if kind == "infonce":
-        rows, _, positives = dot_lse(f, g, f.new_ones(()), offset=pairs.offset, need_cols=False, backend=pairs.backend)
+        rows, _, positives = dot_lse(
+            f, g, f.new_ones(()), first_positive=pairs.first_positive, need_cols=False, backend=pairs.backend
+        )
         return softplus(rows - positives).mean(), positives, none
     weight = 1 / (n * _per_row(pairs))
     off = dot_softplus(
-        f, g, f.new_ones(()), f.new_zeros(()), f.new_full((n,), weight), offset=pairs.offset, backend=pairs.backend
+        f,
+        g,
+        f.new_ones(()),
+        f.new_zeros(()),
+        f.new_full((n,), weight),
+        first_positive=pairs.first_positive,
+        backend=pairs.backend,
     )
-    positives = (f * g[pairs.offset : pairs.offset + n]).sum(1)
+    positives = (f * g[pairs.first_positive : pairs.first_positive + n]).sum(1)
     loss = _dot_js(positives, off, pairs)
     if clamp is None:
         return loss, positives, none
-    return loss, positives, dot_clamped(f, g, offset=pairs.offset, include=pairs.include, tau=clamp)
+    return loss, positives, dot_clamped(f, g, first_positive=pairs.first_positive, include=pairs.include, tau=clamp)
 
 
 def _dot_js(positives: Tensor, off: Tensor, pairs: Pairs) -> Tensor:

@@ -91,7 +91,7 @@ def _moments(pairs: Pairs) -> tuple[Tensor, Tensor]:
     scored = pairs.scored()
     right = pairs.all_columns(scored.right)
     common: dict[str, Any] = {
-        "offset": pairs.offset, "include_diagonal": pairs.include, "backend": pairs.backend
+        "first_positive": pairs.first_positive, "include_diagonal": pairs.include, "backend": pairs.backend
     }  # fmt: skip
     if isinstance(scored, Additive):
         options: dict[str, Any] = {"activation": scored.activation, "slope": scored.slope, **common}
@@ -99,7 +99,7 @@ def _moments(pairs: Pairs) -> tuple[Tensor, Tensor]:
         return j + scored.bias, el + scored.bias
     if isinstance(scored, Dot):
         return dot_moments(scored.left, right, **common)
-    positives, rows, _ = general_sums(scored, right, "lse", offset=pairs.offset, include=pairs.include)
+    positives, rows, _ = general_sums(scored, right, "lse", first_positive=pairs.first_positive, include=pairs.include)
     return positives.mean(), log_mean_exp_of_rows(rows, pairs)
 
 

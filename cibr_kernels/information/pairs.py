@@ -32,7 +32,7 @@ class Pairs:
     backend: str
 
     @property
-    def offset(self) -> int:
+    def first_positive(self) -> int:
         """The column of row 0's positive."""
         return 0 if self.shards is None else self.shards.offset
 

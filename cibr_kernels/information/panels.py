@@ -51,13 +51,13 @@ def log_sum_clamped(scores: Tensor, column: int, include: bool, tau: float) -> T
 
 
 def general_sums(
-    scored: General, right: Tensor, kind: str, *, offset: int, include: bool, tau: float | None = None
+    scored: General, right: Tensor, kind: str, *, first_positive: int, include: bool, tau: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> positives (n,), sums (n,) as of `row_sums`, clamped (n,) ((0,) without tau) without gradient."""
     left = scored.left
     rows = panel_rows(right.shape[0] * scored.width * left.itemsize, left.shape[0])
     parts = []
-    column = offset
+    column = first_positive
     for here in left.split(rows):
 
         def panel(here: Tensor, right: Tensor, column: int = column) -> Tensor:
@@ -72,11 +72,12 @@ def general_sums(
 
 
 @torch.no_grad()
-def dot_clamped(f: Tensor, g: Tensor, *, offset: int, include: bool, tau: float) -> Tensor:
+def dot_clamped(f: Tensor, g: Tensor, *, first_positive: int, include: bool, tau: float) -> Tensor:
     """f (n, k), g (m, k) -> (n,): log-sum-exp of each row of f g^T, clamped."""
     rows = panel_rows(g.shape[0] * 2 * f.itemsize, f.shape[0], 16)
     parts = [
-        log_sum_clamped(f[first : first + rows] @ g.T, offset + first, include, tau) for first in range(0, len(f), rows)
+        log_sum_clamped(f[first : first + rows] @ g.T, first_positive + first, include, tau)
+        for first in range(0, len(f), rows)
     ]
     return torch.cat(parts)
 

@@ -1,6 +1,6 @@
 """Losses of an additive critic over all pairs that are more than a log-mean-exp; no n x m scores, no (n, m, h).
 
-    S_ij = w . phi(a_i + b_j) + c      p_i = S_i,offset+i      M = m - 1 columns per row, or m with the diagonal
+    S_ij = w . phi(a_i + b_j) + c      p_i = S_i,first_positive+i      M = m - 1 columns per row, or m with the diagonal
 
     "js"        loss = mean_i [softplus(-p_i) + mean_j softplus(S_ij)]
     "infonce"   loss = mean_i softplus(R_i - p_i) = -mean_i [p_i - log sum_j exp S_ij],  R_i without the positive
@@ -39,7 +39,7 @@ def additive_contrast(
     clamp: float | None = None,
     activation: str = "relu",
     slope: float = 0.01,
-    offset: int = 0,
+    first_positive: int = 0,
     include_diagonal: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +52,7 @@ def additive_contrast(
     a, b, w = a.contiguous(), b.contiguous(), w.contiguous()
     rows = panel_rows(b.shape[0] * TEMPORARIES * max(a.itemsize, 4), a.shape[0], LEAST_ROWS)
     loss, positives, clamped, *_ = additive_contrast_forward(
-        a, b, w, bias, kind, clamp, activation, slope, offset, include_diagonal, rows, *needs, backend
+        a, b, w, bias, kind, clamp, activation, slope, first_positive, include_diagonal, rows, *needs, backend
     )
     return loss, positives, clamped
 
@@ -60,7 +60,7 @@ def additive_contrast(
 @operator
 def additive_contrast_forward(
     a: Tensor, b: Tensor, w: Tensor, bias: Tensor, kind: str, clamp: float | None, activation: str, slope: float,
-    offset: int, include_diagonal: bool, rows: int, need_a: bool, need_b: bool, need_w: bool, need_bias: bool,
+    first_positive: int, include_diagonal: bool, rows: int, need_a: bool, need_b: bool, need_w: bool, need_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> loss (), positives (n,), clamped (n,) or (0,), its gradients: (n, h), (m, h), (h,), or (0,) each, and ()."""
@@ -72,7 +72,7 @@ def additive_contrast_forward(
     gb, gw = (t.new_zeros(t.shape if need else 0, dtype=sums) for t, need in ((b, need_b), (w, need_w)))
     for first in range(0, n, rows):
         here = a[first : first + rows]
-        span, column = slice(first, first + len(here)), offset + first
+        span, column = slice(first, first + len(here)), first_positive + first
         scores = additive_scores_forward(here, b, w, activation, slope, backend).add_(bias)
         positives[span] = scores.diagonal(column)[: len(here)]
         if clamp is not None:
@@ -132,9 +132,23 @@ def _sums(a: Tensor) -> torch.dtype:
 
 @additive_contrast_forward.register_fake
 def _(
-    a, b, w, bias, kind, clamp, activation, slope, offset, include_diagonal, rows, need_a, need_b, need_w, need_bias,
+    a,
+    b,
+    w,
+    bias,
+    kind,
+    clamp,
+    activation,
+    slope,
+    first_positive,
+    include_diagonal,
+    rows,
+    need_a,
+    need_b,
+    need_w,
+    need_bias,
     backend,
-):  # fmt: skip
+):
     n, sums = a.shape[0], _sums(a)
     grads = [t.new_empty(t.shape if need else 0) for t, need in ((a, need_a), (b, need_b), (w, need_w))]
     positives, clamped = a.new_empty(n, dtype=sums), a.new_empty(0 if clamp is None else n, dtype=sums)

@@ -13,7 +13,7 @@ struct DotProblem {
   int32_t dtype;  // of x, y, dx, dy
   int64_t n, m, d;
   float scale;
-  int64_t offset;  // row i's positive is column offset + i, which exists; for DotSoftplus where it is in [0, m)
+  int64_t first_positive;  // row i's positive is column first_positive + i, which exists; for DotSoftplus where it is in [0, m)
   const int32_t *row_ids, *col_ids;  // (n,), (m,) groups, numbered in [0, n + m), or both null; their
                                      // pairs take no part
   int32_t threads;
@@ -21,7 +21,7 @@ struct DotProblem {
 
 // A problem with gradients for the features: dx = scale (G y + positive_grad y+), dy likewise.
 struct DotGradient : DotProblem {
-  const float* positive_grad;  // (n,) d loss / d l_i,offset+i, added exactly, or null
+  const float* positive_grad;  // (n,) d loss / d l_i,first_positive+i, added exactly, or null
   void* dx;                    // (n, d) or null
   void* dy;                    // (m, d) or null
   float* dscale;               // (1,) sum_ij d loss / d l_ij  <x_i, y_j>; written where dx or dy is
@@ -31,10 +31,10 @@ struct DotForward : DotProblem {
   int32_t mask_positives;     // 1: the positives take no part in the sums
   float *row_lse, *col_lse;   // (n,) log sum_j exp l_ij, (m,) log sum_i exp l_ij or null; -inf where the sum is empty
   float *row_max, *col_max;   // (n,) or null, (m,) or null: the largest l_ij of each sum
-  float* positives;           // (n,)  l_i,offset+i
-  void* stash;                // (ceil(m / 32), n, 32) exp(l_ij - stash_offset), or null
+  float* positives;           // (n,)  l_i,first_positive+i
+  void* stash;                // (ceil(m / 32), n, 32) exp(l_ij - stash_shift), or null
   int32_t stash_dtype;
-  float* stash_offset;        // (1,) of the exponentials, for the backward; NaN in online mode, which writes no stash
+  float* stash_shift;        // (1,) of the exponentials, for the backward; NaN in online mode, which writes no stash
 };
 
 struct DotBackward : DotGradient {
@@ -44,12 +44,12 @@ struct DotBackward : DotGradient {
   const float *col_lse, *col_weight;  // (m,) or null
   const void* stash;                  // null: the logits are computed again
   int32_t stash_dtype;
-  float stash_offset;                 // the forward's, with or without a stash
+  float stash_shift;                 // the forward's, with or without a stash
 };
 
 // The loss of the two directions and its gradients in one call: p_i the positives, R_i and C_i the sums without them,
 // loss = mean of softplus(R_i - p_i) and, unless one_way, softplus(C_i - p_i)
-struct ClipLoss : DotGradient {  // square, offset 0; positive_grad is made here
+struct ClipLoss : DotGradient {  // square, first_positive 0; positive_grad is made here
   int32_t one_way;
   float* loss;  // (1,)
 };
@@ -64,7 +64,7 @@ struct DotSoftplus : DotGradient {
 };
 
 // The SigLIP loss of the whole batch and its gradients
-struct SiglipLoss : DotGradient {  // square, offset 0; positive_grad is made here
+struct SiglipLoss : DotGradient {  // square, first_positive 0; positive_grad is made here
   float bias, share;  // share: of each pair's softplus in the loss
   float *loss, *dbias;  // (1,), (1,) written where dx or dy is
 };

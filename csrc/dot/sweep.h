@@ -110,7 +110,7 @@ static void mask(const DotProblem& p, bool positives, bool groups, const TileSha
     for (int c = 0; c < kBlock; c++) s[r * kBlock + c] = neg_inf();
   for (int64_t c = p.m - t.first_col; c < kBlock; c++)
     for (int64_t r = 0; r < t.rows; r++) s[r * kBlock + c] = neg_inf();
-  const int64_t first = t.first_col - p.offset - t.first_row;  // the row whose positive is in column 0
+  const int64_t first = t.first_col - p.first_positive - t.first_row;  // the row whose positive is in column 0
   for (int64_t c = 0; c < kBlock; c++) {
     const int64_t r = first + c;
     if (r < 0 || r >= t.rows) continue;
@@ -288,7 +288,7 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
         const bool positive = p.positive_grad;
         dscale_lines.data[i] =
             finish_row<true>(p, dxp.data + r * kBlock, rows * kBlock, positive ? p.positive_grad[i] : 0,
-                             positive ? ys + (p.offset + i) * p.d : nullptr, xs + i * p.d,
+                             positive ? ys + (p.first_positive + i) * p.d : nullptr, xs + i * p.d,
                              static_cast<S*>(p.dx) + i * p.d);
       }
     }
@@ -304,7 +304,7 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
         float* block = dyt.data + b * dp * kBlock;
         for (int64_t c = 0; c < dblocks; c++) transpose_in_place(block + c * kBlock * kBlock);
         for (int64_t j = b * kBlock; j < p.m && j < (b + 1) * kBlock; j++) {
-          const int64_t i = j - p.offset;
+          const int64_t i = j - p.first_positive;
           const bool positive = p.positive_grad && i >= 0 && i < p.n;
           const auto finish = p.dx ? finish_row<false, S> : finish_row<true, S>;  // dscale comes from dx if that is made
           const double along =

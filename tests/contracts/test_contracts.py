@@ -111,11 +111,11 @@ def test_shapes_past_32_bits_without_memory():
     with FakeTensorMode():
         x, y = torch.empty(n, d, requires_grad=True), torch.empty(m, d, requires_grad=True)
         scale = torch.ones((), requires_grad=True)
-        rows, cols, positives = dot_lse(x, y, scale, offset=2, backend="native")
+        rows, cols, positives = dot_lse(x, y, scale, first_positive=2, backend="native")
         assert (rows.shape, cols.shape, positives.shape) == ((n,), (m,), (n,))
         (rows.sum() + cols.sum() + positives.sum()).backward()
         assert x.grad.shape == x.shape and y.grad.shape == y.shape
-        total = dot_softplus(x, y, scale, scale, torch.empty(n), torch.empty(m), offset=2, backend="native")
+        total = dot_softplus(x, y, scale, scale, torch.empty(n), torch.empty(m), first_positive=2, backend="native")
         assert [g.shape for g in torch.autograd.grad(total, (x, y, scale))] == [x.shape, y.shape, ()]
         scores = additive_scores(x[: 2**20], y[: 2**20], torch.empty(d), backend="native")
         assert scores.numel() == 2**40

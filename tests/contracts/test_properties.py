@@ -127,9 +127,9 @@ def test_splitting_columns_merges_exactly(batch, at):
     torch.testing.assert_close(torch.logaddexp(parts[0][1], parts[1][1]), whole[0], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(torch.maximum(parts[0][4], parts[1][4]), whole[3], rtol=1e-5, atol=1e-4)
     far = len(y)
-    total, _ = dot_softplus_sums(x, y, scale, bias, row_ids=ids, col_ids=ids, offset=far)
+    total, _ = dot_softplus_sums(x, y, scale, bias, row_ids=ids, col_ids=ids, first_positive=far)
     split = [
-        dot_softplus_sums(x, part, scale, bias, offset=far, **k)[0]
+        dot_softplus_sums(x, part, scale, bias, first_positive=far, **k)[0]
         for part, k in zip((y[:at], y[at:]), kwargs, strict=True)
     ]
     torch.testing.assert_close(split[0] + split[1], total, rtol=1e-5, atol=1e-6)

@@ -19,13 +19,17 @@ FAULTS = [
     Fault("column mask off by one", "dot", FORWARD, "& (j < m)[None, :]\n", "& (j <= m)[None, :]\n"),
     Fault("padding rows not masked", "dot", FORWARD, "keep = (i < n)[:, None] &", "keep = (i >= 0)[:, None] &"),
     Fault(
-        "positives masked at the wrong offset", "dot", FORWARD, "!= i[:, None] + offset)", "!= i[:, None] + offset + 1)"
+        "positives masked at the wrong first_positive",
+        "dot",
+        FORWARD,
+        "!= i[:, None] + first_positive)",
+        "!= i[:, None] + first_positive + 1)",
     ),
     Fault(
-        "tiles of positives found without offset",
+        "tiles of positives found without first_positive",
         "dot",
         TILE,
-        "(col < row + BLOCK_M + offset)",
+        "(col < row + BLOCK_M + first_positive)",
         "(col < row + BLOCK_M)",
     ),
     Fault("missing rescale of the running sum", "dot", FORWARD, "total * tl.exp2(top - finite) +", "total +"),
@@ -61,8 +65,8 @@ FAULTS = [
         "masked positives keep their weight",
         "dot",
         BACKWARD,
-        "== i[:, None] + offset, 0.0, weight)",
-        "== i[:, None] + offset, weight, weight)",
+        "== i[:, None] + first_positive, 0.0, weight)",
+        "== i[:, None] + first_positive, weight, weight)",
     ),
     Fault("gradient of the positives missing", "dot", BACKWARD, " * power + g * other", " * power"),
     Fault(
@@ -74,7 +78,7 @@ FAULTS = [
     ),
     Fault("scale missing from dx", "dot", BACKWARD, "(grad * factor).to(", "grad.to("),
     Fault("scale applied to dscale", "dot", BACKWARD, "dot += tl.sum(grad *", "dot += tl.sum(grad * factor *"),
-    Fault("offset of the stash not undone", "dot", BACKWARD, "rounded(stash_offset * LOG2E) - value2))", "-value2))"),
+    Fault("shift of the stash not undone", "dot", BACKWARD, "rounded(stash_shift * LOG2E) - value2))", "-value2))"),
     Fault(
         "column weights with the rows' index",
         "dot",
@@ -123,8 +127,8 @@ FAULTS = [
         "positives of the transpose",
         "dot_owned",
         BACKWARD,
-        "row, col, rows, partners, offset, MASK, IDS,",
-        "row, col, rows, partners, -offset, MASK, IDS,",
+        "row, col, rows, partners, first_positive, MASK, IDS,",
+        "row, col, rows, partners, -first_positive, MASK, IDS,",
     ),
     Fault(
         "online weight of the wrong side",
@@ -162,10 +166,10 @@ FAULTS = [
         "height = tl.load(part_max + here, mask=mask, other=0.0)",
     ),
     Fault(
-        "maxima without the offset",
+        "maxima without the shift",
         "dot_groups",
         FORWARD,
-        "high = (tl.load(top + at, mask=inside, other=0.0) + offset2) * LN2",
+        "high = (tl.load(top + at, mask=inside, other=0.0) + shift_log2) * LN2",
         "high = tl.load(top + at, mask=inside, other=0.0) * LN2",
     ),
     Fault(
@@ -186,8 +190,8 @@ FAULTS = [
         "ids of the transpose",
         "dot_owned_groups",
         DOT + "triton.py",
-        "_Pairs(self.col_ids, self.row_ids, -self.offset",
-        "_Pairs(self.row_ids, self.col_ids, -self.offset",
+        "_Pairs(self.col_ids, self.row_ids, -self.first_positive",
+        "_Pairs(self.row_ids, self.col_ids, -self.first_positive",
     ),
     # ---- additive_moments, Triton
     Fault(
@@ -205,7 +209,11 @@ FAULTS = [
         "inside = (i >= 0)[:, None] & (j < m)",
     ),
     Fault(
-        "positives without the offset", "additive", KERNELS, "positive = (i + offset)[:, None]", "positive = i[:, None]"
+        "positives without the first_positive",
+        "additive",
+        KERNELS,
+        "positive = (i + first_positive)[:, None]",
+        "positive = i[:, None]",
     ),
     Fault(
         "positives not taken out",
@@ -307,8 +315,8 @@ FAULTS = [
         "positives of the panel's row",
         "additive_cuda",
         CUDA + "scores.cuh",
-        "column == global_row + offset",
-        "column == row + offset",
+        "column == global_row + first_positive",
+        "column == row + first_positive",
     ),
     Fault(
         "panels before overwritten",
@@ -341,7 +349,13 @@ FAULTS = [
     ),
     Fault("padding rows not masked", "softplus", PAIRS, "counts = (i < n)[:, None] &", "counts = (i >= 0)[:, None] &"),
     Fault("padding rows not looked for", "softplus", PAIRS, " | (row + BLOCK_M > n)", ""),
-    Fault("positives at the wrong offset", "softplus", PAIRS, "!= i[:, None] + offset)", "!= i[:, None] + offset + 1)"),
+    Fault(
+        "positives at the wrong first_positive",
+        "softplus",
+        PAIRS,
+        "!= i[:, None] + first_positive)",
+        "!= i[:, None] + first_positive + 1)",
+    ),
     Fault(
         "ids of the wrong rows",
         "softplus",

@@ -88,7 +88,7 @@ class DotCase:
     n: int
     m: int
     d: int
-    offset: int
+    first_positive: int
     scale: float
     mask: bool = True
     stash: bool = False
@@ -132,10 +132,10 @@ class Dot(_Checked):
         t = self.inputs(case)
         shape, dtype = launcher.stash_shape(case.n, case.m, case.dtype)
         stash = torch.full(shape if case.stash else (0,), float("nan"), dtype=dtype)
-        inputs, shared = (t["x"], t["y"], t["scale"], *case.ids), (case.offset, case.mask)
-        *sums, row_max, col_max, offset = launcher.forward(*inputs, *shared, True, case.groups, stash)
+        inputs, shared = (t["x"], t["y"], t["scale"], *case.ids), (case.first_positive, case.mask)
+        *sums, row_max, col_max, shift = launcher.forward(*inputs, *shared, True, case.groups, stash)
         grads = launcher.backward(
-            t["g_rows"], t["g_cols"], t["g_positives"], *inputs, *sums, offset, stash, *shared, True, True
+            t["g_rows"], t["g_cols"], t["g_positives"], *inputs, *sums, shift, stash, *shared, True, True
         )
         maxima = (row_max, col_max) if case.groups else ()
         return dict(zip(self.names(case), (*sums, *maxima, *grads), strict=True))
@@ -158,7 +158,9 @@ class Dot(_Checked):
                     v.to(dtype if dtype == torch.float64 else v.dtype).detach().requires_grad_()
                     for v in (t["x"], t["y"], t["scale"])
                 ]
-                found = dot_lse(*kept, *case.ids, offset=case.offset, mask_positives=case.mask, need_max=case.groups)
+                found = dot_lse(
+                    *kept, *case.ids, first_positive=case.first_positive, mask_positives=case.mask, need_max=case.groups
+                )
                 sums = found[:3]
                 weights = [t[g].to(s.dtype) for g, s in zip(("g_rows", "g_cols", "g_positives"), sums, strict=True)]
                 return [*(s.detach() for s in found), *torch.autograd.grad(sums, kept, weights)]
@@ -178,7 +180,7 @@ class SoftplusCase:
     n: int = 38
     m: int = 53
     d: int = 24
-    offset: int = 5
+    first_positive: int = 5
     scale: float = 3.0
     bias: float = -1.0
     ids: bool = False
@@ -199,7 +201,7 @@ class Softplus(_Checked):
         ids = [torch.arange(r) % k + (1 << 40) for r, k in ((case.n, 7), (case.m, 9))] if case.ids else [None, None]
         t = [x.to(case.dtype), y.to(case.dtype), torch.tensor(case.scale), torch.tensor(case.bias)]
         t += [torch.rand(case.n), torch.rand(case.m)]
-        return [*(v.double() if double else v for v in t), *ids, case.offset, case.attract, True, True, True]
+        return [*(v.double() if double else v for v in t), *ids, case.first_positive, case.attract, True, True, True]
 
     def run(self, fault: Fault | None) -> Iterator[dict[str, Tensor]]:
         with faulty_modules("dot_softplus", fault) as launcher:
@@ -244,7 +246,7 @@ class AdditiveCase:
     activation: str
     n: int = 37
     m: int = 70
-    offset: int = 17
+    first_positive: int = 17
     h: int = 21
     size: float = 3.0
     slope: float = 0.2
@@ -266,7 +268,10 @@ class _Additive(_Checked):
 
         found: Case = {}
         for name, case in self.cases.items():
-            tensors, how = self.inputs(case), (case.activation, case.slope, case.offset, case.include, True, True, True)
+            tensors, how = (
+                self.inputs(case),
+                (case.activation, case.slope, case.first_positive, case.include, True, True, True),
+            )
             eager, truth = (
                 reference.forward(*(t.to(d) for t in tensors), *how) for d in (torch.float32, torch.float64)
             )
@@ -289,7 +294,7 @@ class AdditiveTriton(_Additive):
             changes = {"CONFIGS": {"kinked": small, "smooth": small}, "PAD": 16, "PANEL_BYTES": 16 * 80 * 2 * 4}
             with patch.multiple(launcher, **changes):
                 for name, case in self.cases.items():
-                    how = (case.activation, case.slope, case.offset, case.include, True, True, True)
+                    how = (case.activation, case.slope, case.first_positive, case.include, True, True, True)
                     with emulated(self.capability, edit_ptx=fault.edit_ptx if fault else None):
                         outputs = launcher.forward(*self.inputs(case), *how)
                     yield {f"{name} {k}": t for k, t in zip(("J", "L", "ga", "gb", "gw"), outputs, strict=True)}
@@ -356,7 +361,7 @@ class AdditiveCuda(_Additive):
             unit.write_text(_only_relu(unit.read_text()))
             with patch.object(plans, "CSRC", sources), patch.object(native, "SCORE_BUDGET", 1):
                 for name, case in self.cases.items():
-                    how = (case.activation, case.slope, case.offset, case.include, True, True, True)
+                    how = (case.activation, case.slope, case.first_positive, case.include, True, True, True)
                     with plans.emulated(self.arch):
                         outputs = native.forward(*self.inputs(case), *how)
                     yield {f"{name} {k}": t for k, t in zip(("J", "L", "ga", "gb", "gw"), outputs, strict=True)}
@@ -371,7 +376,7 @@ def _only_relu(text: str) -> str:
 SUITES: dict[str, Suite] = {
     "dot": Dot(80, (16, 16, 16, 1, 2), 32, {
         "fixed": DotCase(38, 53, 24, 5, 3.0), "online": DotCase(38, 53, 24, 5, 200.0),
-        "stash": DotCase(38, 53, 24, 5, 40.0, stash=True),  # bound past 60: the offset is not 0
+        "stash": DotCase(38, 53, 24, 5, 40.0, stash=True),  # bound past 60: the shift is not 0
     }),
     "dot_sm90": Dot(90, (64, 32, 32, 4, 2), 64, {"bf16": DotCase(70, 100, 128, 5, 3.0, dtype=torch.bfloat16)}),
     "dot_sm80_bf16": Dot(80, (32, 32, 16, 2, 3), 64, {"bf16": DotCase(70, 100, 64, 5, 3.0, dtype=torch.bfloat16)}),
@@ -396,7 +401,7 @@ SUITES: dict[str, Suite] = {
         "bf16": SoftplusCase(70, 100, 64, 5, dtype=torch.bfloat16),
     }),
     "additive_scores": AdditiveScores(80, {"relu": AdditiveCase("relu"), "gelu": AdditiveCase("gelu", size=30.0)}),
-    "additive_cuda": AdditiveCuda("80", {"relu": AdditiveCase("relu", n=130, m=140, offset=7)}),
+    "additive_cuda": AdditiveCuda("80", {"relu": AdditiveCase("relu", n=130, m=140, first_positive=7)}),
 }  # fmt: skip
 
 

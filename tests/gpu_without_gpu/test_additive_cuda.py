@@ -38,13 +38,19 @@ def check_moments(
 ) -> list[tuple[str, tuple[int, ...]]]:  # fmt: skip
     """Holds J, L and the gradients to the rule; -> (kernel, grid) of what was launched."""
     tensors, eager, truth, exponent, magnitudes = expected(shape, activation, size, shift, include, dtype)
-    n, m, offset, h = shape
+    n, m, first_positive, h = shape
 
     def kernel(a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         return additive_moments(
-            a, b, w, activation=activation, slope=SLOPES.get(activation, 0.0), offset=offset, include_diagonal=include,
+            a,
+            b,
+            w,
+            activation=activation,
+            slope=SLOPES.get(activation, 0.0),
+            first_positive=first_positive,
+            include_diagonal=include,
             backend="native",
-        )  # fmt: skip
+        )
 
     with emulated(arch) as e:
         actual = with_gradients(kernel, *tensors, weights=WEIGHTS)

@@ -15,14 +15,14 @@ pytestmark = [
 
 MOMENTS = """
 int main() {
-  const int n = 20, m = 70, h = 19, offset = 17;
+  const int n = 20, m = 70, h = 19, first_positive = 17;
   for (int activation : {0, 1, 4}) {  // ReLU, leaky ReLU, SiLU
     std::vector<float> a(n * h), b(m * h), w(h), moments(2), ga(n * h), gb(m * h), gw(h);
     for (size_t i = 0; i < a.size(); i++) a[i] = std::sin(1.7 * i);
     for (size_t i = 0; i < b.size(); i++) b[i] = std::cos(2.3 * i);
     for (size_t i = 0; i < w.size(); i++) w[i] = std::sin(0.9 * i + 1);
     ck::cuda::AdditiveMoments p = {};
-    p.a = a.data(), p.b = b.data(), p.w = w.data(), p.n = n, p.m = m, p.h = h, p.offset = offset;
+    p.a = a.data(), p.b = b.data(), p.w = w.data(), p.n = n, p.m = m, p.h = h, p.first_positive = first_positive;
     p.activation = activation, p.slope = 0.2f, p.need_a = p.need_b = p.need_w = 1;
     p.moments = moments.data(), p.ga = ga.data(), p.gb = gb.data(), p.gw = gw.data();
     p.processors = 1, p.score_budget = 1 << 20;
@@ -32,7 +32,7 @@ int main() {
     double sum = 0, weights = 0, expected = 0;
     for (int i = 0; i < n; i++)
       for (int j = 0; j < m; j++) {
-        if (j == offset + i) continue;
+        if (j == first_positive + i) continue;
         double s = 0, first = 0;
         for (int k = 0; k < h; k++) {
           const double t = a[i * h + k] + b[j * h + k];

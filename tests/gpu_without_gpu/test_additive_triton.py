@@ -19,7 +19,7 @@ from cibr_kernels.primitives.additive.moments.op import additive_moments
 from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
 
 GPUS = (80, 90, 100, 120)
-RAGGED, WHOLE = (37, 70, 17, 21), (32, 48, 0, 32)  # n, m, offset, h: with blocks of 16, ends or none
+RAGGED, WHOLE = (37, 70, 17, 21), (32, 48, 0, 32)  # n, m, first_positive, h: with blocks of 16, ends or none
 ONE_PANEL = ["pack", "scores", "merge", "weigh", "gradient", "gradient", "finish", "reduce"]
 
 
@@ -39,13 +39,19 @@ def check(
 ) -> list[str]:  # fmt: skip
     """Holds J, L and the gradients to the rule; the names of the kernels that were launched."""
     inputs, eager, truth, exponent, magnitudes = expected(shape, activation, size, shift, include, dtype)
-    n, m, offset, h = shape
+    n, m, first_positive, h = shape
 
     def moments(a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         return additive_moments(
-            a, b, w, activation=activation, slope=SLOPES.get(activation, 0.0), offset=offset, include_diagonal=include,
+            a,
+            b,
+            w,
+            activation=activation,
+            slope=SLOPES.get(activation, 0.0),
+            first_positive=first_positive,
+            include_diagonal=include,
             backend="triton",
-        )  # fmt: skip
+        )
 
     with emulated(capability) as gpu:
         actual = with_gradients(moments, *inputs, weights=WEIGHTS)

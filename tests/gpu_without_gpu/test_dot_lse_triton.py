@@ -25,7 +25,7 @@ class Case(NamedTuple):
     n: int = 140
     m: int = 190
     d: int = 96
-    offset: int = 16
+    first_positive: int = 16
     scale: float = 100.0
     kind: str = "unit"  # cases.towers
     mask: bool = True
@@ -48,11 +48,11 @@ CASES = [
     RAGGED._replace(kind="opposed"),  # underflows, then online
     RAGGED._replace(mask=False, cols=False, d=70, need_dx=False),  # a width that is copied to 96
     RAGGED._replace(d=200, need_dy=False, mask=False),
-    Case(n=128, m=256, d=128, offset=128),
-    Case(n=1, m=1, d=1, offset=0, scale=1.0),
-    Case(n=1, m=1, d=1, offset=0, mask=False, need_dx=False, need_dy=False),
-    Case(n=3, m=5, d=7, offset=2, stash=True),
-    Case(n=5, m=5, d=16, offset=0, kind="raw"),
+    Case(n=128, m=256, d=128, first_positive=128),
+    Case(n=1, m=1, d=1, first_positive=0, scale=1.0),
+    Case(n=1, m=1, d=1, first_positive=0, mask=False, need_dx=False, need_dy=False),
+    Case(n=3, m=5, d=7, first_positive=2, stash=True),
+    Case(n=5, m=5, d=16, first_positive=0, kind="raw"),
     RAGGED._replace(owned=True),
     RAGGED._replace(owned=True, kind="opposed", d=128),
     RAGGED._replace(owned=True, cols=False, mask=False, d=30, scale=1.0),
@@ -61,7 +61,7 @@ RUNS = [(capability, dtype, RAGGED) for capability in CAPABILITIES for dtype in 
     (CAPABILITIES[i % 4], DTYPES[i % 3], case) for i, case in enumerate(CASES)
 ]
 ALL = [(c, dtype, case) for c in CAPABILITIES for dtype in DTYPES for case in CASES if (c, dtype, case) not in RUNS]
-SMALL = Case(n=37, m=70, d=32, offset=17)
+SMALL = Case(n=37, m=70, d=32, first_positive=17)
 GROUPED = [  # (mask, cols, stash) everywhere, the groups in turn
     *(SMALL._replace(groups="few", kind=kind) for kind in ("unit", "raw")),
     *(SMALL._replace(groups="few", kind=kind, owned=True) for kind in ("unit", "opposed")),
@@ -76,7 +76,7 @@ GROUPED = [  # (mask, cols, stash) everywhere, the groups in turn
     SMALL._replace(groups="one", kind="raw", mask=False),
     SMALL._replace(groups="one", cols=False, owned=True),
     SMALL._replace(groups="apart", mask=False, stash=True),  # nothing but maxima
-    Case(n=1, m=1, d=1, offset=0, groups="apart"),
+    Case(n=1, m=1, d=1, first_positive=0, groups="apart"),
 ]
 
 
@@ -87,7 +87,7 @@ def small_panels(monkeypatch):
 
 def problem(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """x, y, scale and the gradients of rows, cols and positives."""
-    x, y = towers(case.n, case.m, case.d, case.offset, case.kind)
+    x, y = towers(case.n, case.m, case.d, case.first_positive, case.kind)
     gradients = [
         torch.rand(case.n) / case.n,
         torch.rand(case.m if case.cols else 0) / case.m,
@@ -118,7 +118,7 @@ def ids(case: Case) -> tuple[Tensor | None, Tensor | None]:
 
 
 def run(module, case: Case, x: Tensor, y: Tensor, scale: Tensor, gradients: list[Tensor]) -> dict[str, Tensor]:
-    """Every output of a backend by name, `stash_offset` among them."""
+    """Every output of a backend by name, `stash_shift` among them."""
     groups = ids(case)
     owned_width = 128 if case.owned else 0
     backend.panels = dataclasses.replace(backend.panels, owned_width=owned_width)
@@ -126,11 +126,22 @@ def run(module, case: Case, x: Tensor, y: Tensor, scale: Tensor, gradients: list
     if case.stash:
         shape, dtype = module.stash_shape(case.n, case.m, x.dtype)
         stash = torch.empty(shape, dtype=dtype)
-    out = module.forward(x, y, scale, *groups, case.offset, case.mask, case.cols, case.maxima, stash)
+    out = module.forward(x, y, scale, *groups, case.first_positive, case.mask, case.cols, case.maxima, stash)
     grads = module.backward(
-        *gradients, x, y, scale, *groups, *out[:3], out[5], stash, case.offset, case.mask, case.need_dx, case.need_dy
-    )  # fmt: skip
-    names = ("rows", "cols", "positives", "row_max", "col_max", "stash_offset", "dx", "dy", "dscale")
+        *gradients,
+        x,
+        y,
+        scale,
+        *groups,
+        *out[:3],
+        out[5],
+        stash,
+        case.first_positive,
+        case.mask,
+        case.need_dx,
+        case.need_dy,
+    )
+    names = ("rows", "cols", "positives", "row_max", "col_max", "stash_shift", "dx", "dy", "dscale")
     return dict(zip(names, (*out, *grads), strict=True))
 
 
@@ -145,7 +156,7 @@ def check(case: Case, dtype: torch.dtype, actual: dict[str, Tensor], inputs: tup
     )  # dscale is a difference of such sums
     magnitudes = {"dscale": weight * logits.abs().max().item() / case.scale}
     for name, t in truth.items():
-        if name == "stash_offset":
+        if name == "stash_shift":
             continue
         finite = torch.isfinite(t)
         assert torch.equal(actual[name][~finite].double(), t[~finite]), name
@@ -156,7 +167,7 @@ def check(case: Case, dtype: torch.dtype, actual: dict[str, Tensor], inputs: tup
     bound = case.scale * math.prod(t.double().norm(dim=1).max().item() for t in (x, y))
     sums = torch.cat([truth["rows"], truth["cols"]])
     underflow = (sums.isfinite() & (sums < max(0.0, bound - 60) - 55)).any().item()
-    assert actual["stash_offset"].isnan().item() == (bound > 110 or underflow)  # NaN: the online mode
+    assert actual["stash_shift"].isnan().item() == (bound > 110 or underflow)  # NaN: the online mode
 
 
 def expected_kernels(case: Case, dtype: torch.dtype) -> set[str]:
@@ -210,7 +221,7 @@ def test_groups_and_maxima_on_every_target(capability):
 @pytest.mark.parametrize("stash", [False, True])
 def test_features_that_start_anywhere(stash):
     """TMA wants 16 bytes, and a contiguous view may start at any element."""
-    case = Case(n=20, m=30, d=32, offset=3, stash=stash)
+    case = Case(n=20, m=30, d=32, first_positive=3, stash=stash)
     x, y, scale, gradients = problem(case, torch.bfloat16)
     moved = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in (x, y)]
     assert all(t.data_ptr() % 16 and t.is_contiguous() for t in moved)
@@ -266,7 +277,7 @@ def test_strips_of_several_tiles(monkeypatch):
 
     monkeypatch.setattr(triton_call, "launch", keep)
     for stash in (False, True):
-        compare(100, torch.bfloat16, Case(n=300, m=310, offset=0, stash=stash))
+        compare(100, torch.bfloat16, Case(n=300, m=310, first_positive=0, stash=stash))
     # 300 x 310: 3 x 3 tiles forward, 2 and 1 rows of tiles backward
     scores, gradient = ("scores_kernel", (6,), 2), [("gradient_kernel", (3,), 1)] * 2
     assert grids == [scores, *gradient, scores]
@@ -290,14 +301,37 @@ def test_float16_keeps_the_digits_of_small_and_large_gradients(size):
     case = RAGGED._replace(scale=2.0)
     x, y, scale, gradients = problem(case, torch.float16)
     with emulated(90):
-        forward = backend.forward(x, y, scale, None, None, case.offset, True, True, False, x.new_empty(0))
-        args = (x, y, scale, None, None, *forward[:3], forward[5], x.new_empty(0), case.offset, True, True, True)
+        forward = backend.forward(x, y, scale, None, None, case.first_positive, True, True, False, x.new_empty(0))
+        args = (
+            x,
+            y,
+            scale,
+            None,
+            None,
+            *forward[:3],
+            forward[5],
+            x.new_empty(0),
+            case.first_positive,
+            True,
+            True,
+            True,
+        )
         scaled = backend.backward(*(g * size for g in gradients), *args)
     weights = [g.double() * size for g in gradients]
     doubles = [t.double() for t in (x, y, scale, *forward[:3])]
     truth = reference.backward(
-        *weights, *doubles[:3], None, None, *doubles[3:], forward[5], x.new_empty(0), case.offset, True, True, True
-    )  # fmt: skip
+        *weights,
+        *doubles[:3],
+        None,
+        None,
+        *doubles[3:],
+        forward[5],
+        x.new_empty(0),
+        case.first_positive,
+        True,
+        True,
+        True,
+    )
     error = (scaled[2] - truth[2]).abs() / truth[2].abs()
     assert error < 2 * torch.finfo(torch.float16).eps, error
 
@@ -312,7 +346,7 @@ def test_uses_the_tensor_cores():
             code[name] = ptx
             return ptx
 
-        case = Case(n=16, m=16, d=64, offset=0)
+        case = Case(n=16, m=16, d=64, first_positive=0)
         with emulated(capability, edit_ptx=keep):
             run(backend, case, *problem(case, torch.bfloat16))
         for name in ("scores_kernel", "gradient_kernel"):

@@ -26,7 +26,7 @@ class Case(NamedTuple):
     n: int = 140
     m: int = 190
     d: int = 96
-    offset: int = 16
+    first_positive: int = 16
     scale: float = 10.0
     bias: float = -10.0
     kind: str = "unit"  # cases.towers
@@ -52,10 +52,10 @@ CASES = [
     RAGGED._replace(need_dx=False, cols=False, d=70),
     RAGGED._replace(need_dy=False, weights="rows", d=200),
     RAGGED._replace(need_dx=False, need_dy=False, scale=1.0),
-    Case(n=128, m=256, d=128, offset=128),
-    Case(n=1, m=1, d=1, offset=0),
-    Case(n=3, m=5, d=7, offset=2, ids=True, attract=True),
-    Case(n=5, m=5, d=16, offset=0, scale=-3.0, bias=0.5, ids=True),
+    Case(n=128, m=256, d=128, first_positive=128),
+    Case(n=1, m=1, d=1, first_positive=0),
+    Case(n=3, m=5, d=7, first_positive=2, ids=True, attract=True),
+    Case(n=5, m=5, d=16, first_positive=0, scale=-3.0, bias=0.5, ids=True),
 ]
 RUNS = [(capability, torch.bfloat16, RAGGED) for capability in CAPABILITIES] + [
     (CAPABILITIES[i % 4], DTYPES[i % 3], case) for i, case in enumerate(CASES)
@@ -71,10 +71,10 @@ def small_panels(monkeypatch):
 
 
 def problem(case: Case, dtype: torch.dtype) -> Inputs:
-    x, y = towers(case.n, case.m, case.d, case.offset, case.kind)
+    x, y = towers(case.n, case.m, case.d, case.first_positive, case.kind)
     row_ids = torch.randint(0, 9, (case.n,)) + (1 << 40)
     col_ids = torch.randint(0, 9, (case.m,)) + (1 << 40)
-    col_ids[case.offset : case.offset + case.n] = row_ids
+    col_ids[case.first_positive : case.first_positive + case.n] = row_ids
     return {
         "x": x.to(dtype), "y": y.to(dtype), "scale": torch.tensor(case.scale), "bias": torch.tensor(case.bias),
         "row_weights": case.size * torch.rand(case.n) / case.n if case.weights != "none" else None,
@@ -85,7 +85,9 @@ def problem(case: Case, dtype: torch.dtype) -> Inputs:
 
 def run(module, case: Case, inputs: Inputs) -> dict[str, Tensor]:
     needs = (case.need_dx and case.weights != "none", case.need_dy and case.weights != "none")
-    return dict(zip(NAMES, module.forward(*inputs.values(), case.offset, case.attract, case.cols, *needs), strict=True))
+    return dict(
+        zip(NAMES, module.forward(*inputs.values(), case.first_positive, case.attract, case.cols, *needs), strict=True)
+    )
 
 
 def double(inputs: Inputs) -> Inputs:
@@ -155,7 +157,7 @@ def test_strips_of_several_tiles(monkeypatch):
         launch(kernel, grid, args, constants, **options)
 
     monkeypatch.setattr(triton_call, "launch", keep)
-    case = Case(n=300, m=310, offset=0)
+    case = Case(n=300, m=310, first_positive=0)
     compare(100, torch.bfloat16, case)
     compare(100, torch.bfloat16, case._replace(weights="none"))
     assert grids == [((5,), 1), ((5,), 1), ((6,), 2)]  # tiles of 128 x 64, then of 128 x 128
@@ -163,7 +165,7 @@ def test_strips_of_several_tiles(monkeypatch):
 
 def test_features_that_start_anywhere_and_weights_of_one_number():
     """TMA wants 16 bytes, and a contiguous view may start at any element; weights may be expanded."""
-    case = Case(n=20, m=30, d=32, offset=3)
+    case = Case(n=20, m=30, d=32, first_positive=3)
     inputs = problem(case, torch.bfloat16)
     inputs["row_weights"] = torch.tensor(0.25).expand(case.n)
     moved = {k: torch.cat([inputs[k].new_zeros(1), inputs[k].flatten()])[1:].view(inputs[k].shape) for k in ("x", "y")}
@@ -179,7 +181,7 @@ def test_features_that_start_anywhere_and_weights_of_one_number():
 )
 def test_what_is_not_finite_reaches_everything(name, value):
     """Also where infinite logits would have softplus 0, and where no pair counts."""
-    for case in (Case(n=20, m=30, d=32, offset=3), Case(n=1, m=1, d=1, offset=0)):
+    for case in (Case(n=20, m=30, d=32, first_positive=3), Case(n=1, m=1, d=1, first_positive=0)):
         inputs = problem(case, torch.bfloat16)
         inputs[name].view(-1)[-1] = value
         with emulated(80):
@@ -246,9 +248,9 @@ def test_softplus_and_sigmoid_to_their_own_size(bias):
 
 @pytest.mark.parametrize("sums", [False, True])
 def test_the_operators(sums):
-    case = Case(n=40, m=50, d=32, offset=5, ids=True, attract=True)
+    case = Case(n=40, m=50, d=32, first_positive=5, ids=True, attract=True)
     inputs = problem(case, torch.bfloat16)
-    how = {k: inputs[k] for k in ("row_ids", "col_ids")} | {"offset": case.offset, "attract": True}
+    how = {k: inputs[k] for k in ("row_ids", "col_ids")} | {"first_positive": case.first_positive, "attract": True}
     found = []
     for name in ("triton", "reference"):
         own = [inputs[k].clone().requires_grad_() for k in ("x", "y", "scale", "bias", "row_weights", "col_weights")]

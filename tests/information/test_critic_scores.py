@@ -168,7 +168,7 @@ def test_any_panel_gives_the_same_loss_and_gradients(kind, include):
         ck.set_stash_budget(budget)
         tensors = leaves(*inputs, dtype=torch.float64)
         loss, positives, clamped = additive_contrast(
-            *tensors, kind, clamp=0.7, offset=9, include_diagonal=include, activation="gelu"
+            *tensors, kind, clamp=0.7, first_positive=9, include_diagonal=include, activation="gelu"
         )
         results.append([loss, positives, clamped, *torch.autograd.grad(loss, tensors)])
     for other in results[1:]:
@@ -190,7 +190,7 @@ def test_additive_contrast_gradcheck_and_opcheck(kind, include):
     inputs = leaves(torch.randn(20, 4), torch.randn(23, 4), torch.randn(4), torch.randn(()), dtype=torch.float64)
 
     def loss(*tensors: Tensor) -> Tensor:
-        return additive_contrast(*tensors, kind, activation="tanh", offset=2, include_diagonal=include)[0]
+        return additive_contrast(*tensors, kind, activation="tanh", first_positive=2, include_diagonal=include)[0]
 
     assert torch.autograd.gradcheck(loss, inputs)
     grads = torch.autograd.grad(loss(*inputs), inputs, create_graph=True)

@@ -23,22 +23,22 @@ NAMES = ("J", "L", "df", "dg")
 
 @functools.lru_cache(maxsize=2)
 def expected(shape: tuple, dtype: torch.dtype, kind: str, scale: float, include: bool):
-    n, m, offset, k = shape
-    f, g = towers(n, m, k, offset, kind)
+    n, m, first_positive, k = shape
+    f, g = towers(n, m, k, first_positive, kind)
     f, g = (f * scale).to(dtype), g.to(dtype)
 
     def moments(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        return reference(f, g, offset, include)
+        return reference(f, g, first_positive, include)
 
     eager = with_gradients(moments, f, g, weights=WEIGHTS)
     truth = with_gradients(moments, f, g, weights=WEIGHTS, dtype=torch.float64)
     f64, g64 = f.double(), g.double()
     scores = f64 @ g64.T
     pairs = n * m - (0 if include else n)
-    weight = abs(WEIGHTS[1]) * (scores - truth[1]).exp() / pairs * pair_mask(n, m, offset, include, f.device)
-    weight.diagonal(offset)[:n] += WEIGHTS[0] / n
+    weight = abs(WEIGHTS[1]) * (scores - truth[1]).exp() / pairs * pair_mask(n, m, first_positive, include, f.device)
+    weight.diagonal(first_positive)[:n] += WEIGHTS[0] / n
     magnitudes = [
-        (f64 * g64[offset : offset + n]).abs().sum(1).mean().item(),  # J
+        (f64 * g64[first_positive : first_positive + n]).abs().sum(1).mean().item(),  # J
         abs(truth[1].item() + math.log(pairs)) + math.log(pairs),  # L = LSE - log |P|
         0.0,
         0.0,
@@ -50,10 +50,10 @@ def expected(shape: tuple, dtype: torch.dtype, kind: str, scale: float, include:
 
 def check(shape: tuple, dtype: torch.dtype, kind: str, scale: float, include: bool, isa: str) -> None:
     inputs, eager, truth, exponent, magnitudes = expected(shape, dtype, kind, scale, include)
-    _, m, offset, k = shape
+    _, m, first_positive, k = shape
 
     def moments(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        return dot_moments(f, g, offset=offset, include_diagonal=include, backend="native")
+        return dot_moments(f, g, first_positive=first_positive, include_diagonal=include, backend="native")
 
     with testing.instruction_set(isa):
         actual = with_gradients(moments, *inputs, weights=WEIGHTS)
@@ -98,7 +98,7 @@ def test_one_row_far_below_the_shared_exponent(isa):
 @pytest.mark.parametrize(("grad_j", "grad_l"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (1.0, -2.5)])
 def test_each_moment_alone(grad_j, grad_l, isa):
     f, g = towers(40, 100, 65, 17)
-    kernel = functools.partial(dot_moments, offset=17, backend="native")
+    kernel = functools.partial(dot_moments, first_positive=17, backend="native")
     with testing.instruction_set(isa):
         actual = with_gradients(kernel, f, g, weights=(grad_j, grad_l))
     truth = with_gradients(lambda f, g: reference(f, g, 17), f, g, weights=(grad_j, grad_l), dtype=torch.float64)

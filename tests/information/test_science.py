@@ -220,12 +220,12 @@ def test_weights_of_the_pairs_sum_to_one(size, include):
     f, g = size * torch.randn(300, 33) / 6, torch.randn(310, 33)
     g[:, 0], f[:, 0] = 1.0, 0.3  # dL/df_i0 = sum_j P_ij
     f.requires_grad_()
-    dot_moments(f, g, offset=3, include_diagonal=include)[1].backward()
+    dot_moments(f, g, first_positive=3, include_diagonal=include)[1].backward()
     assert abs(f.grad[:, 0].double().sum().item() - 1) < 1e-5
     a, b, w = torch.randn(300, 33), torch.randn(310, 33), size * torch.randn(33) / 6
     a[:, 0], b[:, 0] = 1.0, 0.0  # relu(a + b) = 1: dL/dw_0 = sum P
     w.requires_grad_()
-    additive_moments(a, b, w, offset=3, include_diagonal=include)[1].backward()
+    additive_moments(a, b, w, first_positive=3, include_diagonal=include)[1].backward()
     assert abs(w.grad[0].item() - 1) < 1e-5
 
 

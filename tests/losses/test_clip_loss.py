@@ -15,11 +15,17 @@ from cibr_kernels import testing
 from cibr_kernels.losses.clip.op import rectangular_clip_loss
 from cibr_kernels.losses.clip.reference import clip_loss as reference
 
-# (n, m, offset, d): one pair, smaller than a tile (32), whole tiles, ragged in every dimension, a rectangle, more than
-# one panel of rows (384 or 512)
+# (n, m, first_positive, d): one pair, smaller than a tile (32), whole tiles, ragged in every dimension, a rectangle,
+# more than one panel of rows (384 or 512)
 SHAPES = [
-    (1, 1, 0, 8), (2, 2, 0, 3), (5, 5, 0, 31), (64, 64, 0, 32), (33, 33, 0, 100), (40, 100, 17, 65), (300, 301, 1, 33),
-]  # fmt: skip
+    (1, 1, 0, 8),
+    (2, 2, 0, 3),
+    (5, 5, 0, 31),
+    (64, 64, 0, 32),
+    (33, 33, 0, 100),
+    (40, 100, 17, 65),
+    (300, 301, 1, 33),
+]
 DEEP = (48, 48, 0, 700)  # past one sweep of depth (384 or 512)
 PANELS = (600, 4500, 1000, 40)  # two panels of rows, two chunks of columns (128 blocks of 32)
 WHOLE = (600, 640, 20, 64)  # y in whole blocks: in float32 its transpose takes the place of dy
@@ -37,40 +43,40 @@ class Case(NamedTuple):
 @functools.lru_cache(maxsize=2)  # the instruction sets of one case follow one another
 def expected(case: Case) -> tuple[tuple[Tensor, ...], list[Tensor], list[Tensor], float, list[float]]:
     """Inputs, eager PyTorch's outputs, the truth, the largest logit, and the sizes of the terms of each output."""
-    n, m, offset, d = case.shape
-    x, y = (t.to(case.dtype) for t in towers(n, m, d, offset, case.kind))
+    n, m, first_positive, d = case.shape
+    x, y = (t.to(case.dtype) for t in towers(n, m, d, first_positive, case.kind))
     inputs = x, y, torch.tensor(case.scale)
 
     def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        return reference(x, y, scale, offset, case.one_way)
+        return reference(x, y, scale, first_positive, case.one_way)
 
     eager, truth = with_gradients(loss, *inputs), with_gradients(loss, *inputs, dtype=torch.float64)
     x, y = x.double(), y.double()
     cosines = x @ y.T
-    g = weights(case.scale * cosines, offset, case.one_way)
+    g = weights(case.scale * cosines, first_positive, case.one_way)
     magnitudes = [0.0, 0.0, 0.0, (g * cosines).abs().sum().item()]
     if case.kind == "opposed":  # rows that nearly coincide: sum_j G_ij y_j cancels
         magnitudes[1:3] = [(case.scale * h @ t.abs()).max().item() for h, t in ((g.abs(), y), (g.T.abs(), x))]
     return inputs, eager, truth, (case.scale * cosines).abs().max().item(), magnitudes
 
 
-def weights(logits: Tensor, offset: int, one_way: bool) -> Tensor:
+def weights(logits: Tensor, first_positive: int, one_way: bool) -> Tensor:
     """(n, m): d loss / d logits, accurate enough to say how large the terms of a cancelling sum are."""
     n = logits.shape[0]
     g = logits.softmax(1)
     if not one_way:
-        g[:, offset : offset + n] += logits[:, offset : offset + n].softmax(0)
-    g.diagonal(offset)[:n] -= 1 if one_way else 2
+        g[:, first_positive : first_positive + n] += logits[:, first_positive : first_positive + n].softmax(0)
+    g.diagonal(first_positive)[:n] -= 1 if one_way else 2
     return g / (n if one_way else 2 * n)
 
 
 def check(case: Case, isa: str, budgets: tuple[int, ...] = (0, LARGE)) -> None:
     """Holds the kernel to the rule in both tiers: exponentials computed again, and kept."""
     inputs, eager, truth, exponent, magnitudes = expected(case)
-    _, m, offset, d = case.shape
+    _, m, first_positive, d = case.shape
 
     def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        return rectangular_clip_loss(x, y, scale, offset=offset, one_way=case.one_way, backend="native")
+        return rectangular_clip_loss(x, y, scale, first_positive=first_positive, one_way=case.one_way, backend="native")
 
     for budget in budgets:
         ck.set_stash_budget(budget)
@@ -85,7 +91,7 @@ def check(case: Case, isa: str, budgets: tuple[int, ...] = (0, LARGE)) -> None:
 
 @each_isa
 @pytest.mark.parametrize("one_way", [False, True], ids=["both", "one_way"])
-@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])  # at 100 an unmasked column hides; at 1 a bad offset hides
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])  # at 100 an unmasked column hides; at 1 a bad shift hides
 @each_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernel_matches_float64(shape, dtype, scale, one_way, isa):

@@ -29,28 +29,28 @@ def expected(
     shape: tuple, activation: str, size: float, shift: float, include: bool, dtype: torch.dtype = torch.float32
 ) -> tuple:
     """Inputs with scores of standard deviation near `size` and biases near `shift`, and what they give."""
-    n, m, offset, h = shape
+    n, m, first_positive, h = shape
     torch.manual_seed(n * 131 + m * 7 + h)
     a, b, w = torch.randn(n, h) - shift, torch.randn(m, h) + shift, size * torch.randn(h) / math.sqrt(h)
     a, b, w = a.to(dtype), b.to(dtype), w.to(dtype)
     slope = SLOPES.get(activation, 0.0)
 
     def moments(a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        return reference(a, b, w, activation, slope, offset, include)
+        return reference(a, b, w, activation, slope, first_positive, include)
 
     eager = with_gradients(moments, a, b, w, weights=WEIGHTS)
     truth = with_gradients(moments, a, b, w, weights=WEIGHTS, dtype=torch.float64)
     phi = ACTIVATIONS[activation][0]
     values = phi(a.double()[:, None] + b.double()[None], slope)  # (n, m, h)
     terms = (values * w.double()).abs().sum(-1)  # (n, m): of S
-    p = (values @ w.double()).masked_fill(~pair_mask(n, m, offset, include, a.device), -math.inf)
+    p = (values @ w.double()).masked_fill(~pair_mask(n, m, first_positive, include, a.device), -math.inf)
     p = p.flatten().softmax(0).view(n, m)
-    dw_terms = WEIGHTS[0] * values.diagonal(offset)[:, :n].abs().mean(1) - WEIGHTS[1] * torch.einsum(
+    dw_terms = WEIGHTS[0] * values.diagonal(first_positive)[:, :n].abs().mean(1) - WEIGHTS[1] * torch.einsum(
         "ij,ijh->h", p, values.abs()
     )
     log_pairs = math.log(n * m - (0 if include else n))
     magnitudes = [
-        terms.diagonal(offset)[:n].mean().item(),
+        terms.diagonal(first_positive)[:n].mean().item(),
         abs(truth[1].item() + log_pairs) + log_pairs,  # L = LSE - log |P|
         0.0,
         0.0,
@@ -64,13 +64,19 @@ def check(
     dtype: torch.dtype = torch.float32,
 ) -> None:  # fmt: skip
     inputs, eager, truth, exponent, magnitudes = expected(shape, activation, size, shift, include, dtype)
-    n, m, offset, h = shape
+    n, m, first_positive, h = shape
 
     def moments(a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         return additive_moments(
-            a, b, w, activation=activation, slope=SLOPES.get(activation, 0.0), offset=offset, include_diagonal=include,
+            a,
+            b,
+            w,
+            activation=activation,
+            slope=SLOPES.get(activation, 0.0),
+            first_positive=first_positive,
+            include_diagonal=include,
             backend="native",
-        )  # fmt: skip
+        )
 
     with testing.instruction_set(isa):
         actual = with_gradients(moments, *inputs, weights=WEIGHTS)
@@ -132,7 +138,7 @@ def test_several_groups_and_blocks(activation, isa):
 def test_each_moment_alone(activation, grad_j, grad_l, isa):
     torch.manual_seed(3)
     a, b, w = torch.randn(20, 33), torch.randn(70, 33), torch.randn(33) / 6
-    kernel = functools.partial(additive_moments, activation=activation, slope=0.3, offset=17, backend="native")
+    kernel = functools.partial(additive_moments, activation=activation, slope=0.3, first_positive=17, backend="native")
     with testing.instruction_set(isa):
         actual = with_gradients(kernel, a, b, w, weights=(grad_j, grad_l))
     truth = with_gradients(

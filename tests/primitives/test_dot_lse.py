@@ -50,10 +50,10 @@ def weighted(outputs: tuple[Tensor, ...], inputs: list[Tensor]) -> list[Tensor]:
 
 @functools.lru_cache(maxsize=2)
 def expected(shape: tuple[int, ...], dtype: torch.dtype, kind: str, scale: float, mask: bool, grouping: str):
-    n, m, offset, d = shape
-    x, y = (t.to(dtype) for t in towers(n, m, d, offset, kind))
+    n, m, first_positive, d = shape
+    x, y = (t.to(dtype) for t in towers(n, m, d, first_positive, kind))
     inputs = x, y, torch.tensor(scale)
-    options = {**groups(grouping, n, m), "offset": offset, "mask_positives": mask, "need_max": True}
+    options = {**groups(grouping, n, m), "first_positive": first_positive, "mask_positives": mask, "need_max": True}
     eager, truth = (
         weighted(reference(*tensors, **options), tensors)
         for tensors in (leaves(*inputs), leaves(*inputs, dtype=torch.float64))
@@ -119,28 +119,28 @@ def far_below(n: int, m: int) -> tuple[Tensor, Tensor]:
 @each_isa
 @pytest.mark.parametrize("budget", [0, LARGE])
 def test_an_empty_sum_is_told_from_one_that_underflowed(budget, isa):
-    n, m, scale = 40, 70, torch.tensor(100.0)  # every exponential relative to the shared offset, 40: e^-140 is 0
+    n, m, scale = 40, 70, torch.tensor(100.0)  # every exponential relative to the shared shift, 40: e^-140 is 0
     x, y = far_below(n, m)
     row_ids, col_ids = torch.arange(n), torch.full((m,), 100)
     row_ids[0] = 100  # shares its group with every column
     with testing.instruction_set(isa):
-        rows, cols, _, row_max, col_max, offset, _ = dot_lse_forward(
+        rows, cols, _, row_max, col_max, shift, _ = dot_lse_forward(
             x, y, scale, row_ids, col_ids, 0, True, True, True, budget, "native"
         )
-        assert torch.isnan(offset)  # online
+        assert torch.isnan(shift)  # online
         truth = reference(x.double(), y.double(), scale.double(), row_ids, col_ids, need_max=True)
         for actual, t in zip((rows, cols, row_max, col_max), (truth[0], truth[1], *truth[3:]), strict=True):
             torch.testing.assert_close(actual.double(), t, rtol=2e-6, atol=0)
         assert rows[0] == row_max[0] == float("-inf")
         assert rows[1] < -90 and cols[1] < -90
 
-        # where nothing underflows, an empty row does not end the fixed offset
+        # where nothing underflows, an empty row does not end the fixed shift
         keep = [i for i in range(n) if i != 1], [j for j in range(m) if j != 1]
         x, y, row_ids, col_ids = x[keep[0]], y[keep[1]], row_ids[keep[0]], col_ids[keep[1]]
-        rows, _, _, _, _, offset, _ = dot_lse_forward(
+        rows, _, _, _, _, shift, _ = dot_lse_forward(
             x, y, scale, row_ids, col_ids, 0, True, True, True, LARGE, "native"
         )
-        assert offset == pytest.approx(40, abs=1e-3)
+        assert shift == pytest.approx(40, abs=1e-3)
         assert torch.equal(rows == float("-inf"), torch.arange(n - 1) == 0)
 
 
@@ -148,7 +148,7 @@ def test_an_empty_sum_is_told_from_one_that_underflowed(budget, isa):
 @pytest.mark.parametrize("scale", [3.0, 90.0, 300.0])
 def test_the_number_of_threads_changes_no_bit(scale, isa):
     x, y = towers(500, 700, 70, 30)
-    options = {**groups("few", 500, 700), "offset": 30, "need_max": True, "backend": "native"}
+    options = {**groups("few", 500, 700), "first_positive": 30, "need_max": True, "backend": "native"}
     results = []
     with testing.instruction_set(isa):
         for threads in (1, 3):

@@ -37,11 +37,11 @@ def total(rows: Tensor, cols: Tensor, u: Tensor, v: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=2)
 def expected(shape: tuple[int, ...], dtype: torch.dtype, kind: str, scale: float, bias: float, grouping: str):
-    n, m, offset, d = shape
-    pair = towers(n, m, d, min(max(offset, 0), m - n), kind) if n <= m else towers(m, n, d, 0, kind)[::-1]
+    n, m, first_positive, d = shape
+    pair = towers(n, m, d, min(max(first_positive, 0), m - n), kind) if n <= m else towers(m, n, d, 0, kind)[::-1]
     x, y = (t.to(dtype) for t in pair)
     inputs = x, y, torch.tensor(scale), torch.tensor(bias), torch.randn(n), torch.randn(m)
-    options = {**groups(grouping, n, m), "offset": offset}
+    options = {**groups(grouping, n, m), "first_positive": first_positive}
     eager, truth = [], []
     for out, tensors in ((eager, leaves(*inputs)), (truth, leaves(*inputs, dtype=torch.float64))):
         rows, cols = reference(*tensors[:4], **options)
@@ -50,7 +50,7 @@ def expected(shape: tuple[int, ...], dtype: torch.dtype, kind: str, scale: float
     with torch.no_grad():  # sums of absolute terms: weights of both signs cancel
         x, y, scale, bias, u, v = (t.double() for t in inputs)
         cosines = x @ y.T
-        sign, kept = _signs(n, m, options["row_ids"], options["col_ids"], offset, options["attract"], cosines)
+        sign, kept = _signs(n, m, options["row_ids"], options["col_ids"], first_positive, options["attract"], cosines)
         g = kept * (sign * (scale * cosines + bias)).sigmoid() * (u[:, None] + v).abs()
         rows, cols = truth[:2]
         magnitudes = [0.0] * len(NAMES)
@@ -127,13 +127,13 @@ def test_each_term_keeps_its_digits(attract, isa):
 
 @each_isa
 def test_without_positives(isa):
-    """An offset past the columns: every pair takes part."""
+    """A first positive past the columns: every pair takes part."""
     x, y = towers(40, 70, 33)
     scale, bias = torch.tensor(3.0), torch.tensor(-1.0)
     truth = torch.nn.functional.softplus(3 * x.double() @ y.double().T - 1)
-    for offset in (70, 71, 2**40, -40, -(2**40)):
+    for first_positive in (70, 71, 2**40, -40, -(2**40)):
         with testing.instruction_set(isa):
-            rows, cols = dot_softplus_sums(x, y, scale, bias, offset=offset, backend="native")
+            rows, cols = dot_softplus_sums(x, y, scale, bias, first_positive=first_positive, backend="native")
         torch.testing.assert_close(rows.double(), truth.sum(1), rtol=1e-6, atol=0)
         torch.testing.assert_close(cols.double(), truth.sum(0), rtol=1e-6, atol=0)
 
@@ -179,7 +179,7 @@ def test_the_number_of_threads_changes_no_bit(dtype, isa):
         for threads in (1, 3):
             torch.set_num_threads(threads)
             tensors = leaves(*inputs)
-            value = dot_softplus(*tensors, **groups("attract", 500, 700), offset=30, backend="native")
+            value = dot_softplus(*tensors, **groups("attract", 500, 700), first_positive=30, backend="native")
             results.append((value, *grads(value, *tensors)))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)

@@ -28,11 +28,16 @@ def check(f, *inputs: Tensor) -> None:
 
 
 @pytest.mark.parametrize("one_way", [False, True])
-@pytest.mark.parametrize(("n", "m", "offset"), [(1, 1, 0), (4, 4, 0), (3, 7, 2)])
-def test_clip_loss(n, m, offset, one_way):
+@pytest.mark.parametrize(("n", "m", "first_positive"), [(1, 1, 0), (4, 4, 0), (3, 7, 2)])
+def test_clip_loss(n, m, first_positive, one_way):
     x, y = doubles((n, 3), (m, 3))
     scale = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
-    check(lambda *t: rectangular_clip_loss(*t, offset=offset, one_way=one_way, backend="reference"), x, y, scale)
+    check(
+        lambda *t: rectangular_clip_loss(*t, first_positive=first_positive, one_way=one_way, backend="reference"),
+        x,
+        y,
+        scale,
+    )
 
 
 @pytest.mark.parametrize("mode", ["mask", "positives"])
@@ -77,10 +82,10 @@ def test_additive_scores(activation):
 
 @each_diagonal
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
-@pytest.mark.parametrize(("n", "m", "offset"), [(4, 4, 0), (3, 6, 2)])
-def test_dot_moments(n, m, offset, weights, include):
+@pytest.mark.parametrize(("n", "m", "first_positive"), [(4, 4, 0), (3, 6, 2)])
+def test_dot_moments(n, m, first_positive, weights, include):
     def weighted(f: Tensor, g: Tensor) -> Tensor:
-        j, el = dot_moments(f, g, offset=offset, include_diagonal=include, backend="reference")
+        j, el = dot_moments(f, g, first_positive=first_positive, include_diagonal=include, backend="reference")
         return weights[0] * j + weights[1] * el
 
     check(weighted, *doubles((n, 3), (m, 3)))
@@ -92,7 +97,7 @@ def test_dot_moments(n, m, offset, weights, include):
 def test_additive_moments(activation, weights, include):
     def weighted(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
         j, el = additive_moments(
-            a, b, w, activation=activation, slope=0.3, offset=2, include_diagonal=include, backend="reference"
+            a, b, w, activation=activation, slope=0.3, first_positive=2, include_diagonal=include, backend="reference"
         )
         return weights[0] * j + weights[1] * el
 

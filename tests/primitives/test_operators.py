@@ -37,7 +37,7 @@ def features(n: int = 5, m: int = 7, d: int = 3) -> list[Tensor]:
 def test_dot_lse(mask, need_cols, budget, ids, dtype, backend):
     x, y = leaves(*features(), dtype=dtype)
     scale = torch.tensor(3.0, requires_grad=True)
-    # without kept exponentials their offset is NaN, which the last check takes for a difference
+    # without kept exponentials their shift is NaN, which the last check takes for a difference
     checks = CHECKS if budget and backend == "native" else CHECKS[:3]
     groups = (torch.arange(5) % 3, torch.arange(7) % 4) if ids else (None, None)
     arguments = x, y, scale, *groups, 1, mask, need_cols, ids, budget, backend

@@ -21,7 +21,7 @@ each_isa = pytest.mark.parametrize("isa", ISAS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
-def towers(n: int, m: int, d: int, offset: int = 0, kind: str = "unit") -> tuple[Tensor, Tensor]:
+def towers(n: int, m: int, d: int, first_positive: int = 0, kind: str = "unit") -> tuple[Tensor, Tensor]:
     """x (n, d), y (m, d), alike at the positives, float32.
 
     kind "unit": unit norm.  "raw": norms near sqrt(d), past the range of one shared exponent.  "opposed": all x near u
@@ -29,7 +29,7 @@ def towers(n: int, m: int, d: int, offset: int = 0, kind: str = "unit") -> tuple
     """
     torch.manual_seed(n * 131 + m * 7 + d)
     x, y = torch.randn(n, d), torch.randn(m, d)
-    y[offset : offset + n] += x
+    y[first_positive : first_positive + n] += x
     if kind == "opposed":
         x, y = x * 0.02 + 1, y * 0.02 - 1
     if kind in ("unit", "opposed"):

@@ -1,6 +1,6 @@
 """The two moments of a separable critic over all pairs; the (n, m) scores are never stored.
 
-    S_ij = <f_i, g_j>        J = mean_i S_i,offset+i        L = log mean_(i,j) in P exp S_ij
+    S_ij = <f_i, g_j>        J = mean_i S_i,first_positive+i        L = log mean_(i,j) in P exp S_ij
 
 One global log-sum-exp of the rows of `dot_lse`: 1 + 3 matmul passes, O((n + m) k) memory.
 """
@@ -22,14 +22,20 @@ def dot_moments(
     f: Tensor,  # (n, k)
     g: Tensor,  # (m, k)
     *,
-    offset: int = 0,
+    first_positive: int = 0,
     include_diagonal: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(J, L) of S = f g^T: 0-d tensors, float32 (float64 for float64), differentiable in f and g.  No checks."""
     n, m = f.shape[0], g.shape[0]
     rows, _, positives = dot_lse(
-        f, g, _one(f), offset=offset, mask_positives=not include_diagonal, need_cols=False, backend=backend
+        f,
+        g,
+        _one(f),
+        first_positive=first_positive,
+        mask_positives=not include_diagonal,
+        need_cols=False,
+        backend=backend,
     )
     return positives.mean(), _log_mean_exp(rows, n * m - (0 if include_diagonal else n))
 

@@ -89,9 +89,9 @@ class Problem:
         if shards is not None and extra is None:
             return sharded_dot_lse(anchors, candidates, scale, shards, strategy=self.strategy, **options)
         columns = candidates if shards is None else gather(candidates, shards)
-        total, offset = len(columns), 0 if shards is None else shards.offset
+        total, first_positive = len(columns), 0 if shards is None else shards.offset
         columns = columns if extra is None else torch.cat([columns, extra])
-        rows, cols, positives, *highest = dot_lse(anchors, columns, scale, offset=offset, **options)
+        rows, cols, positives, *highest = dot_lse(anchors, columns, scale, first_positive=first_positive, **options)
         if need_cols and extra is not None:  # nobody asks for the sums of extra columns
             cols, highest[1:] = cols[:total], [t[:total] for t in highest[1:]]
             if shards is not None:

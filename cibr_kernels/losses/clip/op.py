@@ -1,6 +1,6 @@
 """Symmetric InfoNCE (the CLIP loss) whose n x n logits are never stored in full.
 
-    l_ij = scale * <x_i, y_j>                          positives p_i = l_i,offset+i
+    l_ij = scale * <x_i, y_j>                          positives p_i = l_i,first_positive+i
     R_i  = log sum_{j != pos} exp l_ij                 C_j the same over rows: `dot_lse`
     loss = 1/2n sum_i [softplus(R_i - p_i) + softplus(C_i - p_i)]         (one_way: 1/n, rows only)
 
@@ -143,11 +143,11 @@ def _inputs(
 
 
 def rectangular_clip_loss(
-    x: Tensor, y: Tensor, scale: Tensor, *, offset: int = 0, one_way: bool = False, backend: str = "auto"
+    x: Tensor, y: Tensor, scale: Tensor, *, first_positive: int = 0, one_way: bool = False, backend: str = "auto"
 ) -> Tensor:
-    """The loss of n rows against m >= offset + n columns, row i's positive being column offset + i.  No checks."""
-    rows, cols, positives = dot_lse(x, y, scale, offset=offset, need_cols=not one_way, backend=backend)
+    """The loss of n rows against m columns; row i's positive is column first_positive + i < m.  No checks."""
+    rows, cols, positives = dot_lse(x, y, scale, first_positive=first_positive, need_cols=not one_way, backend=backend)
     loss = softplus(rows - positives).mean()
     if one_way:
         return loss
-    return (loss + softplus(cols[offset : offset + x.shape[0]] - positives).mean()) / 2
+    return (loss + softplus(cols[first_positive : first_positive + x.shape[0]] - positives).mean()) / 2

@@ -1,6 +1,6 @@
 """clip_loss in plain PyTorch: the specification.  It promotes instead of casting, so float64 in is the oracle.
 
-    l_ij = scale_i * <x_i, y_j>        row i's positive is column offset + i, its candidates all that is not masked
+    l_ij = scale_i * <x_i, y_j>    row i's positive is column first_positive + i, candidates all not masked
     loss_i = LSE_j l_ij - sum_j q_ij l_ij        q_i the target distribution over row i's candidates
     loss = mean_i of that (one_way), or the mean of it and of the same over the n columns that have a positive
 
@@ -17,13 +17,13 @@ from cibr_kernels.numerics import softplus
 from cibr_kernels.primitives.dot.lse.reference import dot_lse, is_positive
 
 
-def clip_loss(x: Tensor, y: Tensor, scale: Tensor, offset: int = 0, one_way: bool = False) -> Tensor:
+def clip_loss(x: Tensor, y: Tensor, scale: Tensor, first_positive: int = 0, one_way: bool = False) -> Tensor:
     """x (n, d), y (m, d), scale () -> loss (), differentiable in all three.  Source: CLIP (2103.00020), Figure 3."""
-    rows, cols, positives = dot_lse(x, y, scale, offset=offset)
+    rows, cols, positives = dot_lse(x, y, scale, first_positive=first_positive)
     loss = softplus(rows - positives).mean()
     if one_way:
         return loss
-    return (loss + softplus(cols[offset : offset + len(x)] - positives).mean()) / 2
+    return (loss + softplus(cols[first_positive : first_positive + len(x)] - positives).mean()) / 2
 
 
 def direction(

@@ -109,7 +109,7 @@ def siglip_loss(
         for anchors, negatives in extra:
             if negatives is not None:
                 more, _ = dot_softplus_sums(
-                    anchors, negatives, scale, bias, offset=len(negatives), need_cols=False, backend=backend
+                    anchors, negatives, scale, bias, first_positive=len(negatives), need_cols=False, backend=backend
                 )
                 losses = losses + more
         loss = losses if weights is None else losses * weights
@@ -123,7 +123,9 @@ def siglip_loss(
         loss = loss + (c * softplus(-positives)).sum()
         for anchors, negatives in extra:
             if negatives is not None:
-                loss = loss + dot_softplus(anchors, negatives, scale, bias, c, offset=len(negatives), backend=backend)
+                loss = loss + dot_softplus(
+                    anchors, negatives, scale, bias, c, first_positive=len(negatives), backend=backend
+                )
     return (loss, _measure(x, y, scale, bias, positives, shards)) if return_metrics else loss
 
 

@@ -1,10 +1,10 @@
 // The two moments of an additive critic over all pairs, and the gradients of the second, in one sweep.
 //
 //   t_ijh = a_ih + b_jh        S_ij = sum_h w_h phi(t_ijh)
-//   J = mean_i S_{i, offset+i}        L = log( 1/|P| sum_{(i,j) in P} e^{S_ij} )
+//   J = mean_i S_{i, first_positive+i}        L = log( 1/|P| sum_{(i,j) in P} e^{S_ij} )
 //   ga_ih = dL/da_ih,  gb_jh = dL/db_jh,  gw_h = dL/dw_h
 //
-// P is all n m pairs, or all but the n positives (i, offset + i).  A NaN or an infinity anywhere in a, b or w makes every
+// P is all n m pairs, or all but the n positives (i, first_positive + i).  A NaN or an infinity anywhere in a, b or w makes every
 // output NaN.  Results do not depend on the number of threads.
 #pragma once
 
@@ -18,7 +18,7 @@ namespace ck {
 struct AdditiveMoments {
   const float *a, *b, *w;          // (n, h), (m, h), (h,) contiguous; a, b, ga, gb point to `features_dtype` on the CPU
   int64_t n, m, h;                 // all >= 1, and P is not empty
-  int64_t offset;                  // column of row 0's positive; 0 <= offset, offset + n <= m
+  int64_t first_positive;                  // column of row 0's positive; 0 <= first_positive, first_positive + n <= m
   int32_t include_diagonal;        // 1: the positives count among the pairs of L
   int32_t activation;              // an Activation (additive/activation_names.h)
   float slope;                     // leaky_relu's negative slope; elu's alpha

@@ -1,6 +1,6 @@
 // All-pairs additive critic: moments and gradients in one sweep, with no n x m array.
 //
-//   S_ij = sum_h w_h phi(a_ih + b_jh)      J = mean_i S_{i,offset+i}      L = log(1/|P| sum_P e^{S_ij})
+//   S_ij = sum_h w_h phi(a_ih + b_jh)      J = mean_i S_{i,first_positive+i}      L = log(1/|P| sum_P e^{S_ij})
 //   ga_ih = w_h sum_j P_ij phi'(t_ijh)     gb_jh = w_h sum_i P_ij phi'(t_ijh)     gw_h = sum_ij P_ij phi(t_ijh)
 //   t_ijh = a_ih + b_jh,  P_ij = e^{S_ij} / sum_P e^S on the pairs of P, 0 elsewhere
 //
@@ -129,7 +129,7 @@ class Sweep : Operands<Tile> {
   // Takes J's part from a tile of scores, and replaces them by e_ij.
   void exponentials(Group& g, int64_t row, int64_t count, int64_t column, const Scratch& t, const Panel& panel) {
     for (int64_t i = 0; i < count; i++) {
-      const int64_t j = p.offset + row + i - column;
+      const int64_t j = p.first_positive + row + i - column;
       if (j < 0 || j >= COLS) continue;
       g.positives += t.s[i * COLS + j];
       if (!p.include_diagonal) t.s[i * COLS + j] = NOTHING;

@@ -1,6 +1,6 @@
 // All-pairs additive critic on a GPU: moments and gradients in one sweep, in panels of rows.
 //
-//   S_ij = sum_h w_h phi(a_ih + b_jh)      J = mean_i S_{i,offset+i}      L = log(1/|P| sum_P e^{S_ij})
+//   S_ij = sum_h w_h phi(a_ih + b_jh)      J = mean_i S_{i,first_positive+i}      L = log(1/|P| sum_P e^{S_ij})
 //   ga_ih = w_h sum_j P_ij phi'(t_ijh)     gb_jh = w_h sum_i P_ij phi'(t_ijh)     gw_h = sum_ij P_ij phi(t_ijh)
 //
 // A panel is as many rows as have their scores in the budget.  For each: the scores (scores.cuh), the largest so far as the
@@ -172,7 +172,7 @@ class Sweep {
     const int first = static_cast<int>(panel * panel_rows_), rows = static_cast<int>(smaller(panel_rows_, n_padded_ - first));
     const dim3 tiles(m_padded_ / TILE, rows / TILE);
     run(kernels.scores_name, kernels.scores, tiles, SCORE_THREADS, at_ + first, bt_, n_padded_, m_padded_, weights_, centre_,
-        row_term_, column_term_, static_cast<int>(padded(h_, SCORE_UNITS)), first, n_, m_, static_cast<int>(p_.offset),
+        row_term_, column_term_, static_cast<int>(padded(h_, SCORE_UNITS)), first, n_, m_, static_cast<int>(p_.first_positive),
         p_.include_diagonal, p_.slope, scores_, positives_, tile_max_, tile_sum_);
     RUN(additive_total, dim3(1), TOTAL_THREADS, tile_max_, tile_sum_, static_cast<int64_t>(tiles.x) * tiles.y, panel,
         panel + 1 == panels_, positives_, n_, m_, p_.include_diagonal, poison_, running_, shift_, factor_, lse_, p_.moments);

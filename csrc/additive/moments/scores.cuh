@@ -18,10 +18,10 @@ struct Kinked {};
 
 #define CK_SCORES_PARAMETERS                                                                                           \
   const float *a, const float *b, int64_t a_stride, int64_t b_stride, const float *w, const float *centre,             \
-      const float *row_term, const float *column_term, int units, int first_row, int n, int m, int offset,             \
+      const float *row_term, const float *column_term, int units, int first_row, int n, int m, int first_positive,             \
       int include_diagonal, float slope, float *scores, float *positives, float *tile_max, float *tile_sum
 #define CK_SCORES_ARGUMENTS                                                                                            \
-  a, b, a_stride, b_stride, w, centre, row_term, column_term, units, first_row, n, m, offset, include_diagonal, slope, \
+  a, b, a_stride, b_stride, w, centre, row_term, column_term, units, first_row, n, m, first_positive, include_diagonal, slope, \
       scores, positives, tile_max, tile_sum
 
 // a (units, a_stride) from the panel's first row on, b (units, b_stride), w (units,), units a multiple of SCORE_UNITS with
@@ -95,7 +95,7 @@ __device__ __forceinline__ void scores_of_tile(CK_SCORES_PARAMETERS) {
       float s = sum[i][j];
       if (KINKED && column < m) s += of_row + column_term[column];
       if (global_row >= n || column >= m) s = -INFINITY;
-      if (global_row < n && column == global_row + offset) {
+      if (global_row < n && column == global_row + first_positive) {
         positives[global_row] = s;
         if (!include_diagonal) s = -INFINITY;
       }

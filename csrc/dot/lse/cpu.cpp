@@ -14,7 +14,7 @@ namespace ck {
 namespace CK_ISA {
 
 constexpr float kFixedBound = 110.0f, kHeadroom = 60.0f;
-constexpr float kUnderflow = 55.0f;  // e^-55 of the offset still leaves 30 nats above the smallest float
+constexpr float kUnderflow = 55.0f;  // e^-55 of the shift still leaves 30 nats above the smallest float
 constexpr int64_t kRowGroup = 64;    // rows whose parts are added up together
 
 constexpr float kLog2e = 1.44269504f;
@@ -111,7 +111,7 @@ static void online_sums(float scale, const TileShape& t, const float* s, const S
   for (int c = 0; c < kBlock; c++) merge(sums.col_max + c, sums.col_sum + c, tops[c], totals[c]);
 }
 
-// The parts that one product of blocks has of rows [r0, r1), added to the rows': sums of one offset and, unless `top` is null,
+// The parts that one product of blocks has of rows [r0, r1), added to the rows': sums of one shift and, unless `top` is null,
 // maxima.
 static void add_parts(const float* sum, const float* top, int64_t r0, int64_t r1, double* row_sum, double* row_max) {
   for (int64_t r = r0; r < r1; r++) row_sum[r] += sum[r];
@@ -137,7 +137,7 @@ static void to_stash(const float* e, int64_t rows, bf16* out) {
 #endif
 }
 
-// The epilogue of a product of WIDTH blocks with one offset: sums, and the stash where there is one.
+// The epilogue of a product of WIDTH blocks with one shift: sums, and the stash where there is one.
 template <int WIDTH>
 static void fixed_sums(const DotForward& p, float off, const TileShape& t, float* s, int64_t stride, const Sums& sums) {
   const bool narrow = p.stash_dtype == kBFloat16;
@@ -151,19 +151,19 @@ static void fixed_sums(const DotForward& p, float off, const TileShape& t, float
     to_stash(s + c * stride, t.rows, static_cast<bf16*>(p.stash) + at + c * block);
 }
 
-// A sum lies so far below the offset that its exponentials lost digits, or all of them: one that is empty does not.
+// A sum lies so far below the shift that its exponentials lost digits, or all of them: one that is empty does not.
 static bool underflowed(const DotForward& p, float off) {
   const int64_t groups = p.row_ids ? p.n + p.m : 0;
   ZeroBuffer<int64_t> in_rows(groups), in_cols(groups);  // members of each group
   for (int64_t i = 0; groups && i < p.n; i++) in_rows.data[p.row_ids[i]]++;
   for (int64_t j = 0; groups && j < p.m; j++) in_cols.data[p.col_ids[j]]++;
   for (int64_t i = 0; i < p.n; i++) {
-    const bool same = groups && p.row_ids[i] == p.col_ids[p.offset + i];
+    const bool same = groups && p.row_ids[i] == p.col_ids[p.first_positive + i];
     const int64_t left_out = (groups ? in_cols.data[p.row_ids[i]] : 0) + (p.mask_positives && !same);
     if (p.row_lse[i] < off - kUnderflow && left_out < p.m) return true;
   }
   for (int64_t j = 0; p.col_lse && j < p.m; j++) {
-    const int64_t i = j - p.offset;
+    const int64_t i = j - p.first_positive;
     const bool positive = i >= 0 && i < p.n, same = positive && groups && p.row_ids[i] == p.col_ids[j];
     const int64_t left_out = (groups ? in_rows.data[p.col_ids[j]] : 0) + (p.mask_positives && positive && !same);
     if (p.col_lse[j] < off - kUnderflow && left_out < p.n) return true;
@@ -171,7 +171,7 @@ static bool underflowed(const DotForward& p, float off) {
   return false;
 }
 
-// T: the engine's operand type; S: the features' dtype.  Returns false where the fixed offset underflowed.
+// T: the engine's operand type; S: the features' dtype.  Returns false where the fixed shift underflowed.
 template <typename T, typename S>
 static bool forward_sweep(const DotForward& p, bool fixed, float off) {
   const int64_t dp = pad32(p.d), mp = pad32(p.m), panel = Engine<T>::kPanelRows, blocks = mp / kBlock;
@@ -266,14 +266,14 @@ static inline float shared_offset(float bound) { return bound > kHeadroom ? boun
 
 void dot_lse_forward(const DotForward& p) {
   const float bound = score_bound(p), off = shared_offset(bound);
-  *p.stash_offset = __builtin_nanf("");
+  *p.stash_shift = __builtin_nanf("");
   if (!(bound < 1e37f)) {  // NaN or infinity somewhere, or scores past float32
     fill_nan(p.row_lse, p.n), fill_nan(p.positives, p.n), fill_nan(p.row_max, p.n);
     fill_nan(p.col_lse, p.m), fill_nan(p.col_max, p.m);
     return;
   }
   if (bound <= kFixedBound && forward_any(p, true, off)) {
-    *p.stash_offset = off;
+    *p.stash_shift = off;
     return;
   }
   DotForward online = p;
@@ -282,7 +282,7 @@ void dot_lse_forward(const DotForward& p) {
 }
 
 // ---------------------------------------------------------------- backward
-// Gradient weights of one backward: G = e (u_i + v_j) with one shared offset, or two exponentials.
+// Gradient weights of one backward: G = e (u_i + v_j) with one shared first_positive, or two exponentials.
 struct Weights {
   bool fixed;
   float off;
@@ -360,8 +360,8 @@ void dot_lse_backward(const DotBackward& p) {
   ZeroBuffer<float> cols(mp), v(mp);
   clean(p.n, p.row_lse, p.row_weight, rows.data, u.data);
   clean(given, p.col_lse, p.col_weight, cols.data, v.data);
-  // the forward's choice again, unless a row or column lies too far below the offset
-  const float off = p.stash_offset;
+  // the forward's choice again, unless a row or column lies too far below the shift
+  const float off = p.stash_shift;
   bool fixed = off == off;
   for (int64_t i = 0; i < p.n; i++) fixed &= !(rows.data[i] < off - kUnderflow);
   for (int64_t j = 0; j < given; j++) fixed &= !(cols.data[j] < off - kUnderflow) || v.data[j] == 0;

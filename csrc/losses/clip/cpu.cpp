@@ -31,12 +31,12 @@ void clip_loss(const ClipLoss& p) {
   Buffer<float> rows(n), cols(both ? n : 0), positives(n), row_grad(n), col_grad(both ? n : 0),
       stash(gradients ? blocks * n * 32 : 0);
   ZeroBuffer<float> positive_grad(n);
-  float stash_offset = 0;
+  float stash_shift = 0;
   DotForward f{};
   static_cast<DotProblem&>(f) = p;
   f.mask_positives = 1;
   f.row_lse = rows.data, f.col_lse = cols.data, f.positives = positives.data;
-  f.stash = stash.data, f.stash_dtype = kFloat32, f.stash_offset = &stash_offset;
+  f.stash = stash.data, f.stash_dtype = kFloat32, f.stash_shift = &stash_shift;
   dot_lse_forward(f);
 
   const float share = 1.0f / (both ? 2 * n : n);
@@ -49,7 +49,7 @@ void clip_loss(const ClipLoss& p) {
   static_cast<DotGradient&>(b) = p;
   b.positive_grad = positive_grad.data, b.mask_positives = 1;
   b.row_lse = rows.data, b.row_weight = row_grad.data, b.col_lse = cols.data, b.col_weight = col_grad.data;
-  b.stash = stash.data, b.stash_dtype = kFloat32, b.stash_offset = stash_offset;
+  b.stash = stash.data, b.stash_dtype = kFloat32, b.stash_shift = stash_shift;
   dot_lse_backward(b);
 }
 

@@ -27,7 +27,7 @@ def unsupported(*tensors: Tensor) -> str | None:
 
 
 def forward(
-    a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, offset: int, include_diagonal: bool,
+    a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, first_positive: int, include_diagonal: bool,
     need_a: bool, need_b: bool, need_w: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> J (), L () float32 and the gradients of L: (n, h), (m, h), (h,) as their inputs, each empty unless needed."""
@@ -36,10 +36,22 @@ def forward(
         torch.empty_like(t) if need else t.new_empty(0) for t, need in ((a, need_a), (b, need_b), (w, need_w))
     )
     fields: dict[str, Any] = dict(  # noqa: C408
-        a=a, b=b, n=a.shape[0], m=b.shape[0], h=a.shape[1], offset=offset, include_diagonal=include_diagonal,
-        activation=list(ACTIVATIONS).index(activation), slope=slope, need_a=need_a, need_b=need_b, need_w=need_w,
-        moments=moments, ga=ga, gb=gb,
-    )  # fmt: skip
+        a=a,
+        b=b,
+        n=a.shape[0],
+        m=b.shape[0],
+        h=a.shape[1],
+        first_positive=first_positive,
+        include_diagonal=include_diagonal,
+        activation=list(ACTIVATIONS).index(activation),
+        slope=slope,
+        need_a=need_a,
+        need_b=need_b,
+        need_w=need_w,
+        moments=moments,
+        ga=ga,
+        gb=gb,
+    )
     if cuda_call.takes(a):
         found = cuda_call.target(a.device)
         cuda_call.call(

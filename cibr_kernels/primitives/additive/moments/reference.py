@@ -1,7 +1,7 @@
 """additive_moments in plain PyTorch: the specification, with the (n, m, h) tensor the kernels never build.
 
 S_ij = sum_h w_h phi(a_ih + b_jh)
-J = mean_i S_i,offset+i         L = log mean_(i,j) in P exp S_ij         P: all pairs, or all but the positives
+J = mean_i S_i,first_positive+i         L = log mean_(i,j) in P exp S_ij         P: all pairs, or all but the positives
 """
 
 from __future__ import annotations
@@ -38,30 +38,30 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], Callable[[Tensor
 }
 
 
-def pair_mask(n: int, m: int, offset: int, include_diagonal: bool, device: torch.device) -> Tensor:
+def pair_mask(n: int, m: int, first_positive: int, include_diagonal: bool, device: torch.device) -> Tensor:
     """(n, m) bool: the pairs whose exponentials are averaged."""
     mask = torch.ones(n, m, dtype=torch.bool, device=device)
     if not include_diagonal:
-        mask.diagonal(offset)[:n].fill_(False)
+        mask.diagonal(first_positive)[:n].fill_(False)
     return mask
 
 
-def moments(scores: Tensor, offset: int, include_diagonal: bool) -> tuple[Tensor, Tensor]:
+def moments(scores: Tensor, first_positive: int, include_diagonal: bool) -> tuple[Tensor, Tensor]:
     """(n, m) scores -> J (), L ().  Shared by every critic's reference."""
     n, m = scores.shape
-    mask = pair_mask(n, m, offset, include_diagonal, scores.device)
+    mask = pair_mask(n, m, first_positive, include_diagonal, scores.device)
     lse = scores.masked_fill(~mask, float("-inf")).flatten().logsumexp(0)
-    return scores.diagonal(offset)[:n].mean(), lse - math.log(n * m - (0 if include_diagonal else n))
+    return scores.diagonal(first_positive)[:n].mean(), lse - math.log(n * m - (0 if include_diagonal else n))
 
 
 def additive_moments(
-    a: Tensor, b: Tensor, w: Tensor, activation: str = "relu", slope: float = 0.01, offset: int = 0,
+    a: Tensor, b: Tensor, w: Tensor, activation: str = "relu", slope: float = 0.01, first_positive: int = 0,
     include_diagonal: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """a (n, h), b (m, h), w (h,) -> J (), L (), differentiable in all three; float32 for half-precision inputs."""
     phi = ACTIVATIONS[activation][0]
     a, b, w = (t if t.dtype == torch.float64 else t.float() for t in (a, b, w))
-    return moments(phi(a[:, None] + b[None], slope) @ w, offset, include_diagonal)
+    return moments(phi(a[:, None] + b[None], slope) @ w, first_positive, include_diagonal)
 
 
 def unsupported(*tensors: Tensor) -> str | None:
@@ -69,7 +69,7 @@ def unsupported(*tensors: Tensor) -> str | None:
 
 
 def forward(
-    a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, offset: int, include_diagonal: bool,
+    a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, first_positive: int, include_diagonal: bool,
     need_a: bool, need_b: bool, need_w: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> J (), L () and the gradients of L: (n, h), (m, h), (h,), each empty unless needed."""
@@ -78,8 +78,8 @@ def forward(
     a, b, w = (t if t.dtype == torch.float64 else t.float() for t in (a, b, w))
     t = a[:, None] + b[None]  # (n, m, h)
     scores = phi(t, slope) @ w
-    j, el = moments(scores, offset, include_diagonal)
-    mask = pair_mask(a.shape[0], b.shape[0], offset, include_diagonal, a.device)
+    j, el = moments(scores, first_positive, include_diagonal)
+    mask = pair_mask(a.shape[0], b.shape[0], first_positive, include_diagonal, a.device)
     p = torch.softmax(scores.masked_fill(~mask, float("-inf")).flatten(), 0).view_as(scores)
     g = p[..., None] * phi_slope(t, slope) if need_a or need_b else t
     ga = g.sum(1) * w if need_a else a.new_empty(0)

@@ -40,11 +40,11 @@ CONFIGS = {"kinked": Config(4, 4, 4), "smooth": Config(8, 1, 1)}  # no spills on
 
 
 def forward(
-    a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, offset: int, include_diagonal: bool,
+    a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, first_positive: int, include_diagonal: bool,
     need_a: bool, need_b: bool, need_w: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> J (), L () float32 and the gradients of L: (n, h), (m, h), (h,) as their inputs, each empty unless needed."""
-    sweep = _Sweep(a, b, w, activation, slope, offset, include_diagonal, need_a, need_b, need_w)
+    sweep = _Sweep(a, b, w, activation, slope, first_positive, include_diagonal, need_a, need_b, need_w)
     sweep.pack()
     for panel in range(sweep.panels):
         sweep.scores(panel)
@@ -58,12 +58,26 @@ class _Sweep:
     """The buffers of one call, sized by shapes alone, and its launches."""
 
     def __init__(
-        self, a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, offset: int, include_diagonal: bool,
-        need_a: bool, need_b: bool, need_w: bool,
-    ) -> None:  # fmt: skip
+        self,
+        a: Tensor,
+        b: Tensor,
+        w: Tensor,
+        activation: str,
+        slope: float,
+        first_positive: int,
+        include_diagonal: bool,
+        need_a: bool,
+        need_b: bool,
+        need_w: bool,
+    ) -> None:
         self.inputs = {"a": a, "b": b, "w": w}
         (self.n, self.h), self.m = a.shape, b.shape[0]
-        self.activation, self.slope, self.offset, self.include = activation, slope, offset, include_diagonal
+        self.activation, self.slope, self.first_positive, self.include = (
+            activation,
+            slope,
+            first_positive,
+            include_diagonal,
+        )
         self.need_a, self.need_b, self.need_w = need_a, need_b, need_w
         kinked = activation in KINKED
         self.config = config = CONFIGS["kinked" if kinked else "smooth"]
@@ -114,14 +128,32 @@ class _Sweep:
         tiles = _cdiv(end - first, self.config.block) * self.blocks_b
         sums = {"positives": self.positives, "tops": self.tops, "totals": self.totals}
         triton_call.launch(
-            _kernels().scores, (tiles,),
-            {**self.packed, "s": self.s, **sums, "first": first, "end": end, "m": self.m, "offset": self.offset,
-             "width_padded": _up(self.h, self.config.unroll), "n_padded": self.n_padded, "m_padded": self.m_padded,
-             "slope": self.slope},
-            {"ACTIVATION": self.activation, "INCLUDE": self.include, "KEEP": self.side_a or self.side_b,
-             "BLOCK_I": self.config.block, "BLOCK_J": self.config.block, "UNROLL": self.config.unroll, "GROUP": 8},
+            _kernels().scores,
+            (tiles,),
+            {
+                **self.packed,
+                "s": self.s,
+                **sums,
+                "first": first,
+                "end": end,
+                "m": self.m,
+                "first_positive": self.first_positive,
+                "width_padded": _up(self.h, self.config.unroll),
+                "n_padded": self.n_padded,
+                "m_padded": self.m_padded,
+                "slope": self.slope,
+            },
+            {
+                "ACTIVATION": self.activation,
+                "INCLUDE": self.include,
+                "KEEP": self.side_a or self.side_b,
+                "BLOCK_I": self.config.block,
+                "BLOCK_J": self.config.block,
+                "UNROLL": self.config.unroll,
+                "GROUP": 8,
+            },
             num_warps=self.config.num_warps,
-        )  # fmt: skip
+        )
         pairs = self.n * self.m - (0 if self.include else self.n)
         triton_call.launch(
             _kernels().merge, (1,),

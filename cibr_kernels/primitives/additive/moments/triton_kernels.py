@@ -58,10 +58,30 @@ def pack(
 
 @triton.jit
 def scores(
-    a_packed, b_packed, w_packed, zeros, s, positives, tops, totals, first, end, m, offset, width_padded, n_padded,
-    m_padded, slope, ACTIVATION: tl.constexpr, INCLUDE: tl.constexpr, KEEP: tl.constexpr, BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr, UNROLL: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    a_packed,
+    b_packed,
+    w_packed,
+    zeros,
+    s,
+    positives,
+    tops,
+    totals,
+    first,
+    end,
+    m,
+    first_positive,
+    width_padded,
+    n_padded,
+    m_padded,
+    slope,
+    ACTIVATION: tl.constexpr,
+    INCLUDE: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    UNROLL: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """S of one tile of pairs; its largest score, its sum of exponentials, its positives, and S itself if KEEP.
 
     Rows first ... end - 1 of a; s (rows padded, m padded).  Grid: (tiles,), GROUP rows of tiles at a time (cache).
@@ -86,7 +106,7 @@ def scores(
         a_packed += UNROLL * n_padded
         b_packed += UNROLL * m_padded
         w_packed += UNROLL
-    positive = (i + offset)[:, None] == j[None, :]
+    positive = (i + first_positive)[:, None] == j[None, :]
     inside = (i < end)[:, None] & (j < m)[None, :]
     tl.store(positives + i[:, None] + tl.zeros_like(j)[None, :], acc, mask=inside & positive)
     if not INCLUDE:

@@ -1,6 +1,6 @@
 """Row and column log-sum-exp of all-pairs dot products: what every loss of the dot family is an O(n) function of.
 
-    l_ij = scale <x_i, y_j>        positives_i = l_i,offset+i
+    l_ij = scale <x_i, y_j>        positives_i = l_i,first_positive+i
     rows_i = log sum_j exp l_ij    cols_j = log sum_i exp l_ij, both without the positives when they are masked, and
                                    without pairs of one group where rows and columns have ids
     G_ij = exp(l_ij - rows_i) g_rows_i + exp(l_ij - cols_j) g_cols_j,  and g_positives_i at the positives, in float32
@@ -58,7 +58,7 @@ def dot_lse(
     *,
     row_ids: Tensor | None = None,  # (n,) int64
     col_ids: Tensor | None = None,  # (m,) int64
-    offset: int = 0,
+    first_positive: int = 0,
     mask_positives: bool = True,
     need_cols: bool = True,
     need_max: bool = False,
@@ -66,7 +66,7 @@ def dot_lse(
 ) -> tuple[Tensor, ...]:
     """-> rows (n,), cols (m,) ((0,) unless needed), positives (n,), float32, differentiable in all three.  No checks.
 
-    Row i's positive is column offset + i < m.  The log of an empty sum is -inf and has no gradient.
+    Row i's positive is column first_positive + i < m.  The log of an empty sum is -inf and has no gradient.
     Pairs with row_ids_i = col_ids_j take no part in the sums either, whether positives or not.
     need_max: two more, the largest l_ij of each sum, (n,) and (m,) ((0,) unless cols are needed), without gradient.
     """
@@ -74,33 +74,33 @@ def dot_lse(
     budget = _STASH_BYTES if needs_grad else 0
     x, y = x.contiguous(), y.contiguous()
     rows, cols, positives, *maxima, _, _ = dot_lse_forward(
-        x, y, scale, row_ids, col_ids, offset, mask_positives, need_cols, need_max, budget, backend
+        x, y, scale, row_ids, col_ids, first_positive, mask_positives, need_cols, need_max, budget, backend
     )
     return (rows, cols, positives, *maxima) if need_max else (rows, cols, positives)
 
 
 @operator
 def dot_lse_forward(
-    x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, offset: int,
+    x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int,
     mask_positives: bool, need_cols: bool, need_max: bool, budget: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> rows (n,), cols (m,) or (0,), positives (n,), row maxima (n,) or (0,), column maxima (m,) or (0,), stash
-    offset (), stash (empty where it exceeds the budget).
+    shift (), stash (empty where it exceeds the budget).
 
-    The stash offset is that of the exponentials in the stash, NaN where it was not written; without a stash it is what
+    The stash shift is that of the exponentials in the stash, NaN where it was not written; without a stash it is what
     the backend's own backward wants.
     """
     checks.positive("logit_scale", scale)
     stash = _stash(x, y, budget, backend, native_call.scratch if x.device.type == "cpu" else torch.empty)
     outputs = backends.run(
-        "dot_lse", "forward", backend, (x, y), x, y, scale, row_ids, col_ids, offset, mask_positives, need_cols,
+        "dot_lse", "forward", backend, (x, y), x, y, scale, row_ids, col_ids, first_positive, mask_positives, need_cols,
         need_max, stash,
     )  # fmt: skip
     return *outputs, stash
 
 
 @dot_lse_forward.register_fake
-def _(x, y, scale, row_ids, col_ids, offset, mask_positives, need_cols, need_max, budget, backend):
+def _(x, y, scale, row_ids, col_ids, first_positive, mask_positives, need_cols, need_max, budget, backend):
     n, m = x.shape[0], y.shape[0] if need_cols else 0
     new = scale.new_empty
     maxima = (new((n,)), new((m,))) if need_max else (new((0,)), new((0,)))
@@ -116,16 +116,49 @@ def _stash(x: Tensor, y: Tensor, budget: int, backend: str, allocate: Callable[.
 
 @operator
 def dot_lse_backward(
-    g_rows: Tensor, g_cols: Tensor, g_positives: Tensor, x: Tensor, y: Tensor, scale: Tensor,
-    row_ids: Tensor | None, col_ids: Tensor | None, rows: Tensor, cols: Tensor, positives: Tensor,
-    stash_offset: Tensor, stash: Tensor, offset: int, mask_positives: bool, need_dx: bool, need_dy: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    g_rows: Tensor,
+    g_cols: Tensor,
+    g_positives: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    rows: Tensor,
+    cols: Tensor,
+    positives: Tensor,
+    stash_shift: Tensor,
+    stash: Tensor,
+    first_positive: int,
+    mask_positives: bool,
+    need_dx: bool,
+    need_dy: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     """-> dx (n, d), dy (m, d), each empty unless needed, and dscale ()."""
     return backends.run(
-        "dot_lse", "backward", backend, (x, y), g_rows.contiguous(), g_cols.contiguous(), g_positives.contiguous(),
-        x, y, scale, row_ids, col_ids, rows, cols, positives, stash_offset, stash, offset, mask_positives, need_dx,
+        "dot_lse",
+        "backward",
+        backend,
+        (x, y),
+        g_rows.contiguous(),
+        g_cols.contiguous(),
+        g_positives.contiguous(),
+        x,
+        y,
+        scale,
+        row_ids,
+        col_ids,
+        rows,
+        cols,
+        positives,
+        stash_shift,
+        stash,
+        first_positive,
+        mask_positives,
+        need_dx,
         need_dy,
-    )  # fmt: skip
+    )
 
 
 @dot_lse_backward.register_fake
@@ -137,7 +170,7 @@ def _(g_rows, g_cols, g_positives, x, y, scale, *rest):
 
 
 def _setup(ctx, inputs, output) -> None:
-    *tensors, ctx.offset, ctx.mask_positives, _, _, _, ctx.backend = inputs
+    *tensors, ctx.first_positive, ctx.mask_positives, _, _, _, ctx.backend = inputs
     rows, cols, positives, row_max, col_max, *stash = output
     ctx.mark_non_differentiable(row_max, col_max, *stash)
     ctx.set_materialize_grads(False)  # zeros of the stash's n x m
@@ -149,7 +182,7 @@ def _backward(ctx, g_rows, g_cols, g_positives, *_):
     gradients = or_zeros((g_rows, g_cols, g_positives), ctx.saved_tensors[5:8])
     # dscale comes from <x, dx> or <y, dy>: one of the two is computed for it
     dx, dy, dscale = dot_lse_backward(
-        *gradients, *ctx.saved_tensors, ctx.offset, ctx.mask_positives, need_x or not need_y, need_y,
+        *gradients, *ctx.saved_tensors, ctx.first_positive, ctx.mask_positives, need_x or not need_y, need_y,
         ctx.backend,
     )  # fmt: skip
     return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, *(None,) * 8

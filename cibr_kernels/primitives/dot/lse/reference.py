@@ -1,7 +1,7 @@
 """dot_lse in plain PyTorch: the specification.  It promotes instead of casting, so float64 in is the oracle.
 
-l_ij = scale <x_i, y_j>        row i's positive is column offset + i
-rows_i = log sum_j exp l_ij    cols_j = log sum_i exp l_ij    positives_i = l_i,offset+i
+l_ij = scale <x_i, y_j>        row i's positive is column first_positive + i
+rows_i = log sum_j exp l_ij    cols_j = log sum_i exp l_ij    positives_i = l_i,first_positive+i
 """
 
 from __future__ import annotations
@@ -15,17 +15,26 @@ NONE = float("-inf")
 
 
 def dot_lse(
-    x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None = None, col_ids: Tensor | None = None, offset: int = 0,
-    mask_positives: bool = True, need_cols: bool = True, need_max: bool = False,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    first_positive: int = 0,
+    mask_positives: bool = True,
+    need_cols: bool = True,
+    need_max: bool = False,
+) -> tuple[Tensor, ...]:
     """x (n, d), y (m, d), scale () -> rows (n,), cols (m,) or (0,), positives (n,), differentiable in all three.
 
     With `mask_positives` they take no part in the sums, nor do pairs with row_ids_i = col_ids_j; the sum of nothing is
     -inf.  `need_max`: also the largest logit of each sum, (n,) and (m,) or (0,).
     """
     logits = scale * (promote(x) @ promote(y).T)  # (n, m)
-    positives = logits.diagonal(offset)[: len(x)]
-    logits = logits.masked_fill(is_masked(len(x), len(y), row_ids, col_ids, offset, mask_positives, x.device), NONE)
+    positives = logits.diagonal(first_positive)[: len(x)]
+    logits = logits.masked_fill(
+        is_masked(len(x), len(y), row_ids, col_ids, first_positive, mask_positives, x.device), NONE
+    )
     cols = _logsumexp(logits, 0) if need_cols else logits.new_empty(0)
     if not need_max:
         return _logsumexp(logits, 1), cols, positives
@@ -34,17 +43,17 @@ def dot_lse(
 
 
 def is_masked(
-    n: int, m: int, row_ids: Tensor | None, col_ids: Tensor | None, offset: int, mask_positives: bool,
+    n: int, m: int, row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int, mask_positives: bool,
     device: torch.device,
 ) -> Tensor:  # fmt: skip
     """(n, m) bool: True at the pairs that take no part in the sums."""
-    masked = is_positive(n, m, offset, device) & mask_positives
+    masked = is_positive(n, m, first_positive, device) & mask_positives
     return masked if row_ids is None or col_ids is None else masked | (row_ids[:, None] == col_ids)
 
 
-def is_positive(n: int, m: int, offset: int, device: torch.device) -> Tensor:
-    """(n, m) bool: True at (i, offset + i)."""
-    return torch.arange(m, device=device) == torch.arange(n, device=device)[:, None] + offset
+def is_positive(n: int, m: int, first_positive: int, device: torch.device) -> Tensor:
+    """(n, m) bool: True at (i, first_positive + i)."""
+    return torch.arange(m, device=device) == torch.arange(n, device=device)[:, None] + first_positive
 
 
 def _logsumexp(t: Tensor, dim: int) -> Tensor:
@@ -63,11 +72,13 @@ def stash_shape(n: int, m: int, dtype: torch.dtype) -> tuple[tuple[int, ...], to
 
 
 def forward(
-    x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, offset: int,
+    x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int,
     mask_positives: bool, need_cols: bool, need_max: bool, stash: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """-> rows (n,), cols (m,) or (0,), positives (n,), maxima of both or (0,), stash offset () (NaN: no stash)."""
-    rows, cols, positives, *maxima = dot_lse(x, y, scale, row_ids, col_ids, offset, mask_positives, need_cols, need_max)
+    """-> rows (n,), cols (m,) or (0,), positives (n,), maxima of both or (0,), stash shift () (NaN: no stash)."""
+    rows, cols, positives, *maxima = dot_lse(
+        x, y, scale, row_ids, col_ids, first_positive, mask_positives, need_cols, need_max
+    )
     row_max, col_max = (t.clone() for t in maxima) if need_max else (rows.new_empty(0), rows.new_empty(0))
     return rows, cols, positives.clone(), row_max, col_max, torch.full_like(scale, float("nan"), dtype=rows.dtype)
 
@@ -75,17 +86,17 @@ def forward(
 def backward(
     g_rows: Tensor, g_cols: Tensor, g_positives: Tensor, x: Tensor, y: Tensor, scale: Tensor,
     row_ids: Tensor | None, col_ids: Tensor | None, rows: Tensor, cols: Tensor, positives: Tensor,
-    stash_offset: Tensor, stash: Tensor, offset: int, mask_positives: bool, need_dx: bool, need_dy: bool,
+    stash_shift: Tensor, stash: Tensor, first_positive: int, mask_positives: bool, need_dx: bool, need_dy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx (n, d), dy (m, d), each empty unless needed, dscale ()."""
     n, m = len(x), len(y)
     cosines = promote(x) @ promote(y).T
-    masked = is_masked(n, m, row_ids, col_ids, offset, mask_positives, x.device)
+    masked = is_masked(n, m, row_ids, col_ids, first_positive, mask_positives, x.device)
     logits = (scale * cosines).masked_fill(masked, NONE)
     g = (logits - rows.masked_fill(rows == NONE, 0.0)[:, None]).exp() * g_rows[:, None]
     if cols.numel():
         g += (logits - cols.masked_fill(cols == NONE, 0.0)).exp() * g_cols
-    g.diagonal(offset)[:n] += g_positives
+    g.diagonal(first_positive)[:n] += g_positives
     dx = (scale * (g @ promote(y))).to(x.dtype) if need_dx else x.new_empty(0)
     dy = (scale * (g.T @ promote(x))).to(y.dtype) if need_dy else y.new_empty(0)
     return dx, dy, (g * cosines).sum().to(scale.dtype)

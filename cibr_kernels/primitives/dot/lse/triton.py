@@ -70,20 +70,20 @@ def stash_shape(n: int, m: int, dtype: torch.dtype) -> tuple[tuple[int, ...], to
 
 
 def forward(
-    x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, offset: int,
+    x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int,
     mask_positives: bool, need_cols: bool, need_max: bool, stash: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """-> rows (n,), cols (m,) or (0,), positives (n,), row and column maxima or (0,), stash offset (); fills the stash.
+    """-> rows (n,), cols (m,) or (0,), positives (n,), row and column maxima or (0,), stash shift (); fills the stash.
 
-    The stash offset is that of the exponentials, stashed or not: NaN where there is none, in the online mode.
+    The stash shift is that of the exponentials, stashed or not: NaN where there is none, in the online mode.
     """
     from cibr_kernels.primitives.dot.lse import triton_forward as kernels
 
-    x, y, pairs = _aligned(x), _aligned(y), _Pairs.of(row_ids, col_ids, offset, mask_positives)
+    x, y, pairs = _aligned(x), _aligned(y), _Pairs.of(row_ids, col_ids, first_positive, mask_positives)
     n, d, m = x.shape[0], x.shape[1], y.shape[0]
     new = scale.new_empty
-    rows, cols, positives, stash_offset = new(n), new(m if need_cols else 0), new(n), new(())
-    mode, offset2 = _choose_mode(x, y, scale, offset, positives)
+    rows, cols, positives, stash_shift = new(n), new(m if need_cols else 0), new(n), new(())
+    mode, shift_log2 = _choose_mode(x, y, scale, first_positive, positives)
     height = min(panels.forward_rows, n)
     tiles, online = Tiles.of("scores", x, strips=not (need_max or pairs.grouped)), Tiles.of("online", x)
     strip = tiles.strip_tiles(height, m) * tiles.config.block_m  # rows of a program
@@ -97,8 +97,8 @@ def forward(
     totals = {"row_max": new(n), "row_sum": rows, "col_max": new(cols.shape), "col_sum": cols}
     vectors = blocks(n, BLOCK_L) + blocks(cols.numel(), BLOCK_L)
     finish = {
-        "mode": mode, "offset2": offset2, **pairs.args, "row_max": totals["row_max"], "rows": rows,
-        "col_max": totals["col_max"], "cols": cols, "positives": positives, "stash_offset": stash_offset, "n": n,
+        "mode": mode, "shift_log2": shift_log2, **pairs.args, "row_max": totals["row_max"], "rows": rows,
+        "col_max": totals["col_max"], "cols": cols, "positives": positives, "stash_shift": stash_shift, "n": n,
         "m": m, "row_blocks": blocks(n, BLOCK_L),
     }  # fmt: skip
 
@@ -113,7 +113,7 @@ def forward(
                 "d": d, "panel": height, "strips": strips, "strip_tiles": strip_rows // t.config.block_m,
             }  # fmt: skip
             if t is tiles:
-                problem |= {**kept, "offset2": offset2, "stash": t.output(stash[first:end]), "pitch": _pitch(m)}
+                problem |= {**kept, "shift_log2": shift_log2, "stash": t.output(stash[first:end]), "pitch": _pitch(m)}
                 choices = {"MAX": need_max, "STASH": stash.numel() > 0, "STRIPS": t.strips, **constants}
                 triton_call.launch(kernels.scores_kernel, (strips * col_tiles,), problem, choices, **t.options)
             else:
@@ -131,37 +131,37 @@ def forward(
             {"WANTED": wanted, **pairs.constants, "MAX": need_max, "BLOCK_T": BLOCK_T, "BLOCK_L": BLOCK_L},
         )  # fmt: skip
     found = (totals["row_max"], totals["col_max"]) if need_max else (new(0), new(0))
-    return rows, cols, positives, *found, stash_offset
+    return rows, cols, positives, *found, stash_shift
 
 
 def backward(
     g_rows: Tensor, g_cols: Tensor, g_positives: Tensor, x: Tensor, y: Tensor, scale: Tensor,
     row_ids: Tensor | None, col_ids: Tensor | None, rows: Tensor, cols: Tensor, positives: Tensor,
-    stash_offset: Tensor, stash: Tensor, offset: int, mask_positives: bool, need_dx: bool, need_dy: bool,
+    stash_shift: Tensor, stash: Tensor, first_positive: int, mask_positives: bool, need_dx: bool, need_dy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx (n, d), dy (m, d), each empty unless needed, dscale ()."""
     if not (_is_aligned(x) and _is_aligned(y)):
         dx, dy, dscale = backward(
             g_rows, g_cols, g_positives, _aligned(x), _aligned(y), scale, row_ids, col_ids, rows, cols, positives,
-            stash_offset, stash, offset, mask_positives, need_dx, need_dy,
+            stash_shift, stash, first_positive, mask_positives, need_dx, need_dy,
         )  # fmt: skip
         d = x.shape[1]
         return dx[:, :d].contiguous() if need_dx else dx, dy[:, :d].contiguous() if need_dy else dy, dscale
     n, d, m = x.shape[0], x.shape[1], y.shape[0]
     new = scale.new_empty
-    pairs = _Pairs.of(row_ids, col_ids, offset, mask_positives)
+    pairs = _Pairs.of(row_ids, col_ids, first_positive, mask_positives)
     with_dx = need_dx or not need_dy  # dscale needs one of the two
-    weights = _Weights.of(g_rows, g_cols, rows, cols, stash_offset)
+    weights = _Weights.of(g_rows, g_cols, rows, cols, stash_shift)
     dx = torch.empty_like(x) if with_dx else x.new_empty(0)
     dy = torch.empty_like(y) if need_dy else y.new_empty(0)
     along_x, along_y = new(blocks(n, BLOCK_R) if with_dx else 0), new(blocks(m, BLOCK_R) if need_dy else 0)
     finish_x: dict[str, Any] = {"g_positives": g_positives, "scale": scale, "exponent": weights.exponent}
-    finish_y = {**finish_x, "shift": -offset, "g_shift": -offset}
+    finish_y = {**finish_x, "shift": -first_positive, "g_shift": -first_positive}
     if stash.numel() == 0 and x.element_size() == 2 and d <= panels.owned_width:
-        flipped = _Weights(weights.v, weights.u, weights.cols2, weights.rows2, weights.exponent, stash_offset)
+        flipped = _Weights(weights.v, weights.u, weights.cols2, weights.rows2, weights.exponent, stash_shift)
         if with_dx:
             sums = _owned_gradient(x, y, scale, weights, pairs)
-            _features_gradient(sums, x, y, dx, along_x, **finish_x, shift=offset, g_shift=0)
+            _features_gradient(sums, x, y, dx, along_x, **finish_x, shift=first_positive, g_shift=0)
         if need_dy:
             sums = _owned_gradient(y, x, scale, flipped, pairs.flipped())
             _features_gradient(sums, y, x, dy, along_y, **finish_y)
@@ -179,9 +179,15 @@ def backward(
             _multiply_into(dx_sums[: end - first], p, y, accumulate=False)
             finish_x["g_positives"] = g_positives[first:end]
             _features_gradient(
-                dx_sums, x[first:end], y, dx[first:end], along_x[first // BLOCK_R :], **finish_x, shift=first + offset,
+                dx_sums,
+                x[first:end],
+                y,
+                dx[first:end],
+                along_x[first // BLOCK_R :],
+                **finish_x,
+                shift=first + first_positive,
                 g_shift=0,
-            )  # fmt: skip
+            )
         if need_dy:
             _multiply_into(dy_sums, p.T, x[first:end], accumulate=first > 0)
     if need_dy:
@@ -201,26 +207,26 @@ def _aligned(t: Tensor) -> Tensor:
     return F.pad(t, (0, -t.shape[1] % ALIGNMENT)) if t.shape[1] % ALIGNMENT else t.clone()
 
 
-def _choose_mode(x: Tensor, y: Tensor, scale: Tensor, offset: int, positives: Tensor) -> tuple[Tensor, Tensor]:
-    """-> mode () int32, offset2 () float32; writes positives (n,)."""
+def _choose_mode(x: Tensor, y: Tensor, scale: Tensor, first_positive: int, positives: Tensor) -> tuple[Tensor, Tensor]:
+    """-> mode () int32, shift_log2 () float32; writes positives (n,)."""
     from cibr_kernels.primitives.dot.lse import triton_forward as kernels
 
     x_blocks, y_blocks = blocks(x.shape[0], BLOCK_R), blocks(y.shape[0], BLOCK_R)
-    largest, offset2 = scale.new_empty(x_blocks + y_blocks), scale.new_empty(())
+    largest, shift_log2 = scale.new_empty(x_blocks + y_blocks), scale.new_empty(())
     mode = torch.empty((), dtype=torch.int32, device=x.device)
     triton_call.launch(
         kernels.statistics_kernel, (x_blocks + y_blocks,),
         {"x": x, "y": y, "scale": scale, "positives": positives, "largest": largest, "n": x.shape[0], "m": y.shape[0],
-         "d": x.shape[1], "offset": offset, "x_blocks": x_blocks},
+         "d": x.shape[1], "first_positive": first_positive, "x_blocks": x_blocks},
         {"BLOCK_R": BLOCK_R, "BLOCK_D": _features_block(x)},
     )  # fmt: skip
     triton_call.launch(
         kernels.choose_kernel, (1,),
-        {"largest": largest, "scale": scale, "mode": mode, "offset2": offset2, "x_blocks": x_blocks,
+        {"largest": largest, "scale": scale, "mode": mode, "shift_log2": shift_log2, "x_blocks": x_blocks,
          "blocks": x_blocks + y_blocks},
         {"BLOCK": 1024},
     )  # fmt: skip
-    return mode, offset2
+    return mode, shift_log2
 
 
 @dataclass(frozen=True)
@@ -229,18 +235,18 @@ class _Pairs:
 
     row_ids: Tensor | None  # (n,) int64: pairs with equal ids take no part
     col_ids: Tensor | None  # (m,) int64
-    offset: int  # row i's positive is column i + offset
+    first_positive: int  # row i's positive is column i + first_positive
     mask_positives: bool
 
     @staticmethod
-    def of(row_ids: Tensor | None, col_ids: Tensor | None, offset: int, mask_positives: bool) -> _Pairs:
+    def of(row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int, mask_positives: bool) -> _Pairs:
         if row_ids is None or col_ids is None:
-            return _Pairs(None, None, offset, mask_positives)
-        return _Pairs(row_ids.contiguous(), col_ids.contiguous(), offset, mask_positives)
+            return _Pairs(None, None, first_positive, mask_positives)
+        return _Pairs(row_ids.contiguous(), col_ids.contiguous(), first_positive, mask_positives)
 
     def flipped(self) -> _Pairs:
         """Those of the transpose."""
-        return _Pairs(self.col_ids, self.row_ids, -self.offset, self.mask_positives)
+        return _Pairs(self.col_ids, self.row_ids, -self.first_positive, self.mask_positives)
 
     @property
     def grouped(self) -> bool:
@@ -248,7 +254,7 @@ class _Pairs:
 
     @property
     def args(self) -> dict[str, Any]:
-        return {"row_ids": self.row_ids, "col_ids": self.col_ids, "offset": self.offset}
+        return {"row_ids": self.row_ids, "col_ids": self.col_ids, "first_positive": self.first_positive}
 
     @property
     def constants(self) -> dict[str, bool]:
@@ -264,20 +270,20 @@ class _Weights:
     rows2: Tensor  # (n,)
     cols2: Tensor  # (m,) or (0,)
     exponent: Tensor  # ()
-    stash_offset: Tensor  # ()
+    stash_shift: Tensor  # ()
 
     @staticmethod
-    def of(g_rows: Tensor, g_cols: Tensor, rows: Tensor, cols: Tensor, stash_offset: Tensor) -> _Weights:
+    def of(g_rows: Tensor, g_cols: Tensor, rows: Tensor, cols: Tensor, stash_shift: Tensor) -> _Weights:
         from cibr_kernels.primitives.dot.lse import triton_backward as kernels
 
         n, m, new = rows.numel(), cols.numel(), rows.new_empty
-        w = _Weights(new(n), new(m), new(n), new(m), new(()), stash_offset)
+        w = _Weights(new(n), new(m), new(n), new(m), new(()), stash_shift)
         gradients = {"g_rows": g_rows, "g_cols": g_cols, "exponent": w.exponent, "n": n, "m": m}
         triton_call.launch(kernels.exponent_kernel, (1,), gradients, {"BLOCK": 4096}, num_warps=8)
         triton_call.launch(
             kernels.weights_kernel, (blocks(n, BLOCK_L) + blocks(m, BLOCK_L),),
             {**gradients, "rows": rows, "cols": cols, "u": w.u, "v": w.v, "rows2": w.rows2, "cols2": w.cols2,
-             "stash_offset": stash_offset, "row_blocks": blocks(n, BLOCK_L)},
+             "stash_shift": stash_shift, "row_blocks": blocks(n, BLOCK_L)},
             {"BLOCK_L": BLOCK_L},
         )  # fmt: skip
         return w
@@ -290,7 +296,7 @@ def _panels(x: Tensor, y: Tensor, scale: Tensor, w: _Weights, stash: Tensor, pai
     m, pitch = y.shape[0], _pitch(y.shape[0])
     tiles, online = Tiles.of("gradient", x, strips=not pairs.grouped), Tiles.of("online", x)
     constants: dict[str, Any] = {**pairs.constants, "COLS": w.v.numel() > 0}
-    weights = {"stash_offset": w.stash_offset, "u": w.u, "v": w.v, "m": m, "pitch": pitch}
+    weights = {"stash_shift": w.stash_shift, "u": w.u, "v": w.v, "m": m, "pitch": pitch}
     scores = {**weights, "scale": scale, "d": x.shape[1], **pairs.args}
 
     def make(panel: Tensor, first: int, end: int) -> None:
@@ -329,9 +335,9 @@ def _owned_gradient(own: Tensor, partner: Tensor, scale: Tensor, w: _Weights, pa
     sums = scale.new_empty(own.shape)
     triton_call.launch(
         kernels.owned_gradient_kernel, (blocks(rows, config.block_m),),
-        {"own": own, "partner": partner, "scale": scale, "stash_offset": w.stash_offset, "own_ids": pairs.row_ids,
+        {"own": own, "partner": partner, "scale": scale, "stash_shift": w.stash_shift, "own_ids": pairs.row_ids,
          "partner_ids": pairs.col_ids, "a": w.u, "b": w.v, "a2": w.rows2, "b2": w.cols2, "sums": sums, "rows": rows,
-         "partners": partner.shape[0], "d": d, "offset": pairs.offset},
+         "partners": partner.shape[0], "d": d, "first_positive": pairs.first_positive},
         {**pairs.constants, "OWN_WEIGHT": w.u.numel() > 0, "PARTNER_WEIGHT": w.v.numel() > 0, "BLOCK_M": config.block_m,
          "BLOCK_N": config.block_n, "BLOCK_D": max(16, 1 << (d - 1).bit_length())},
         num_warps=config.num_warps, num_stages=config.num_stages,

@@ -35,29 +35,29 @@ def _largest_magnitude(values, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _weights(g, lse, weight, lse2, exponent, stash_offset, block, length, BLOCK_L: tl.constexpr):
+def _weights(g, lse, weight, lse2, exponent, stash_shift, block, length, BLOCK_L: tl.constexpr):
     at = block * BLOCK_L + tl.arange(0, BLOCK_L)
     inside = at < length
     value, grad = tl.load(lse + at, mask=inside, other=0.0), tl.load(g + at, mask=inside, other=0.0)
     none = (value == -float("inf")) | (grad == 0.0)
     value2 = value * LOG2E
     grad *= tl.exp2(exponent)
-    if stash_offset == stash_offset:
-        grad *= tl.exp2(tl.where(none, 0.0, rounded(stash_offset * LOG2E) - value2))
+    if stash_shift == stash_shift:
+        grad *= tl.exp2(tl.where(none, 0.0, rounded(stash_shift * LOG2E) - value2))
     tl.store(weight + at, tl.where(none, 0.0, grad), mask=inside)
     tl.store(lse2 + at, tl.where(value == -float("inf"), float("inf"), value2), mask=inside)
 
 
 @triton.jit
 def weights_kernel(
-    g_rows, g_cols, rows, cols, u, v, rows2, cols2, exponent, stash_offset, n, m, row_blocks, BLOCK_L: tl.constexpr
+    g_rows, g_cols, rows, cols, u, v, rows2, cols2, exponent, stash_shift, n, m, row_blocks, BLOCK_L: tl.constexpr
 ):
-    """u (n,) and v (m,) of P_ij = exp2(l2 - offset2) (u_i + v_j), times 2^exponent, where the offset is fixed.
+    """u (n,) and v (m,) of P_ij = exp2(l2 - shift_log2) (u_i + v_j), times 2^exponent, where the shift is fixed.
 
     Where it is not (NaN), those of P_ij = exp2(l2 - rows2_i) u_i + exp2(l2 - cols2_j) v_j.
     """
     pid = tl.program_id(0)
-    shift, power = tl.load(stash_offset), tl.load(exponent)
+    shift, power = tl.load(stash_shift), tl.load(exponent)
     if pid < row_blocks:
         _weights(g_rows, rows, u, rows2, power, shift, pid, n, BLOCK_L)
     else:
@@ -66,20 +66,30 @@ def weights_kernel(
 
 @triton.jit
 def _without_masked(
-    weight, row_ids, col_ids, row, col, n, m, offset, MASK: tl.constexpr, IDS: tl.constexpr, BLOCK_M: tl.constexpr,
+    weight,
+    row_ids,
+    col_ids,
+    row,
+    col,
+    n,
+    m,
+    first_positive,
+    MASK: tl.constexpr,
+    IDS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     if IDS:
         weight = tl.where(same_group(row_ids, col_ids, row, col, n, m, BLOCK_M, BLOCK_N), 0.0, weight)
-    if MASK and on_diagonal(row, col, offset, BLOCK_M, BLOCK_N):
+    if MASK and on_diagonal(row, col, first_positive, BLOCK_M, BLOCK_N):
         i, j = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
-        weight = tl.where(j[None, :] == i[:, None] + offset, 0.0, weight)
+        weight = tl.where(j[None, :] == i[:, None] + first_positive, 0.0, weight)
     return weight
 
 
 @triton.jit
 def _gradient(
-    x, y, scale2, shift, row_ids, col_ids, u, v, p, top, col, first_row, n, m, d, offset, pitch,
+    x, y, scale2, shift, row_ids, col_ids, u, v, p, top, col, first_row, n, m, d, first_positive, pitch,
     MASK: tl.constexpr, IDS: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -91,22 +101,22 @@ def _gradient(
     if COLS:
         weight = weight + tl.load(v + j, mask=j < m, other=0.0)[None, :]
     weight = tl.exp2(acc * scale2 - shift) * weight
-    weight = _without_masked(weight, row_ids, col_ids, row, col, n, m, offset, MASK, IDS, BLOCK_M, BLOCK_N)
+    weight = _without_masked(weight, row_ids, col_ids, row, col, n, m, first_positive, MASK, IDS, BLOCK_M, BLOCK_N)
     store_panel(p, weight, top, col, first_row, n, pitch, BLOCK_M, BLOCK_N, TMA)
 
 
 @triton.jit(do_not_specialize=["first_row", "n", "strips", "strip_tiles"])
 def gradient_kernel(
-    x, y, scale, stash_offset, row_ids, col_ids, u, v, p, first_row, n, m, d, offset, pitch, strips, strip_tiles,
+    x, y, scale, stash_shift, row_ids, col_ids, u, v, p, first_row, n, m, d, first_positive, pitch, strips, strip_tiles,
     MASK: tl.constexpr, IDS: tl.constexpr, COLS: tl.constexpr, STRIPS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """p (panel, pitch) = exp2(l2 - offset2) (u_i + v_j) of rows [first_row, n), zero at masked pairs.
+    """p (panel, pitch) = exp2(l2 - shift_log2) (u_i + v_j) of rows [first_row, n), zero at masked pairs.
 
-    row_ids (n,) and col_ids (m,): where IDS.  Nothing where there is no fixed offset.  One tile a program, or strips:
+    row_ids (n,) and col_ids (m,): where IDS.  Nothing where there is no fixed shift.  One tile a program, or strips:
     scores_kernel.
     """
-    fixed = tl.load(stash_offset)
+    fixed = tl.load(stash_shift)
     if fixed == fixed:
         strip, col = tl.program_id(0) % strips, tl.program_id(0) // strips * BLOCK_N
         scale2, shift = tl.load(scale) * LOG2E, rounded(fixed * LOG2E)
@@ -114,24 +124,74 @@ def gradient_kernel(
             first = strip * strip_tiles * BLOCK_M
             last = tl.minimum(first + strip_tiles * BLOCK_M, n - first_row)
             for top in tl.range(first, last, BLOCK_M, warp_specialize=True):
-                _gradient(x, y, scale2, shift, row_ids, col_ids, u, v, p, top, col, first_row, n, m, d, offset, pitch,
-                          MASK, IDS, COLS, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION)  # fmt: skip
+                _gradient(
+                    x,
+                    y,
+                    scale2,
+                    shift,
+                    row_ids,
+                    col_ids,
+                    u,
+                    v,
+                    p,
+                    top,
+                    col,
+                    first_row,
+                    n,
+                    m,
+                    d,
+                    first_positive,
+                    pitch,
+                    MASK,
+                    IDS,
+                    COLS,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    TMA,
+                    PRECISION,
+                )
         else:
-            _gradient(x, y, scale2, shift, row_ids, col_ids, u, v, p, strip * BLOCK_M, col, first_row, n, m, d, offset,
-                      pitch, MASK, IDS, COLS, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION)  # fmt: skip
+            _gradient(
+                x,
+                y,
+                scale2,
+                shift,
+                row_ids,
+                col_ids,
+                u,
+                v,
+                p,
+                strip * BLOCK_M,
+                col,
+                first_row,
+                n,
+                m,
+                d,
+                first_positive,
+                pitch,
+                MASK,
+                IDS,
+                COLS,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                TMA,
+                PRECISION,
+            )
 
 
 @triton.jit(do_not_specialize=["first_row", "n"])
 def online_gradient_kernel(
-    x, y, scale, stash_offset, row_ids, col_ids, u, v, rows2, cols2, p, first_row, n, m, d, offset, pitch,
+    x, y, scale, stash_shift, row_ids, col_ids, u, v, rows2, cols2, p, first_row, n, m, d, first_positive, pitch,
     MASK: tl.constexpr, IDS: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """p (panel, pitch) = exp2(l2 - rows2_i) u_i + exp2(l2 - cols2_j) v_j, where there is no fixed offset.
+    """p (panel, pitch) = exp2(l2 - rows2_i) u_i + exp2(l2 - cols2_j) v_j, where there is no fixed shift.
 
     A program takes every num_programs-th tile, so that few programs suffice to find that nothing is wanted.
     """
-    fixed = tl.load(stash_offset)
+    fixed = tl.load(stash_shift)
     row_tiles = tl.cdiv(n - first_row, BLOCK_M)
     tiles = tl.where(fixed == fixed, 0, row_tiles * tl.cdiv(m, BLOCK_N))
     scale2 = tl.load(scale) * LOG2E
@@ -145,17 +205,17 @@ def online_gradient_kernel(
         if COLS:
             high = tl.load(cols2 + j, mask=j < m, other=float("inf"))[None, :]
             weight += tl.exp2(l2 - high) * tl.load(v + j, mask=j < m, other=0.0)[None, :]
-        weight = _without_masked(weight, row_ids, col_ids, row, col, n, m, offset, MASK, IDS, BLOCK_M, BLOCK_N)
+        weight = _without_masked(weight, row_ids, col_ids, row, col, n, m, first_positive, MASK, IDS, BLOCK_M, BLOCK_N)
         store_panel(p, weight, top, col, first_row, n, pitch, BLOCK_M, BLOCK_N, TMA)
 
 
 @triton.jit(do_not_specialize=["first_row", "n"])
 def unstash_kernel(
-    e, stash_offset, u, v, p, first_row, n, m, pitch,
+    e, stash_shift, u, v, p, first_row, n, m, pitch,
     COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """p = e (u_i + v_j), both (panel, pitch), for rows [first_row, n); nothing where e was not written."""
-    shift = tl.load(stash_offset)
+    shift = tl.load(stash_shift)
     if shift == shift:
         row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         i, j = first_row + row, tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -208,7 +268,7 @@ def total_kernel(parts, out, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def owned_gradient_kernel(
-    own, partner, scale, stash_offset, own_ids, partner_ids, a, b, a2, b2, sums, rows, partners, d, offset,
+    own, partner, scale, stash_shift, own_ids, partner_ids, a, b, a2, b2, sums, rows, partners, d, first_positive,
     MASK: tl.constexpr, IDS: tl.constexpr, OWN_WEIGHT: tl.constexpr, PARTNER_WEIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -216,9 +276,9 @@ def owned_gradient_kernel(
 
     own (rows, d) and partner (partners, d) are x and y for dx, y and x for dy; own_ids and partner_ids, where IDS, the
     groups of their rows; a, a2 and b, b2 the weights, where they have any (weights_kernel).  The positive of row i is
-    partner i + offset.
+    partner i + first_positive.
     """
-    fixed = tl.load(stash_offset)
+    fixed = tl.load(stash_shift)
     scale2, shift = tl.load(scale) * LOG2E, rounded(fixed * LOG2E)
     row = tl.program_id(0) * BLOCK_M
     i, k = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
@@ -247,7 +307,9 @@ def owned_gradient_kernel(
             if PARTNER_WEIGHT:
                 high = tl.load(b2 + j, mask=j < partners, other=float("inf"))
                 p += tl.exp2(l2 - high[None, :]) * weight_j
-        p = _without_masked(p, own_ids, partner_ids, row, col, rows, partners, offset, MASK, IDS, BLOCK_M, BLOCK_N)
+        p = _without_masked(
+            p, own_ids, partner_ids, row, col, rows, partners, first_positive, MASK, IDS, BLOCK_M, BLOCK_N
+        )
         if col + BLOCK_N > partners:  # scores of padding are zero, which may be far above every other: infinity * 0
             p = tl.where((j < partners)[None, :], p, 0.0)
         acc = tl.dot(p.to(t.dtype), t, acc)

@@ -17,14 +17,14 @@ from cibr_kernels.primitives.dot.lse.triton_tile import (
     store_panel,
 )  # fmt: skip
 
-FIXED_BOUND = tl.constexpr(110.0)  # nats; the largest |l| that the fixed offset serves: csrc/dot/sweep.h has the same
+FIXED_BOUND = tl.constexpr(110.0)  # nats; the largest |l| that the fixed shift serves: csrc/dot/sweep.h has the same
 HEADROOM = tl.constexpr(60.0)  # exp(60) (n + m) stays far from overflow
-UNDERFLOW = tl.constexpr(55.0)  # exp(-55) of the offset still leaves 30 nats above the smallest float
+UNDERFLOW = tl.constexpr(55.0)  # exp(-55) of the shift still leaves 30 nats above the smallest float
 
 
 @triton.jit
 def statistics_kernel(
-    x, y, scale, positives, largest, n, m, d, offset, x_blocks, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+    x, y, scale, positives, largest, n, m, d, first_positive, x_blocks, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """The largest squared norm of each block of BLOCK_R rows (infinity for NaN), and positives_i = scale <x_i, y_i+>.
 
@@ -39,7 +39,7 @@ def statistics_kernel(
             at = k + tl.arange(0, BLOCK_D)[None, :]
             mask = (i < n)[:, None] & (at < d)
             a = tl.load(x + i.to(tl.int64)[:, None] * d + at, mask=mask, other=0.0).to(tl.float32)
-            b = tl.load(y + (i + offset).to(tl.int64)[:, None] * d + at, mask=mask, other=0.0).to(tl.float32)
+            b = tl.load(y + (i + first_positive).to(tl.int64)[:, None] * d + at, mask=mask, other=0.0).to(tl.float32)
             product += tl.sum(a * b, 1)
         tl.store(positives + i, product * tl.load(scale), mask=i < n)
     else:
@@ -68,30 +68,30 @@ def _largest(values, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def choose_kernel(largest, scale, mode, offset2, x_blocks, blocks, BLOCK: tl.constexpr):
-    """mode () int32 and offset2 () float32 from the bound B = |scale| max|x_i| max|y_j|; one program."""
+def choose_kernel(largest, scale, mode, shift_log2, x_blocks, blocks, BLOCK: tl.constexpr):
+    """mode () int32 and shift_log2 () float32 from the bound B = |scale| max|x_i| max|y_j|; one program."""
     a = _largest(largest, x_blocks, BLOCK)
     b = _largest(largest + x_blocks, blocks - x_blocks, BLOCK)
     bound = tl.abs(tl.load(scale)) * tl.sqrt(a) * tl.sqrt(b)
     tl.store(mode, tl.where(bound <= FIXED_BOUND, FIXED, tl.where(bound < 1e37, ONLINE, REFUSED)))
-    tl.store(offset2, tl.floor(tl.maximum(bound - HEADROOM, 0.0) * LOG2E))
+    tl.store(shift_log2, tl.floor(tl.maximum(bound - HEADROOM, 0.0) * LOG2E))
 
 
 @triton.jit
 def _scores(
-    x, y, row, col, scale2, shift, row_ids, col_ids, n, m, d, offset,
+    x, y, row, col, scale2, shift, row_ids, col_ids, n, m, d, first_positive,
     MASK: tl.constexpr, IDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """l2 - shift of one tile, -inf at padding and masked pairs."""
     acc = multiply(x, y, row, col, n, m, d, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION)
     l2 = acc * scale2 - shift
-    has_positive = MASK and on_diagonal(row, col, offset, BLOCK_M, BLOCK_N)
+    has_positive = MASK and on_diagonal(row, col, first_positive, BLOCK_M, BLOCK_N)
     if IDS or (has_positive | (row + BLOCK_M > n) | (col + BLOCK_N > m)):
         i, j = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
         keep = (i < n)[:, None] & (j < m)[None, :]
         if MASK:
-            keep = keep & (j[None, :] != i[:, None] + offset)
+            keep = keep & (j[None, :] != i[:, None] + first_positive)
         l2 = tl.where(keep, l2, -float("inf"))
     if IDS:
         l2 = tl.where(same_group(row_ids, col_ids, row, col, n, m, BLOCK_M, BLOCK_N), -float("inf"), l2)
@@ -100,16 +100,40 @@ def _scores(
 
 @triton.jit
 def _exponentials(
-    x, y, scale2, shift, row_ids, col_ids, row_max, row_sum, col_max, stash, top, col, first_row, n, m, d, offset,
+    x,
+    y,
+    scale2,
+    shift,
+    row_ids,
+    col_ids,
+    row_max,
+    row_sum,
+    col_max,
+    stash,
+    top,
+    col,
+    first_row,
+    n,
+    m,
+    d,
+    first_positive,
     pitch,
-    MASK: tl.constexpr, IDS: tl.constexpr, COLS: tl.constexpr, MAX: tl.constexpr, STASH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    MASK: tl.constexpr,
+    IDS: tl.constexpr,
+    COLS: tl.constexpr,
+    MAX: tl.constexpr,
+    STASH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """exp2(l2 - shift) of the tile at row `top` of the panel; writes its row sums and, where STASH, itself.
 
     Where MAX the largest l2 - shift of rows and columns too, before the exponentials take the registers.
     """
-    l2 = _scores(x, y, first_row + top, col, scale2, shift, row_ids, col_ids, n, m, d, offset,
+    l2 = _scores(x, y, first_row + top, col, scale2, shift, row_ids, col_ids, n, m, d, first_positive,
                  MASK, IDS, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION)  # fmt: skip
     i = top + tl.arange(0, BLOCK_M)
     if MAX:
@@ -126,16 +150,16 @@ def _exponentials(
 
 @triton.jit(do_not_specialize=["first_row", "n", "strips", "strip_tiles"])
 def scores_kernel(
-    x, y, scale, mode, offset2, row_ids, col_ids, row_max, row_sum, col_max, col_sum, stash, first_row, n, m, d,
-    offset, panel, pitch, strips, strip_tiles,
+    x, y, scale, mode, shift_log2, row_ids, col_ids, row_max, row_sum, col_max, col_sum, stash, first_row, n, m, d,
+    first_positive, panel, pitch, strips, strip_tiles,
     MASK: tl.constexpr, IDS: tl.constexpr, COLS: tl.constexpr, MAX: tl.constexpr, STASH: tl.constexpr,
     STRIPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums of exp2(l2 - offset2) over tiles of rows [first_row, n) and all m columns, where mode is FIXED.
+    """Sums of exp2(l2 - shift_log2) over tiles of rows [first_row, n) and all m columns, where mode is FIXED.
 
     row_sum (column tiles, panel) and col_sum (strips, m) get the sums of each tile; first_row + panel >= n.  row_max
-    and col_max: where MAX, the largest l2 - offset2 likewise.  row_ids (n,) and col_ids (m,): where IDS.
+    and col_max: where MAX, the largest l2 - shift_log2 likewise.  row_ids (n,) and col_ids (m,): where IDS.
     stash: where STASH, the exponentials, (panel, pitch); zero at masked pairs.
 
     A program makes one tile or, where STRIPS (then neither MAX nor IDS), strip_tiles tiles below one another, adding
@@ -145,7 +169,7 @@ def scores_kernel(
     """
     if tl.load(mode) == FIXED:
         strip, col_tile = tl.program_id(0) % strips, tl.program_id(0) // strips
-        scale2, shift = tl.load(scale) * LOG2E, tl.load(offset2)
+        scale2, shift = tl.load(scale) * LOG2E, tl.load(shift_log2)
         col = col_tile * BLOCK_N
         row_at = row_sum + col_tile.to(tl.int64) * panel
         if MAX:
@@ -158,12 +182,12 @@ def scores_kernel(
             for top in tl.range(first, last, BLOCK_M, warp_specialize=True):
                 e += _exponentials(
                     x, y, scale2, shift, row_ids, col_ids, row_max, row_at, col_max, stash, top, col, first_row, n, m,
-                    d, offset, pitch, MASK, IDS, COLS, False, STASH, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
+                    d, first_positive, pitch, MASK, IDS, COLS, False, STASH, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
                 )  # fmt: skip
         else:
             e = _exponentials(
                 x, y, scale2, shift, row_ids, col_ids, row_max, row_at, col_max, stash, strip * BLOCK_M, col,
-                first_row, n, m, d, offset, pitch, MASK, IDS, COLS, MAX, STASH, BLOCK_M, BLOCK_N, BLOCK_K, TMA,
+                first_row, n, m, d, first_positive, pitch, MASK, IDS, COLS, MAX, STASH, BLOCK_M, BLOCK_N, BLOCK_K, TMA,
                 PRECISION,
             )  # fmt: skip
         if COLS:
@@ -189,11 +213,33 @@ def _merge(top, total, other_top, other_total):
 
 @triton.jit(do_not_specialize=["first_row", "n", "strips", "strip_tiles"])
 def online_scores_kernel(
-    x, y, scale, mode, row_ids, col_ids, row_max, row_sum, col_max, col_sum, first_row, n, m, d, offset, panel, strips,
+    x,
+    y,
+    scale,
+    mode,
+    row_ids,
+    col_ids,
+    row_max,
+    row_sum,
+    col_max,
+    col_sum,
+    first_row,
+    n,
+    m,
+    d,
+    first_positive,
+    panel,
+    strips,
     strip_tiles,
-    MASK: tl.constexpr, IDS: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    MASK: tl.constexpr,
+    IDS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """scores_kernel where mode is ONLINE: sums of exp2(l2 - max), and the maxima, for each tile or strip.
 
     A program takes every num_programs-th strip, so that few programs suffice to find that nothing is wanted.
@@ -209,7 +255,7 @@ def online_scores_kernel(
         last = tl.minimum(first + strip_tiles * BLOCK_M, n - first_row)
         for top in range(first, last, BLOCK_M):
             row = first_row + top
-            l2 = _scores(x, y, row, col, scale2, 0.0, row_ids, col_ids, n, m, d, offset,
+            l2 = _scores(x, y, row, col, scale2, 0.0, row_ids, col_ids, n, m, d, first_positive,
                          MASK, IDS, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION)  # fmt: skip
             i = top + tl.arange(0, BLOCK_M)
             at = col_tile.to(tl.int64) * panel + i
@@ -303,7 +349,7 @@ def _is_in_a_sum(asked, at, own_ids, other_ids, length, others, shift, MASK: tl.
 
 
 @triton.jit
-def _finish(lse, top, mode, state, offset2, own_ids, other_ids, block, length, others, shift,
+def _finish(lse, top, mode, state, shift_log2, own_ids, other_ids, block, length, others, shift,
             WANTED: tl.constexpr, MASK: tl.constexpr, IDS: tl.constexpr, MAX: tl.constexpr, BLOCK_T: tl.constexpr,
             BLOCK_L: tl.constexpr):  # fmt: skip
     """Sums to log-sum-exp, in place, for one block of rows (or columns) with `others` columns (or rows).
@@ -313,10 +359,10 @@ def _finish(lse, top, mode, state, offset2, own_ids, other_ids, block, length, o
     at = block * BLOCK_L + tl.arange(0, BLOCK_L)
     inside = at < length
     if WANTED == FIXED:
-        value = (tl.log2(tl.load(lse + at, mask=inside, other=1.0)) + offset2) * LN2
+        value = (tl.log2(tl.load(lse + at, mask=inside, other=1.0)) + shift_log2) * LN2
         if MAX:
-            high = (tl.load(top + at, mask=inside, other=0.0) + offset2) * LN2
-        low = inside & (value < offset2 * LN2 - UNDERFLOW)
+            high = (tl.load(top + at, mask=inside, other=0.0) + shift_log2) * LN2
+        low = inside & (value < shift_log2 * LN2 - UNDERFLOW)
         if tl.sum(low.to(tl.int32), 0) > 0:  # underflowed, unless it is the sum of nothing, rightly -inf
             low = _is_in_a_sum(low, at, own_ids, other_ids, length, others, shift, MASK, IDS, BLOCK_T)
             if tl.sum(low.to(tl.int32), 0) > 0:
@@ -335,28 +381,45 @@ def _finish(lse, top, mode, state, offset2, own_ids, other_ids, block, length, o
 
 @triton.jit
 def finish_kernel(
-    mode, offset2, row_ids, col_ids, row_max, rows, col_max, cols, positives, stash_offset, n, m, offset, row_blocks,
-    WANTED: tl.constexpr, MASK: tl.constexpr, IDS: tl.constexpr, MAX: tl.constexpr, BLOCK_T: tl.constexpr,
+    mode,
+    shift_log2,
+    row_ids,
+    col_ids,
+    row_max,
+    rows,
+    col_max,
+    cols,
+    positives,
+    stash_shift,
+    n,
+    m,
+    first_positive,
+    row_blocks,
+    WANTED: tl.constexpr,
+    MASK: tl.constexpr,
+    IDS: tl.constexpr,
+    MAX: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_L: tl.constexpr,
-):  # fmt: skip
+):
     """rows (n,) and cols (m,) from sums to log-sum-exp, in place; where MAX row_max (n,) and col_max (m,) to nats.
 
     WANTED = FIXED: where something underflowed it sets mode to ONLINE, and what it wrote will be written again.
-    WANTED = ONLINE, the last word: stash_offset, and NaN everywhere if the mode is REFUSED.
+    WANTED = ONLINE, the last word: stash_shift, and NaN everywhere if the mode is REFUSED.
     """
     pid = tl.program_id(0)
     state = tl.load(mode)
-    shift = tl.load(offset2)
+    shift = tl.load(shift_log2)
     if WANTED == ONLINE:
         if pid == 0:
-            tl.store(stash_offset, tl.where(state == FIXED, shift * LN2, float("nan")))
+            tl.store(stash_shift, tl.where(state == FIXED, shift * LN2, float("nan")))
         if state == REFUSED and pid < row_blocks:
             at = pid * BLOCK_L + tl.arange(0, BLOCK_L)
             tl.store(positives + at, float("nan") + tl.zeros((BLOCK_L,), tl.float32), mask=at < n)
     if (state == FIXED) == (WANTED == FIXED):
         if pid < row_blocks:
-            _finish(rows, row_max, mode, state, shift, row_ids, col_ids, pid, n, m, offset,
+            _finish(rows, row_max, mode, state, shift, row_ids, col_ids, pid, n, m, first_positive,
                     WANTED, MASK, IDS, MAX, BLOCK_T, BLOCK_L)  # fmt: skip
         else:
-            _finish(cols, col_max, mode, state, shift, col_ids, row_ids, pid - row_blocks, m, n, -offset,
+            _finish(cols, col_max, mode, state, shift, col_ids, row_ids, pid - row_blocks, m, n, -first_positive,
                     WANTED, MASK, IDS, MAX, BLOCK_T, BLOCK_L)  # fmt: skip

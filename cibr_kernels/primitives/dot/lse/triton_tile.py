@@ -1,9 +1,9 @@
 """What the Triton kernels of dot_lse share: a tile of scores, and the units they are kept in.
 
 Scores are kept in units of log2: l2 = log2(e) scale <x_i, y_j>, so that exp(l - off) = exp2(l2 - off2) is one fused
-multiply-add and one ex2.  off2 is a whole number: the exponential of the offset is exact.
+multiply-add and one ex2.  off2 is a whole number: the exponential of the shift is exact.
 
-    mode 0, fixed    |l| <= 110 everywhere, and no row or column lies more than 55 nats below the offset: one
+    mode 0, fixed    |l| <= 110 everywhere, and no row or column lies more than 55 nats below the shift: one
                      exponential serves the row and the column, and nobody looks for a maximum
     mode 1, online   a maximum for each row and column of each tile, and an exponential for each direction
     mode 2, refused  NaN or infinity in the features, or scores past float32: every output is NaN
@@ -55,9 +55,9 @@ def multiply(
 
 
 @triton.jit
-def on_diagonal(row, col, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def on_diagonal(row, col, first_positive, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Whether the tile at (row, col) holds a positive."""
-    return (col < row + BLOCK_M + offset) & (col + BLOCK_N > row + offset)
+    return (col < row + BLOCK_M + first_positive) & (col + BLOCK_N > row + first_positive)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from cibr_kernels.primitives.dot.lse.native import groups
 
 def forward(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_weights: Tensor | None, col_weights: Tensor | None,
-    row_ids: Tensor | None, col_ids: Tensor | None, offset: int, attract: bool, need_cols: bool, need_dx: bool,
+    row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int, attract: bool, need_cols: bool, need_dx: bool,
     need_dy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> rows (n,), cols (m,) or (0,), dx (n, d), dy (m, d), each empty unless needed, dscale (), dbias ().
@@ -27,7 +27,7 @@ def forward(
     row_groups, col_groups = groups(row_ids, col_ids)
     call(
         "dot_softplus", "DotSoftplus", n * m * d, x=x, y=y, dtype=DTYPES[x.dtype], n=n, m=m, d=d, scale=scale.item(),
-        bias=bias.item(), offset=offset, row_ids=row_groups, col_ids=col_groups, attract=attract,
+        bias=bias.item(), first_positive=first_positive, row_ids=row_groups, col_ids=col_groups, attract=attract,
         row_weight=row_weights, col_weight=col_weights, row_sum=rows, col_sum=cols, dx=dx, dy=dy, dscale=dscale,
         dbias=dbias,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Sums of softplus over all-pairs dot products: what sigmoid losses and Jensen-Shannon are O(n) functions of.
 
     l_ij = scale <x_i, y_j> + bias     e_ij = softplus(l_ij), or softplus(-l_ij) for a pair of one group that attracts
-    rows_i = sum_j e_ij                cols_j = sum_i e_ij, both without row i's positive, which is column offset + i
+    rows_i = sum_j e_ij    cols_j = sum_i e_ij, both without row i's positive, which is column first_positive + i
 
     total = sum_i u_i rows_i + sum_j v_j cols_j        G_ij = sigmoid(l_ij) (u_i + v_j), or -sigmoid(-l_ij) (u_i + v_j)
     dx = scale G y    dy = scale G^T x    dscale = sum_ij G_ij <x_i, y_j>    dbias = sum_ij G_ij
@@ -31,60 +31,92 @@ def dot_softplus(
     *,
     row_ids: Tensor | None = None,  # (n,) int64
     col_ids: Tensor | None = None,  # (m,) int64
-    offset: int = 0,
+    first_positive: int = 0,
     attract: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """-> total (), float32 (float64 for float64), differentiable in x, y, scale, bias and the weights.  No checks.
 
-    Row i's positive, column offset + i (where there is one), takes no part.  Other pairs with row_ids_i = col_ids_j
-    take none either, or with `attract` count as positives: softplus(-l).
+    Row i's positive, column first_positive + i (where there is one), takes no part.  Other pairs with row_ids_i =
+    col_ids_j take none either, or with `attract` count as positives: softplus(-l).
     """
     grad = torch.is_grad_enabled()
     need_dx, need_dy, *rest = (grad and t.requires_grad for t in (x, y, scale, bias))
     need_dx = need_dx or (any(rest) and not need_dy)  # dscale comes from <x, dx> or <y, dy>
     return dot_softplus_total(
-        x.contiguous(), y.contiguous(), scale, bias, row_weights, col_weights, row_ids, col_ids, offset, attract,
-        need_dx, need_dy, backend,
-    )[0]  # fmt: skip
+        x.contiguous(),
+        y.contiguous(),
+        scale,
+        bias,
+        row_weights,
+        col_weights,
+        row_ids,
+        col_ids,
+        first_positive,
+        attract,
+        need_dx,
+        need_dy,
+        backend,
+    )[0]
 
 
 def dot_softplus_sums(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, *, row_ids: Tensor | None = None, col_ids: Tensor | None = None,
-    offset: int = 0, attract: bool = False, need_cols: bool = True, backend: str = "auto",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    first_positive: int = 0,
+    attract: bool = False,
+    need_cols: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
     """-> rows (n,), cols (m,) ((0,) unless needed), differentiable in x, y, scale, bias.  Otherwise as dot_softplus."""
     return dot_softplus_forward(
-        x.contiguous(), y.contiguous(), scale, bias, row_ids, col_ids, offset, attract, need_cols, backend
+        x.contiguous(), y.contiguous(), scale, bias, row_ids, col_ids, first_positive, attract, need_cols, backend
     )
 
 
 def _run(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_weights: Tensor | None, col_weights: Tensor | None,
-    row_ids: Tensor | None, col_ids: Tensor | None, offset: int, attract: bool, need_cols: bool, need_dx: bool,
+    row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int, attract: bool, need_cols: bool, need_dx: bool,
     need_dy: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> rows, cols, dx, dy, dscale, dbias."""
     checks.positive("logit_scale", scale)
     return backends.run(
         "dot_softplus", "forward", backend, (x, y), x, y, scale, bias, row_weights, col_weights, row_ids, col_ids,
-        offset, attract, need_cols, need_dx, need_dy,
+        first_positive, attract, need_cols, need_dx, need_dy,
     )  # fmt: skip
 
 
 @operator
 def dot_softplus_total(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_weights: Tensor, col_weights: Tensor | None,
-    row_ids: Tensor | None, col_ids: Tensor | None, offset: int, attract: bool, need_dx: bool, need_dy: bool,
+    row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int, attract: bool, need_dx: bool, need_dy: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> total (), rows (n,), cols (m,) or (0,), and total's gradients: dx, dy, each empty unless needed, dscale (),
     dbias ()."""
     needs = need_dx or need_dy
     rows, cols, dx, dy, dscale, dbias = _run(
-        x, y, scale, bias, row_weights if needs else None, col_weights if needs else None, row_ids, col_ids, offset,
-        attract, col_weights is not None, need_dx, need_dy, backend,
-    )  # fmt: skip
+        x,
+        y,
+        scale,
+        bias,
+        row_weights if needs else None,
+        col_weights if needs else None,
+        row_ids,
+        col_ids,
+        first_positive,
+        attract,
+        col_weights is not None,
+        need_dx,
+        need_dy,
+        backend,
+    )
     total = (rows.double() * row_weights).sum()
     if col_weights is not None:
         total = total + (cols.double() * col_weights).sum()
@@ -92,7 +124,9 @@ def dot_softplus_total(
 
 
 @dot_softplus_total.register_fake
-def _(x, y, scale, bias, row_weights, col_weights, row_ids, col_ids, offset, attract, need_dx, need_dy, backend):
+def _(
+    x, y, scale, bias, row_weights, col_weights, row_ids, col_ids, first_positive, attract, need_dx, need_dy, backend
+):
     new = scale.new_empty
     dx = torch.empty_like(x) if need_dx else x.new_empty(0)
     dy = torch.empty_like(y) if need_dy else y.new_empty(0)
@@ -136,51 +170,71 @@ dot_softplus_total.register_autograd(_backward_total, setup_context=_setup_total
 
 @operator
 def dot_softplus_forward(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, offset: int,
-    attract: bool, need_cols: bool, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    first_positive: int,
+    attract: bool,
+    need_cols: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     """-> rows (n,), cols (m,) or (0,)."""
     outputs = _run(
-        x, y, scale, bias, None, None, row_ids, col_ids, offset, attract, need_cols, False, False, backend
+        x, y, scale, bias, None, None, row_ids, col_ids, first_positive, attract, need_cols, False, False, backend
     )  # fmt: skip
     return outputs[:2]
 
 
 @dot_softplus_forward.register_fake
-def _(x, y, scale, bias, row_ids, col_ids, offset, attract, need_cols, backend):
+def _(x, y, scale, bias, row_ids, col_ids, first_positive, attract, need_cols, backend):
     return scale.new_empty((x.shape[0],)), scale.new_empty((y.shape[0] if need_cols else 0,))
 
 
 @operator
 def dot_softplus_backward(
     g_rows: Tensor, g_cols: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_ids: Tensor | None,
-    col_ids: Tensor | None, offset: int, attract: bool, need_dx: bool, need_dy: bool, backend: str,
+    col_ids: Tensor | None, first_positive: int, attract: bool, need_dx: bool, need_dy: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx (n, d), dy (m, d), each empty unless needed, dscale (), dbias ()."""
     col_weights = g_cols.contiguous() if g_cols.numel() else None
     _, _, dx, dy, dscale, dbias = _run(
-        x, y, scale, bias, g_rows.contiguous(), col_weights, row_ids, col_ids, offset, attract, False, need_dx, need_dy,
+        x,
+        y,
+        scale,
+        bias,
+        g_rows.contiguous(),
+        col_weights,
+        row_ids,
+        col_ids,
+        first_positive,
+        attract,
+        False,
+        need_dx,
+        need_dy,
         backend,
-    )  # fmt: skip
+    )
     return dx, dy, dscale, dbias
 
 
 @dot_softplus_backward.register_fake
-def _(g_rows, g_cols, x, y, scale, bias, row_ids, col_ids, offset, attract, need_dx, need_dy, backend):
+def _(g_rows, g_cols, x, y, scale, bias, row_ids, col_ids, first_positive, attract, need_dx, need_dy, backend):
     dx = torch.empty_like(x) if need_dx else x.new_empty(0)
     dy = torch.empty_like(y) if need_dy else y.new_empty(0)
     return dx, dy, torch.empty_like(scale), torch.empty_like(scale)
 
 
 def _setup(ctx, inputs, output) -> None:
-    *tensors, ctx.offset, ctx.attract, _, ctx.backend = inputs
+    *tensors, ctx.first_positive, ctx.attract, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, g_rows, g_cols):
     need_x, need_y, need_scale, need_bias, *_ = ctx.needs_input_grad
     dx, dy, dscale, dbias = dot_softplus_backward(
-        g_rows, g_cols, *ctx.saved_tensors, ctx.offset, ctx.attract, need_x or not need_y, need_y, ctx.backend
+        g_rows, g_cols, *ctx.saved_tensors, ctx.first_positive, ctx.attract, need_x or not need_y, need_y, ctx.backend
     )
     grads = ((dx, need_x), (dy, need_y), (dscale, need_scale), (dbias, need_bias))
     return *(g if need else None for g, need in grads), *(None,) * 6

@@ -1,7 +1,7 @@
 """dot_softplus in plain PyTorch: the specification.  It promotes instead of casting, so float64 in is the oracle.
 
 l_ij = scale <x_i, y_j> + bias     e_ij = softplus(l_ij), or softplus(-l_ij) for a pair of one group that attracts
-rows_i = sum_j e_ij    cols_j = sum_i e_ij    both without row i's positive, which is column offset + i
+rows_i = sum_j e_ij    cols_j = sum_i e_ij    both without row i's positive, which is column first_positive + i
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from cibr_kernels.primitives.dot.lse.reference import is_positive
 
 def dot_softplus(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_ids: Tensor | None = None, col_ids: Tensor | None = None,
-    offset: int = 0, attract: bool = False,
+    first_positive: int = 0, attract: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x (n, d), y (m, d), scale (), bias () -> rows (n,), cols (m,), differentiable in all four.
 
     Other pairs with row_ids_i = col_ids_j are left out, or with `attract` counted as positives: softplus(-l).
     """
     logits = scale * (promote(x) @ promote(y).T) + bias  # (n, m)
-    sign, kept = _signs(len(x), len(y), row_ids, col_ids, offset, attract, logits)
+    sign, kept = _signs(len(x), len(y), row_ids, col_ids, first_positive, attract, logits)
     e = torch.logaddexp(sign * logits, torch.zeros_like(logits)) * kept
     return e.sum(1), e.sum(0)
 
 
 def _signs(
-    n: int, m: int, row_ids: Tensor | None, col_ids: Tensor | None, offset: int, attract: bool, like: Tensor
+    n: int, m: int, row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int, attract: bool, like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(n, m) of +1 and -1, the sign of l in softplus, and of 0 and 1, whether the pair counts."""
-    kept = ~is_positive(n, m, offset, like.device)
+    kept = ~is_positive(n, m, first_positive, like.device)
     sign = torch.ones_like(like)
     if row_ids is not None and col_ids is not None:
         same = row_ids[:, None] == col_ids
@@ -48,7 +48,7 @@ def unsupported(*tensors: Tensor) -> str | None:
 
 def forward(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_weights: Tensor | None, col_weights: Tensor | None,
-    row_ids: Tensor | None, col_ids: Tensor | None, offset: int, attract: bool, need_cols: bool, need_dx: bool,
+    row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int, attract: bool, need_cols: bool, need_dx: bool,
     need_dy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> rows (n,), cols (m,) or (0,), dx (n, d), dy (m, d), each empty unless needed, dscale (), dbias ().
@@ -56,13 +56,13 @@ def forward(
     The gradients are those of sum_i row_weights_i rows_i + sum_j col_weights_j cols_j; without col_weights, of the
     first sum; without either, there are none: dscale and dbias are 0.
     """
-    rows, cols = dot_softplus(x, y, scale, bias, row_ids, col_ids, offset, attract)
+    rows, cols = dot_softplus(x, y, scale, bias, row_ids, col_ids, first_positive, attract)
     cols = cols if need_cols else cols[:0].clone()
     dx, dy, zero = x.new_empty(0), y.new_empty(0), torch.zeros_like(scale)
     if row_weights is None:
         return rows, cols, dx, dy, zero, zero.clone()
     cosines = promote(x) @ promote(y).T
-    sign, kept = _signs(len(x), len(y), row_ids, col_ids, offset, attract, cosines)
+    sign, kept = _signs(len(x), len(y), row_ids, col_ids, first_positive, attract, cosines)
     weights = row_weights[:, None] if col_weights is None else row_weights[:, None] + col_weights
     g = sign * kept * (sign * (scale * cosines + bias)).sigmoid() * weights
     if need_dx:

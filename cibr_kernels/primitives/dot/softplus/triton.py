@@ -61,7 +61,7 @@ panels = Panels()
 
 def forward(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_weights: Tensor | None, col_weights: Tensor | None,
-    row_ids: Tensor | None, col_ids: Tensor | None, offset: int, attract: bool, need_cols: bool, need_dx: bool,
+    row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int, attract: bool, need_cols: bool, need_dx: bool,
     need_dy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> rows (n,), cols (m,) or (0,), dx (n, d), dy (m, d), each empty unless needed, dscale (), dbias ().
@@ -97,7 +97,7 @@ def forward(
         **tiles.operands(x, y), "row_ids": _contiguous(row_ids), "col_ids": _contiguous(col_ids), "scale": scale,
         "bias": bias, "poison": _poison(x, y), "g_rows": _contiguous(row_weights), "g_cols": _contiguous(col_weights),
         "exponent": exponent, "row_sum": part_rows, "col_sum": part_cols[1:], "totals": totals, "m": m, "d": d,
-        "offset": offset, "pitch": pitch,
+        "first_positive": first_positive, "pitch": pitch,
     }  # fmt: skip
     constants = {
         **tiles.constants, "IDS": row_ids is not None, "ATTRACT": attract and row_ids is not None, "COLS": need_cols,

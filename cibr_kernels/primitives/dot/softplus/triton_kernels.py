@@ -48,7 +48,7 @@ def _log1p(u):
 @triton.jit
 def _tile(
     x, y, row_ids, col_ids, scale2, bias2, g_rows, g_cols, power, p, row_sum, above, top, col, first_row, n, m, d,
-    offset, pitch, IDS: tl.constexpr, ATTRACT: tl.constexpr, COLS: tl.constexpr, GRADIENT: tl.constexpr,
+    first_positive, pitch, IDS: tl.constexpr, ATTRACT: tl.constexpr, COLS: tl.constexpr, GRADIENT: tl.constexpr,
     COL_WEIGHTS: tl.constexpr, STRIPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -66,8 +66,8 @@ def _tile(
         own, other = tl.load(row_ids + i, mask=i < n, other=0), tl.load(col_ids + j, mask=j < m, other=0)
         same = own[:, None] == other[None, :]
         t2 = tl.where(same, -t2 if ATTRACT else nothing, t2)
-    if on_diagonal(row, col, offset, BLOCK_M, BLOCK_N) | (row + BLOCK_M > n) | (col + BLOCK_N > m):
-        counts = (i < n)[:, None] & (j < m)[None, :] & (j[None, :] != i[:, None] + offset)
+    if on_diagonal(row, col, first_positive, BLOCK_M, BLOCK_N) | (row + BLOCK_M > n) | (col + BLOCK_N > m):
+        counts = (i < n)[:, None] & (j < m)[None, :] & (j[None, :] != i[:, None] + first_positive)
         t2 = tl.where(counts, t2, nothing)
     u = tl.exp2(-tl.abs(t2))
     log1p = _log1p(u)
@@ -93,7 +93,7 @@ def _tile(
 @triton.jit(do_not_specialize=["first_row", "n", "rows", "strips", "strip_tiles", "first_part"])
 def softplus_kernel(
     x, y, row_ids, col_ids, scale, bias, poison, g_rows, g_cols, exponent, p, row_sum, col_sum, totals,
-    first_row, n, m, d, offset, rows, pitch, strips, strip_tiles, first_part,
+    first_row, n, m, d, first_positive, rows, pitch, strips, strip_tiles, first_part,
     IDS: tl.constexpr, ATTRACT: tl.constexpr, COLS: tl.constexpr, GRADIENT: tl.constexpr, COL_WEIGHTS: tl.constexpr,
     STRIPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -123,7 +123,7 @@ def softplus_kernel(
         for top in tl.range(first, last, BLOCK_M, warp_specialize=True):
             above, tile_total = _tile(
                 x, y, row_ids, col_ids, scale2, bias2, g_rows, g_cols, power, p, row_at, above, top, col, first_row, n,
-                m, d, offset, pitch, IDS, ATTRACT, COLS, GRADIENT, COL_WEIGHTS, STRIPS, BLOCK_M, BLOCK_N,
+                m, d, first_positive, pitch, IDS, ATTRACT, COLS, GRADIENT, COL_WEIGHTS, STRIPS, BLOCK_M, BLOCK_N,
                 BLOCK_K, TMA, PRECISION,
             )  # fmt: skip
             total += tile_total
@@ -131,7 +131,7 @@ def softplus_kernel(
     else:
         cols, total = _tile(
             x, y, row_ids, col_ids, scale2, bias2, g_rows, g_cols, power, p, row_at, tl.zeros((BLOCK_N,), tl.float32),
-            strip * BLOCK_M, col, first_row, n, m, d, offset, pitch, IDS, ATTRACT, COLS, GRADIENT, COL_WEIGHTS,
+            strip * BLOCK_M, col, first_row, n, m, d, first_positive, pitch, IDS, ATTRACT, COLS, GRADIENT, COL_WEIGHTS,
             STRIPS, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
         )  # fmt: skip
     if COLS:
