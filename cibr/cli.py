@@ -1,4 +1,7 @@
-"""The command line: `cibr data`, `cibr train`, `cibr evaluate`, `cibr plot`."""
+"""The command line: `cibr train | evaluate | plot | data | export`.  Parsing only.
+
+Every flag is a field of a dataclass of options (`cibr.config.option`); a command imports what it needs when it runs.
+"""
 
 from __future__ import annotations
 
@@ -6,150 +9,217 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
-import types
 import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from cibr.config import TrainConfig, read_options
-from cibr.errors import UsageError
+from cibr.config import RunConfig, check, differences, flag, of_kind, option, read_options, section_types
+from cibr.errors import UsageError, missing_extra
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; exits with 2 for a request that cannot be met, with 128 + n for a run that signal n stopped."""
-    options = make_parser().parse_args(arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if name == "data" and rest and f"data {rest[0]}" in COMMANDS:
+        name, rest = f"data {rest[0]}", rest[1:]
+    if name not in COMMANDS:
+        print(USAGE + "\n".join(f"  {known:14}{about}" for known, (_, about) in COMMANDS.items()))
+        raise SystemExit(0 if name in ("-h", "--help") else 2)
     try:
-        status = options.command(options)
+        status = COMMANDS[name][0](rest)
     except UsageError as error:
         print(f"cibr: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
-        status = 130
+        status = 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails
+        status = 128 + signal.SIGPIPE
     raise SystemExit(status)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The four commands; every field of TrainConfig is an option of `cibr train`."""
-    parser = argparse.ArgumentParser(
-        prog="cibr", description="Trains and evaluates CLIP-like models with CIBR's penalty."
+def parse(
+    kinds: Sequence[type], arguments: Sequence[str], *, command: str, defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The values of every field of the dataclasses `kinds`, from flags of their names; `defaults` go before their own.
+
+    Exits with 2 for what is no option or no value of one.
+    """
+    try:
+        import tyro
+    except ImportError as error:
+        raise missing_extra(error) from error
+    fields: list[tuple[str, Any, Any]] = []
+    for kind in kinds:
+        hints = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            annotated: Any = Annotated[hints[field.name], tyro.conf.arg(help=field.metadata["help"])]
+            if field.metadata["positional"]:
+                annotated = Annotated[annotated, tyro.conf.Positional]
+            fields.append((field.name, annotated, (defaults or {}).get(field.name, field.default)))
+    flags = dataclasses.make_dataclass("Options", fields, kw_only=True)
+    flags.__doc__ = COMMANDS[command][1]
+    return dict(vars(tyro.cli(flags, args=list(arguments), prog=f"cibr {command}")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions:
+    config: str | None = option(None, "JSON or YAML file of options, named as the flags; flags come before it")
+    resume: bool = option(False, "go on with the run in --out, if there is one; it keeps its options")
+
+
+def train(arguments: Sequence[str]) -> int:
+    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what decides which options there are
+    for name in ("--config", "--out", "--model", "--objective"):
+        look.add_argument(name)
+    look.add_argument("--resume", action="store_true")
+    seen = look.parse_known_args(arguments)[0]
+    values: dict[str, Any] = {} if seen.config is None else read_options(Path(seen.config))
+    out = seen.out or values.get("out")
+    stored: dict[str, Any] = {}
+    if seen.resume and out and (Path(out) / "config.json").is_file():
+        stored = read_options(Path(out) / "config.json")
+    chosen = {name: value for name in ("model", "objective") if (value := getattr(seen, name))}
+    defaults = {**stored, **values, **chosen}
+    kinds = section_types(defaults)
+    known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    if stored and (changed := differences(stored, {n: v for n, v in chosen.items() if n in stored})):
+        raise UsageError(f"a resumed run keeps its options, and this one was started with {', '.join(changed)}")
+    if unknown := sorted(set(defaults) - known):
+        raise UsageError(f"unknown option {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    for kind in kinds if defaults.get("data") else ():
+        check(of_kind(kind, defaults))  # before the parser, which takes a default as it is
+    given = parse(
+        [StartOptions, *kinds], arguments, command="train", defaults={**defaults, "data": defaults.get("data", "")}
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    data = commands.add_parser("data", help="build a data set")
-    emoji = data.add_subparsers(required=True, metavar="SET").add_parser("emoji", help="emoji as 11 artists drew them")
-    emoji.add_argument(
-        "--out", type=Path, required=True, help="folder of the set; nothing happens if it is there already"
-    )
-    emoji.add_argument(
-        "--tarballs", type=Path, help="folder of .tgz files from `npm pack`, instead of downloading them"
-    )
-    emoji.add_argument("--size", type=int, default=64, help="pixels (%(default)s)")
-    emoji.set_defaults(command=build_emoji)
-
-    train = commands.add_parser("train", help="train a model", argument_default=argparse.SUPPRESS)
-    train.add_argument("--config", type=Path, help="JSON file of options; those on the command line come first")
-    train.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
-    types_of = typing.get_type_hints(TrainConfig)
-    for field in dataclasses.fields(TrainConfig):
-        name, text = f"--{field.name.replace('_', '-')}", field.metadata["help"]
-        if field.default not in (None, ""):
-            text = f"{text} ({field.default})"
-        if types_of[field.name] is bool:
-            train.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            train.add_argument(name, type=_plain_type(types_of[field.name]), help=text, metavar=field.name.upper())
-    train.set_defaults(command=run_training)
-
-    evaluate = commands.add_parser(
-        "evaluate", help="zero-shot accuracy, retrieval and the vendor probe of a checkpoint"
-    )
-    evaluate.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a run for its last one")
-    evaluate.add_argument("--data", type=Path, help="folder of tars; default: what the run was trained on")
-    evaluate.add_argument("--json", type=Path, help="also write the numbers to this file")
-    evaluate.add_argument("--probe", action=argparse.BooleanOptionalAction, default=True, help="the vendor probe")
-    evaluate.add_argument("--threads", type=int, help="CPU threads; default torch's")
-    evaluate.set_defaults(command=run_evaluation)
-
-    plot = commands.add_parser("plot", help="draw a run's curves and a t-SNE of its embeddings")
-    plot.add_argument("--run", type=Path, required=True, help="folder of the run; the pictures go there")
-    plot.add_argument("--data", type=Path, help="folder of tars; default: what the run was trained on")
-    plot.add_argument("--tsne", action=argparse.BooleanOptionalAction, default=True, help="the t-SNE")
-    plot.set_defaults(command=draw)
-    return parser
-
-
-def _plain_type(annotation: Any) -> type:
-    """`int | None` -> int."""
-    if isinstance(annotation, types.UnionType):
-        annotation = next(kind for kind in typing.get_args(annotation) if kind is not types.NoneType)
-    return annotation
-
-
-def build_emoji(options: argparse.Namespace) -> int:
-    from cibr.data.emoji_build import build
-
-    if options.size < 8:
-        raise UsageError(f"--size is {options.size}, but must be at least 8 pixels")
-    report = build(options.out, tarballs=options.tarballs, size=options.size)
-    print(f"{report['images']} images of {report['concepts']} concepts in {len(report['styles'])} styles", end=" ")
-    print(f"{'built' if report['built'] else 'were there already'} in {options.out}; licences: attribution.csv there")
-    return 0
-
-
-def run_training(options: argparse.Namespace) -> int:
-    """Trains or resumes -> 0, or 128 + n where signal n stopped it. Raises UsageError for a changed option."""
-    from cibr.run import checkpoint
+    resume = given.pop("resume")
+    del given["config"]
     from cibr.train import train
 
-    given = {name: value for name, value in vars(options).items() if name not in ("command", "config", "resume")}
-    if "config" in options:
-        given = {**read_options(options.config), **given}
-    resume = "resume" in options
-    found = checkpoint.find(Path(given["out"])) if resume and "out" in given else None
-    if found is not None:
-        started = dataclasses.asdict(checkpoint.read_about(found).config)
-        started |= {name: value for name, value in given.items() if name in ("out", "data")}  # either may have moved
-        changed = [name for name, value in given.items() if name in started and value not in ("auto", started[name])]
-        if changed:
-            was = ", ".join(f"{name} = {started[name]}" for name in changed)
-            raise UsageError(f"a resumed run keeps its options, and this one was started with {was}")
-        given = {**given, **started}
-    outcome = train(TrainConfig.from_dict(given), resume=resume)
-    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first one speaks
-        return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
-    print(f"{outcome.step} steps in {outcome.seconds:.0f} s of training", end="")
+    config = RunConfig.from_dict(given)
+    outcome = train(config, resume=resume)
+    status = 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first one speaks
+        report(outcome, config)
+    return status
+
+
+def report(outcome: Any, config: RunConfig) -> None:
+    """The end of a run: what came out, what was skipped, and what to do next."""
+    loss = f", loss {outcome.last['loss']:.4f}" if "loss" in outcome.last else ""
+    print(f"{outcome.step} steps in {outcome.seconds:.0f} s of training{loss}")
     for count, what in (
-        (outcome.skipped_steps, "steps without a finite loss"),
+        (outcome.skipped_steps, "steps without a finite loss or gradient"),
         (outcome.skipped_samples, "unreadable samples"),
     ):
-        print(f", {count} {what} skipped" if count else "", end="")
-    print(f"; {checkpoint.find(Path(given['out']))}")
+        if count:
+            print(f"{count} {what} skipped")
     if outcome.stopped_by is not None:
-        print(f"stopped by signal {outcome.stopped_by}; --resume goes on", file=sys.stderr)
-        return 128 + outcome.stopped_by
+        print(
+            f"stopped by signal {outcome.stopped_by}; cibr train --resume --out {config.run.out} goes on",
+            file=sys.stderr,
+        )
+    else:
+        print(f"next: cibr evaluate --checkpoint {config.run.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmojiOptions:
+    out: str = option("", "folder of the set; nothing happens if it is there already")
+    tarballs: str | None = option(None, "folder of .tgz files from `npm pack`, instead of downloading them")
+    size: int = option(64, "pixels", least=8)
+
+
+def data_emoji(arguments: Sequence[str]) -> int:
+    options = made(EmojiOptions, arguments, "data emoji", required=("out",))
+    from cibr.data.emoji_build import build
+
+    found = build(Path(options.out), tarballs=options.tarballs and Path(options.tarballs), size=options.size)
+    print(f"{found['images']} images of {found['concepts']} concepts in {len(found['styles'])} styles", end=" ")
+    print(f"{'built' if found['built'] else 'were there already'} in {options.out}; licences: attribution.csv there")
     return 0
 
 
-def run_evaluation(options: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    checkpoint: str = option("", "a checkpoint, or a run for its last one")
+    data: str | None = option(None, "folder of tars; default: what the run was trained on")
+    json: str | None = option(None, "also write the numbers to this file")
+    probe: bool = option(True, "the vendor probe")
+    threads: int | None = option(None, "CPU threads; default torch's", least=1)
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    options = made(EvaluateOptions, arguments, "evaluate", required=("checkpoint",))
     from cibr.evaluate import evaluate, table
 
     if options.threads is not None:
         import torch
 
         torch.set_num_threads(options.threads)
-    if options.json is not None and not options.json.parent.is_dir():
-        raise UsageError(f"--json {options.json}: there is no folder {options.json.parent}")
-    report = evaluate(options.checkpoint, options.data, probe=options.probe)
+    if options.json is not None and not Path(options.json).parent.is_dir():
+        raise UsageError(f"--json {options.json}: there is no folder {Path(options.json).parent}")
+    report = evaluate(Path(options.checkpoint), options.data and Path(options.data), probe=options.probe)
     print(table(report))
     if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 
-def draw(options: argparse.Namespace) -> int:
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions:
+    run: str = option("", "folder of the run; the pictures go there")
+    data: str | None = option(None, "folder of tars; default: what the run was trained on")
+    tsne: bool = option(True, "the t-SNE")
+
+
+def plot(arguments: Sequence[str]) -> int:
+    options = made(PlotOptions, arguments, "plot", required=("run",))
     from cibr.plots import plot
 
-    for path in plot(options.run, options.data, tsne=options.tsne):
+    for path in plot(Path(options.run), options.data and Path(options.data), tsne=options.tsne):
         print(path)
     return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    run: str = option("", "a run, for its last checkpoint, or a checkpoint", positional=True)
+    out: str = option("", "folder to write; it must not exist", positional=True)
+
+
+def export(arguments: Sequence[str]) -> int:
+    options = made(ExportOptions, arguments, "export", required=("run", "out"))
+    from cibr.export import export
+
+    export(Path(options.run), Path(options.out))
+    print(f"{options.out}: open_clip.create_model_and_transforms('local-dir:{options.out}') loads it")
+    return 0
+
+
+def made(kind: type, arguments: Sequence[str], command: str, *, required: Sequence[str] = ()) -> Any:
+    """`kind` from its flags, checked.  Raises UsageError for a required option that is missing."""
+    options = kind(**parse([kind], arguments, command=command))
+    check(options)
+    for name in required:
+        if not getattr(options, name):
+            text = next(field.metadata["help"] for field in dataclasses.fields(kind) if field.name == name)
+            raise UsageError(f"{flag(name)} is missing: {text}")
+    return options
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "train": (train, "train a model, or resume a run"),
+    "evaluate": (evaluate, "what a checkpoint can do: zero-shot, retrieval, probes"),
+    "plot": (plot, "draw a run's curves and embeddings"),
+    "data emoji": (data_emoji, "build the set of emoji as eleven artists drew them"),
+    "export": (export, "write a run's model as a folder that open_clip loads"),
+}
+USAGE = """cibr COMMAND [OPTIONS]: trains and evaluates CLIP-like models.  `cibr COMMAND --help` lists its options.
+
+"""

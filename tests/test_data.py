@@ -23,7 +23,6 @@ from PIL import Image
 from cibr.data import ConceptSampler, Pairs, augment, load, split
 from cibr.data import emoji_build as emoji
 from cibr.errors import UsageError
-from cibr.models.text import Captions, Vocabulary
 from cibr.run.atomic import atomic_directory
 
 
@@ -146,23 +145,6 @@ def test_augment_keeps_white_paper_grey_drawings_and_the_range() -> None:
     assert not torch.equal(result, grey)
     noise = augment(torch.rand(6, 3, 16, 16), np.random.default_rng(1))
     assert noise.min() >= -1e-6 and noise.max() <= 1 + 1e-6
-
-
-def test_captions(pairs: Pairs) -> None:
-    seen = pairs.concepts[:6]  # black and blue
-    vocabulary = Vocabulary.of((text for c in seen for text in (c.label, *c.keywords)), context_length=6)
-    captions = Captions(pairs.concepts, vocabulary)
-    labels = captions.labels(range(24))
-    end = len(vocabulary) - 1
-    assert labels.shape == (24, 6) and labels.dtype == torch.int64
-    assert (labels[:, 0] == 1).all() and (labels.max(1).values == end).all()
-    by_key = {c.key: row.tolist() for c, row in zip(pairs.concepts, labels, strict=True)}
-    assert by_key["black-circle"] == [1, *vocabulary.encode("black circle"), end, 0, 0]
-    assert by_key["red-circle"] == [1, *vocabulary.encode("circle"), end, 0, 0, 0]  # "red" does not occur in `seen`
-    drawn = captions.draw([0] * 200, np.random.default_rng(0))
-    assert (drawn.max(1).values == end).all()  # too long ones are cut before the end, not after
-    assert len({tuple(row.tolist()) for row in drawn}) > 5
-    assert torch.equal(drawn, captions.draw([0] * 200, np.random.default_rng(0)))
 
 
 # The emoji set

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cibr.data import Pairs, load
-from cibr.errors import UsageError, missing_extra
-from cibr.models import TwoTower
-from cibr.models.text import Captions
+from cibr.config import RunConfig
+from cibr.data import Pairs, load, split
+from cibr.errors import missing_extra
+from cibr.models import Model
 from cibr.run import checkpoint
 
 DEPTHS = (1, 5, 10)
@@ -58,33 +58,24 @@ def style_probe(
 
 
 @torch.no_grad()
-def embed(model: TwoTower, pairs: Pairs, rows: np.ndarray, precision: torch.dtype, batch_size: int = 256) -> Tensor:
+def embed(model: Model, pairs: Pairs, rows: np.ndarray, batch_size: int = 256) -> Tensor:
     """(len(rows), embed_dim) fp32 unit-norm image embeddings, on the CPU."""
-    device = model.log_scale.device
+    device = model.temperature()[0].device
     batches = [pairs.images[rows[i : i + batch_size]].to(device) for i in range(0, len(rows), batch_size)]
-    return torch.cat([model.encode_image(batch.float() / 255, precision).embedding.cpu() for batch in batches])
+    return torch.cat([model.encode_image(batch.float() / 255).embedding.cpu() for batch in batches])
 
 
-def evaluation_groups(pairs: Pairs, about: checkpoint.About) -> dict[str, tuple[np.ndarray, list[int]]]:
-    """The rows and classes of each split that `pairs` has images for. Raises UsageError when it has none for any."""
-    seen = [c for c, concept in enumerate(pairs.concepts) if concept.key in set(about.seen)]
-    unseen = sorted(set(range(len(pairs.concepts))) - set(seen))
-    styles = {
-        part: [s for s, style in enumerate(pairs.styles) if style in names]
-        for part, names in (("train", about.train_styles), ("test", about.test_styles))
-    }
+def evaluation_groups(pairs: Pairs, config: RunConfig) -> dict[str, tuple[np.ndarray, list[int]]]:
+    """The rows and classes of each split that `pairs` has images for."""
+    parts = split(pairs, config.data.hold_out, config.data.unseen_fraction)
+    seen, unseen, styles = parts.seen, parts.unseen, {"train": parts.train_styles, "test": parts.test_styles}
     groups = {
         "held_out": (pairs.rows(seen, styles["test"]), seen),
         "unseen": (pairs.rows(unseen, styles["train"]), unseen),
         "unseen_held_out": (pairs.rows(unseen, styles["test"]), unseen),
         "train": (pairs.rows(seen, styles["train"]), seen),
     }
-    groups = {name: (rows, concepts) for name, (rows, concepts) in groups.items() if len(rows)}
-    if not groups:
-        raise UsageError(
-            f"the data have no style that the run knows: {', '.join(about.train_styles + about.test_styles)}"
-        )
-    return groups
+    return {name: (rows, list(concepts)) for name, (rows, concepts) in groups.items() if len(rows)}
 
 
 def evaluate(path: Path, data: Path | None = None, *, probe: bool = True) -> dict[str, Any]:
@@ -92,24 +83,24 @@ def evaluate(path: Path, data: Path | None = None, *, probe: bool = True) -> dic
 
     Texts are the labels; numbers are per cent. Of the splits, `held_out` is the vendor not trained on, in the seen
     concepts; `unseen` the concepts not trained on, of the vendors trained on; `unseen_held_out` both; `train` neither.
-    Raises UsageError when there is no checkpoint, no data, or none of the run's styles in them.
+    Raises UsageError when there is no checkpoint or no data.
     """
-    model, vocabulary, about = checkpoint.load_model(path)
-    config, precision = about.config, getattr(torch, about.config.precision)
-    pairs = load(data or Path(config.data), image_size=config.image_size, limit=config.limit)
-    groups = evaluation_groups(pairs, about)
-    labels = Captions(pairs.concepts, vocabulary)
+    run = checkpoint.load_run(path)
+    model, config = run.model, run.config
+    folder = data or Path(config.data.data.removeprefix("emoji:"))
+    pairs = load(folder, image_size=config.model.image_size, limit=config.data.limit)
+    groups = evaluation_groups(pairs, config)
     report: dict[str, Any] = {
         "checkpoint": str(checkpoint.find(path)),
-        "objective": config.objective,
-        "hold_out": config.hold_out,
+        "objective": config.objective.objective,
+        "hold_out": config.data.hold_out,
         "skipped_samples": pairs.skipped,
         "splits": {},
     }
-    embeddings = {name: embed(model, pairs, rows, precision) for name, (rows, _) in groups.items()}
+    embeddings = {name: embed(model, pairs, rows) for name, (rows, _) in groups.items()}
     for name, (rows, concepts) in groups.items():
         with torch.no_grad():
-            texts = model.encode_text(labels.labels(concepts)).embedding
+            texts = model.encode_text(model.tokenizer([pairs.concepts[c].label for c in concepts])).embedding
         scores = recalls(embeddings[name], pairs.concept[rows], texts, np.array(concepts))
         report["splits"][name] = {"images": len(rows), "classes": len(concepts), **scores}
     if probe and "train" in groups and "unseen" in groups and len(set(pairs.style[groups["train"][0]])) > 1:

@@ -1,44 +1,33 @@
-"""Two towers and a temperature: a small convolutional image tower and open_clip's text transformer."""
+"""The default for drawings: a small convolutional image tower and open_clip's text transformer."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed import ProcessGroup
-from torch.nn import functional as F
+from torch import Tensor, nn
 
+from cibr.config import option
+from cibr.errors import UsageError
+from cibr.models.batch_norm import BatchNorm
 from cibr.models.features import Features
-from cibr_kernels.distributed import gather_rows
+from cibr.models.model import Facts, TemperatureOptions, Tempered, features_of
+from cibr.models.text import Vocabulary
 
-MAX_LOG_SCALE = math.log(100.0)  # CLIP's bound on the logit scale
 
-
-class BatchNorm(nn.BatchNorm2d):
-    """`nn.BatchNorm2d`, over the rows of all ranks of `process_group` where there is one, on the CPU too."""
-
-    process_group: ProcessGroup | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(n, channels, height, width), any n; the statistics in float32."""
-        group = self.process_group
-        if group is None or not self.training:
-            return super().forward(x)
-        var, mean = torch.var_mean(x.float(), (0, 2, 3), unbiased=False)
-        count = torch.full_like(mean, x.numel() / x.shape[1])
-        counts, means, variances = gather_rows(torch.stack([count, mean, var])[None], group).unbind(1)
-        total = counts.sum(0)
-        mean = (counts * means).sum(0) / total
-        var = (counts * (variances + (means - mean).square())).sum(0) / total
-        with torch.no_grad():
-            assert self.momentum is not None and self.running_mean is not None and self.running_var is not None
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * total / (total - 1), self.momentum)
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-        scale = self.weight * (var + self.eps).rsqrt()
-        shift = self.bias - mean * scale
-        return (x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(x.dtype)
+@dataclass(frozen=True, kw_only=True)
+class ConvOptions(TemperatureOptions):
+    model: str = option(
+        "conv", "conv; open_clip:NAME[/TAG_OR_FILE]; open_clip:local-dir:DIR; open_clip:FILE.json; heads"
+    )
+    image_size: int = option(64, "pixels", least=8)
+    conv_width: int = option(32, "channels of the first convolution; the last has eight times as many", least=1)
+    text_tower_width: int = option(128, "width of the text transformer, a multiple of 32", least=32)
+    text_layers: int = option(2, "its layers", least=1)
+    context_length: int = option(16, "its tokens, start and end included", least=3)
+    embed_dim: int = option(256, "width of the common space", least=1)
 
 
 class ConvTower(nn.Module):
@@ -55,43 +44,61 @@ class ConvTower(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.output_dim = channels[-1]
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """(n, 3, size, size) floats in [0, 1] -> (n, output_dim), averaged over positions."""
         return self.layers((0.5 - images).contiguous(memory_format=torch.channels_last)).mean((2, 3))
 
 
-class TwoTower(nn.Module):
-    """Images and captions on one unit sphere: Z = normalize(X W), a function of X alone, and X is kept beside it."""
+class Conv(Tempered):
+    """Recipe besides: the BPE ids of its vocabulary, and whether that has an unknown token."""
 
-    def __init__(
-        self,
-        vocab_size: int,
-        context_length: int,
-        *,
-        image_width: int,
-        text_width: int,
-        text_layers: int,
-        embed_dim: int,
-    ) -> None:
+    Options = ConvOptions
+
+    def __init__(self, options: ConvOptions, recipe: dict[str, Any]) -> None:
         from open_clip.transformer import TextTransformer
 
-        super().__init__()
-        self.image_tower = ConvTower(image_width).to(memory_format=torch.channels_last)
+        super().__init__(options, recipe)
+        width = options.text_tower_width
+        if width % 32:
+            raise UsageError(f"--text-tower-width is {width}, but must be a multiple of 32 (the width of a head)")
+        self.vocabulary = Vocabulary(recipe["bpe_ids"], options.context_length, unknown=recipe["unknown"])
+        self.image_tower = ConvTower(options.conv_width).to(memory_format=torch.channels_last)
         self.text_tower = TextTransformer(
-            context_length, vocab_size, text_width, heads=max(1, text_width // 32), layers=text_layers, output_dim=None
+            options.context_length,
+            len(self.vocabulary),
+            width,
+            heads=width // 32,
+            layers=options.text_layers,
+            output_dim=None,
         )
-        self.image_projection = nn.Linear(self.image_tower.output_dim, embed_dim, bias=False)
-        self.text_projection = nn.Linear(text_width, embed_dim, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.image_width, self.text_width, self.embed_dim = self.image_tower.output_dim, width, options.embed_dim
+        self.image_projection = nn.Linear(self.image_width, self.embed_dim, bias=False)
+        self.text_projection = nn.Linear(self.text_width, self.embed_dim, bias=False)
 
-    def encode_image(self, images: torch.Tensor, precision: torch.dtype = torch.float32) -> Features:
-        """(n, 3, size, size) floats in [0, 1]; the convolutions run in `precision`."""
-        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-            inputs = self.image_tower(images)
-        inputs = inputs.float()
-        return Features(inputs, F.normalize(self.image_projection(inputs), dim=-1))
+    @classmethod
+    def new_recipe(cls, options: ConvOptions, facts: Facts) -> dict[str, Any]:
+        if facts.image_width is not None:
+            raise UsageError("--model conv takes images, but the data are cached features; --model heads takes those")
+        bpe_ids = Vocabulary.of(facts.texts, options.context_length).bpe_ids
+        return {**super().new_recipe(options, facts), "bpe_ids": bpe_ids, "unknown": True}
 
-    def encode_text(self, tokens: torch.Tensor) -> Features:
-        """(n, context_length) int64 ids of a `Vocabulary`."""
+    def encode_image(self, images: Tensor) -> Features:
+        inputs = self.image_tower(images)
+        return features_of(inputs, self.image_projection(inputs))
+
+    def encode_text(self, tokens: Tensor) -> Features:
         inputs = self.text_tower(tokens)
-        return Features(inputs, F.normalize(self.text_projection(inputs), dim=-1))
+        return features_of(inputs, self.text_projection(inputs))
+
+    def transform(self, train: bool) -> Callable[[Any], Tensor]:
+        """To `image_size` pixels in [0, 1]; where `train`, a random part of at least nine tenths."""
+        from torchvision.transforms import v2
+
+        size, bicubic = (self.options.image_size,) * 2, v2.InterpolationMode.BICUBIC
+        resize: v2.Transform = v2.Resize(size, bicubic)
+        if train:
+            resize = v2.RandomResizedCrop(size, (0.9, 1.0), interpolation=bicubic)
+        return v2.Compose([resize, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
+
+    def tokenizer(self, texts: list[str]) -> Tensor:
+        return self.vocabulary(texts)

@@ -37,11 +37,17 @@ class Output:
 
     def leaves(self) -> Output:
         """The same numbers without their history, to be differentiated by."""
-        return Output.of([t.detach().requires_grad_(t.requires_grad) for t in self.tensors()])
+        return Output.of([t.detach().requires_grad_() for t in self.tensors()])
+
+    def gradients(self) -> list[Tensor]:
+        """Of `tensors`, once a loss of them has gone backward; zeros where it does not depend on them."""
+        return [torch.zeros_like(t) if t.grad is None else t.grad for t in self.tensors()]
 
 
 def concatenate(outputs: Sequence[Output]) -> Output:
     """The output of a batch from those of its parts, in order."""
+    if len(outputs) == 1:
+        return outputs[0]
     *features, scale = zip(*(output.tensors()[:5] for output in outputs), strict=True)
     rows = [torch.cat(parts) for parts in features]
     bias = outputs[0].logit_bias

@@ -2,65 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-import numpy as np
 import torch
-
-from cibr.data import Concept
+from torch import Tensor
 
 
 class Vocabulary:
-    """Our ids: 0 padding, 1 start, then the BPE ids in use, last the end of text (where CLIP pools: the greatest)."""
+    """Our ids: 0 padding, 1 start, 2 unknown, then the BPE ids in use, last the end of text (where CLIP pools).
 
-    def __init__(self, bpe_ids: Iterable[int], context_length: int) -> None:
+    Without `unknown`, as runs of version 0.1 were made, pieces that did not occur in training are left out.
+    """
+
+    def __init__(self, bpe_ids: Iterable[int], context_length: int, *, unknown: bool = True) -> None:
         from open_clip.tokenizer import SimpleTokenizer
 
         self.bpe_ids = sorted(set(bpe_ids))
-        self.context_length = context_length
+        self.context_length, self.unknown = context_length, unknown
         self._tokenizer = SimpleTokenizer()
-        self._own = {bpe: own for own, bpe in enumerate(self.bpe_ids, start=2)}
+        self._own = {bpe: own for own, bpe in enumerate(self.bpe_ids, start=3 if unknown else 2)}
 
     @classmethod
     def of(cls, texts: Iterable[str], context_length: int) -> Vocabulary:
         """The vocabulary of the pieces that occur in `texts`."""
         pieces = cls((), context_length)._tokenizer
-        return cls((piece for text in texts for piece in pieces.encode(text)), context_length)
+        return cls({piece for text in set(texts) for piece in pieces.encode(text)}, context_length)
 
     def __len__(self) -> int:
-        return len(self.bpe_ids) + 3
+        return len(self.bpe_ids) + (4 if self.unknown else 3)
 
-    def encode(self, text: str) -> list[int]:
-        """The text's pieces as our ids, without start and end; pieces unknown here are left out."""
-        return [self._own[piece] for piece in self._tokenizer.encode(text) if piece in self._own]
-
-    def pad(self, pieces: Sequence[Sequence[int]]) -> torch.Tensor:
-        """(n, context_length) int64 from n lists of ids, with start and end; what is too long is cut."""
-        ids = torch.zeros(len(pieces), self.context_length, dtype=torch.int64)
-        for row, own in zip(ids, pieces, strict=True):
-            own = [1, *own[: self.context_length - 2], len(self) - 1]
+    def __call__(self, texts: list[str]) -> Tensor:
+        """n texts -> (n, context_length) int64, with start and end; what is too long is cut."""
+        ids = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
+        for row, text in zip(ids, texts, strict=True):
+            own = [1, *self._encode(text)[: self.context_length - 2], len(self) - 1]
             row[: len(own)] = torch.tensor(own)
         return ids
 
-
-class Captions:
-    """A concept's captions: its label alone to evaluate; to train, the label, the label with keywords, or keywords."""
-
-    def __init__(self, concepts: Sequence[Concept], vocabulary: Vocabulary) -> None:
-        self.vocabulary = vocabulary
-        self._label = [vocabulary.encode(concept.label) for concept in concepts]
-        self._keywords = [[vocabulary.encode(word) for word in concept.keywords] for concept in concepts]
-
-    def labels(self, concepts: Iterable[int]) -> torch.Tensor:
-        """(n, context_length) int64: the labels."""
-        return self.vocabulary.pad([self._label[c] for c in concepts])
-
-    def draw(self, concepts: Iterable[int], rng: np.random.Generator) -> torch.Tensor:
-        """(n, context_length) int64: one caption of each concept at random."""
-        captions = []
-        for c in concepts:
-            words = [self._keywords[c][k] for k in rng.permutation(len(self._keywords[c]))[: rng.integers(1, 4)]]
-            kind = rng.random()
-            parts = [self._label[c]] if kind < 0.5 or not words else [self._label[c], *words] if kind < 0.8 else words
-            captions.append([piece for part in parts for piece in part])
-        return self.vocabulary.pad(captions)
+    def _encode(self, text: str) -> list[int]:
+        pieces = self._tokenizer.encode(text)
+        if self.unknown:
+            return [self._own.get(piece, 2) for piece in pieces]
+        return [self._own[piece] for piece in pieces if piece in self._own]

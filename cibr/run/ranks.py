@@ -7,9 +7,10 @@ the number of ranks, which may change at a resume.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cibr.errors import UsageError
+from cibr_kernels.distributed import Shards
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -37,18 +39,38 @@ class Ranks:
 
     def part(self, total: int) -> slice:
         """This rank's rows of a batch; earlier ranks have one more where they do not divide it."""
-        each, more = divmod(total, self.world)
-        begin = self.rank * each + min(self.rank, more)
-        return slice(begin, begin + each + (self.rank < more))
+        rows = self.rows(total)
+        begin = sum(rows[: self.rank])
+        return slice(begin, begin + rows[self.rank])
 
-    def share(self, players: M) -> M | DistributedDataParallel:
-        """`players` with every loss and batch norm over all ranks, and gradients that are averaged over them."""
+    def rows(self, total: int) -> tuple[int, ...]:
+        """How many rows of a batch each rank has."""
+        each, more = divmod(total, self.world)
+        return tuple(each + (rank < more) for rank in range(self.world))
+
+    def shards(self, total: int) -> Shards | None:
+        """The same for a loss over all ranks; None where there is one."""
+        return None if self.group is None else Shards(self.group, self.rank, self.rows(total))
+
+    def copies(self, model: M) -> M | DistributedDataParallel:
+        """`model`, with gradients that are averaged over ranks while they are computed."""
         if self.group is None:
-            return players
-        for module in players.modules():
-            if hasattr(module, "process_group"):
-                module.process_group = self.group  # type: ignore[assignment]
-        return DistributedDataParallel(players, process_group=self.group, broadcast_buffers=False)
+            return model
+        return DistributedDataParallel(model, process_group=self.group, broadcast_buffers=False)
+
+    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replaces gradients by their means over ranks, in one message for each dtype."""
+        if self.group is None:
+            return
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for p in parameters:
+            if p.grad is not None:
+                by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
+        for gradients in by_dtype.values():
+            message = torch.cat([g.flatten() for g in gradients]) / self.world
+            dist.all_reduce(message, group=self.group)
+            for g, mean in zip(gradients, message.split([g.numel() for g in gradients]), strict=True):
+                g.copy_(mean.view_as(g))
 
     def mean(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Numbers () by name -> their means over ranks."""
@@ -70,14 +92,15 @@ class Ranks:
         """Raises UsageError on every rank if they have found different values."""
         low, high = self.largest(-float(value), float(value))
         if -low != high:
-            raise UsageError(f"ranks found different {what}, of steps {-low:.0f} and {high:.0f}: is --out on one disk?")
+            raise UsageError(f"ranks found different {what}, {-low:.0f} and {high:.0f}: is --out on one disk?")
 
 
 @contextmanager
-def joined(device: str, batch_size: int) -> Iterator[Ranks]:
+def joined(device: str, batch_size: int, timeout: float) -> Iterator[Ranks]:
     """The ranks that torchrun started, over gloo on the CPU and NCCL beside it for CUDA; alone without torchrun.
 
-    Raises UsageError for a batch with fewer pairs than ranks.
+    A collective that another rank does not join within `timeout` seconds raises.  Raises UsageError for a batch with
+    fewer pairs than ranks.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
@@ -87,7 +110,8 @@ def joined(device: str, batch_size: int) -> Iterator[Ranks]:
         raise UsageError(f"--batch-size is {batch_size}, but there are {world} ranks and each needs a pair")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
         yield Ranks(dist.get_rank(), world, dist.group.WORLD)
     finally:

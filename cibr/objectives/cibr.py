@@ -1,0 +1,106 @@
+"""CIBR (2503.24182): each conditional information is a difference of two, by a critic each.
+
+I(Z; own | other) = I(Z; own) - I(Z; other)        Z is computed from its own X, so this is exact
+surrogate         = - sum of the four estimates, with -lam times Z's gradient in `own` and lam times in `other`
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import cibr_kernels as ck
+from cibr.config import option
+from cibr.errors import UsageError
+from cibr.models import Model, Output
+from cibr.objectives.contrastive import NAMES
+from cibr.objectives.penalty import Penalised, PenaltyOptions, scaled
+
+TERMS = ("image_own", "image_other", "text_own", "text_other")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CibrOptions(PenaltyOptions):
+    objective: str = option("cibr", NAMES)
+    estimator: Literal["mine", "dv", "nwj", "tuba", "remine", "js", "smile", "infonce"] = option(
+        "mine", "of information"
+    )
+    critic: Literal["concat", "separable"] = option("concat", "one hidden layer on [x, z], or <f(x), g(z)>")
+    critic_hidden: int = option(512, "hidden units of each critic", least=1)
+    critic_activation: Literal["relu", "leaky_relu", "gelu", "gelu_tanh", "silu", "elu", "softplus", "tanh"] = option(
+        "relu", "of concat critics"
+    )
+    negatives: str = option("all", "pairs for the product of marginals: all, shifts:K, derangement:K or permutation:K")
+    diagonal: Literal["exclude", "include"] = option("exclude", "whether a pair is also its own negative")
+    ema_decay: float | None = option(
+        None, "MINE's moving average; default none, for which all pairs need none", below=1
+    )
+
+
+class Cibr(Penalised):
+    Options = CibrOptions
+
+    def __init__(self, options: CibrOptions, model: Model) -> None:
+        super().__init__(options, model)
+        if options.ema_decay is not None and options.estimator != "mine":
+            raise UsageError(f"--ema-decay belongs to --estimator mine, not {options.estimator}")
+        widths = (model.image_width, model.text_width, model.text_width, model.image_width)
+        critics = zip(TERMS, widths, strict=True)
+        self.critics = nn.ModuleDict({name: self._critic(width, model.embed_dim) for name, width in critics})
+        self.standardize_image = ck.nn.Standardize(model.image_width)
+        self.standardize_text = ck.nn.Standardize(model.text_width)
+        self.ema = nn.ModuleDict()
+        if options.ema_decay is not None:
+            self.ema.update({name: ck.nn.LogEMA(options.ema_decay) for name in TERMS})
+        self.negatives = parse_negatives(options.negatives)
+
+    def _critic(self, width: int, embed_dim: int) -> nn.Module:
+        options = self.options
+        if options.critic == "separable":
+            return ck.nn.SeparableCritic(width, embed_dim, options.critic_hidden)
+        return ck.nn.ConcatCritic(width, embed_dim, options.critic_hidden, activation=options.critic_activation)
+
+    def penalty(self, output: Output, lam: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        xv = self.standardize_image(output.image.inputs.detach(), self.shards)
+        xt = self.standardize_text(output.text.inputs.detach(), self.shards)
+        zv, zt = self.noisy(output.image.embedding), self.noisy(output.text.embedding)
+        nats = {
+            "image_own": self.information("image_own", xv, scaled(zv, -lam)),
+            "image_other": self.information("image_other", xt, scaled(zv, lam)),
+            "text_own": self.information("text_own", xt, scaled(zt, -lam)),
+            "text_other": self.information("text_other", xv, scaled(zt, lam)),
+        }
+        parts = {name: value.detach() for name, value in nats.items()}
+        parts["image_cmi"] = parts["image_own"] - parts["image_other"]
+        parts["text_cmi"] = parts["text_own"] - parts["text_other"]
+        return -torch.stack(list(nats.values())).sum(), parts
+
+    def noisy(self, z: Tensor) -> Tensor:
+        """What critics see of a unit-norm z (n, d): noise added, entries of order 1.
+
+        Every rank draws the whole batch's noise and takes its rows, so that it does not depend on the number of ranks.
+        """
+        total, first = (len(z), 0) if self.shards is None else (self.shards.total, self.shards.offset)
+        noise = torch.randn(total, z.shape[1], device=z.device)[first : first + len(z)]
+        return (z + self.options.noise_std * noise) * math.sqrt(z.shape[1])
+
+    def information(self, name: str, x: Tensor, z: Tensor) -> Tensor:
+        return ck.mutual_information(
+            x, z, self.critics[name], estimator=self.options.estimator, negatives=self.negatives,
+            diagonal=self.options.diagonal, ema=self.ema[name] if len(self.ema) else None, process_group=self.shards,
+        )  # fmt: skip
+
+
+def parse_negatives(text: str) -> Any:
+    """`shifts:4` -> cibr_kernels.shifts(4).  Raises UsageError for what is none of the four."""
+    makers: dict[str, Any] = {"shifts": ck.shifts, "derangement": ck.derangement, "permutation": ck.permutation}
+    kind, _, count = text.partition(":")
+    if text == "all":
+        return text
+    if kind not in makers or not count.isdecimal() or int(count) < 1:
+        raise UsageError(f"--negatives is {text!r}, but must be all, or shifts:K, derangement:K or permutation:K")
+    return makers[kind](int(count))

@@ -1,0 +1,73 @@
+"""A contrastive loss and lam times what an embedding keeps of its own modality that the other does not know.
+
+    loss = contrastive + lam [ I(Zv; Xv | Xt) + I(Zt; Xt | Xv) ]
+
+One backward serves two players: critics move at their full gradient, encoders at lam times theirs.  So a penalty is
+made of terms in which the embedding's gradient is scaled, `scaled(z, lam)`, and the critics' is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cibr.config import option
+from cibr.models import Batch, Model, Output
+from cibr.objectives.contrastive import EitherOptions, Objective, contrastive
+
+
+@dataclass(frozen=True, kw_only=True)
+class PenaltyOptions(EitherOptions):
+    lam: float = option(0.5, "weight of the penalty", least=0)
+    lam_warmup_steps: int = option(50, "steps at weight 0, in which only the critics learn", least=0)
+    lam_ramp_steps: int = option(50, "steps in which the weight then grows to --lam", least=0)
+    noise_std: float = option(0.25, "noise on the unit-norm embeddings, without which information is infinite", above=0)
+
+
+class Penalised(Objective):
+    """A subclass defines `penalty`."""
+
+    step: Tensor
+
+    def __init__(self, options: Any, model: Model) -> None:
+        super().__init__(options, model)
+        self.contrastive = contrastive(options.contrastive, model)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def lam(self) -> Tensor:
+        """0-d: 0 in the warm-up, then linear growth, then the options' lam."""
+        options = self.options
+        grown = (self.step - options.lam_warmup_steps + 1).clamp(min=0) / (options.lam_ramp_steps + 1)
+        return options.lam * grown.clamp(max=1.0)
+
+    def penalty(self, output: Output, lam: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What players descend on, 0-d, and the log's entries, detached: "image_cmi", "text_cmi" (nats) and others."""
+        raise NotImplementedError
+
+    def forward(self, output: Output, batch: Batch) -> dict[str, Tensor]:
+        self.contrastive.shards = self.shards
+        loss = self.contrastive(output, batch)["loss"]
+        lam = self.lam()
+        self.mark("critics")
+        surrogate, parts = self.penalty(output, lam)
+        self.mark("loss")
+        for part, phase in ((surrogate, "critics"), (loss, "loss")):  # the backward comes to the later part first
+            if part.requires_grad:
+                part.register_hook(lambda _, phase=phase: self.mark(phase))
+        value = lam * (parts["image_cmi"] + parts["text_cmi"])
+        if self.training:
+            self.step += 1
+        return {
+            "loss": loss + value + (surrogate - surrogate.detach()),
+            "contrastive_loss": loss.detach(),
+            "lam": lam,
+            **parts,
+        }
+
+
+def scaled(z: Tensor, factor: Tensor | float) -> Tensor:
+    """The value of z with `factor` times its gradient."""
+    return z.detach() + factor * (z - z.detach())

@@ -1,0 +1,44 @@
+"""FSDP2: parameters, gradients and optimiser state of the towers spread over ranks, gathered block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def shard(model: nn.Module, device: str, world: int) -> None:
+    """Shards `model` in place over all ranks.
+
+    A block is an item of a list of modules (a transformer's layers, a ResNet's bottlenecks), outermost ones first.
+    """
+    mesh = init_device_mesh(device, (world,))
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for method in ("encode_image", "encode_text"):
+        register_fsdp_forward_method(model, method)
+
+
+def blocks(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, (nn.ModuleList, nn.Sequential)):
+            yield from (item for item in child if any(True for _ in item.parameters()))
+        else:
+            yield from blocks(child)
+
+
+def whole(t: Tensor) -> Tensor:
+    """A tensor, of all ranks' parts where it is sharded; every rank has to call it."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor spread as `parameter` is, on its device."""
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value

@@ -1,0 +1,159 @@
+"""One step: towers, objective, backward, update.
+
+Towers and objective meet at the features, which are leaves of the objective's graph: its backward ends in their
+gradients, and the towers' backward begins there.  So a batch can be encoded in parts without being cut for the loss
+(GradCache, 2101.06983): features of all parts without a graph, the objective on all of them, then each part again, with
+the same random numbers, for its backward.  The gradient is that of the whole batch; the memory that of one part.
+
+Random numbers are drawn anew from (seed, step, rank, part) before each encoding and from (seed, step) before the
+objective, so a step depends on nothing that came before it but the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cibr.config import RunConfig
+from cibr.models import Batch, Model, Output, concatenate
+from cibr.objectives import Objective
+from cibr.run.clock import Clock
+from cibr.run.ema import Ema
+from cibr.run.ranks import Ranks
+from cibr.run.sharding import whole
+
+EVERYTHING = re.compile("")
+DTYPES = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
+
+
+@dataclass
+class Players:
+    """What a step moves, and what it needs to."""
+
+    config: RunConfig
+    model: Model
+    called: Model | DistributedDataParallel  # the model, or what averages its gradients over ranks
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # does nothing but for amp_fp16
+    ema: Ema | None
+    ranks: Ranks
+    clock: Clock
+    device: str
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        dtype = DTYPES.get(self.config.run.precision)
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device, dtype)
+
+    def seed(self, step: int, *more: int) -> None:
+        """Sets every random state of torch by the run's seed and these numbers."""
+        words = np.random.SeedSequence((self.config.run.seed, step, *more)).generate_state(2, np.uint32)
+        torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that was taken, or skipped because something was not finite: nothing has changed then."""
+
+    parts: dict[str, Tensor]  # of the loss, means over ranks; norms of the gradients, before clipping
+    finite: bool
+
+    def numbers(self) -> str:
+        return ", ".join(f"{name} {value.item():.4g}" for name, value in self.parts.items())
+
+
+def take_step(players: Players, batch: Batch, step: int, pattern: re.Pattern[str] = EVERYTHING) -> Taken:
+    """Moves the weights by one batch; `batch` is this rank's rows.  `pattern` names the weights that move."""
+    modules = (players.model, players.objective)
+    before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    players.optimizer.zero_grad()
+    parts = forward_backward(players, batch, step)
+    players.clock.mark("update")
+    players.scaler.unscale_(players.optimizer)
+    norm, critic_norm = (gradient_norm(module).to(players.device) for module in modules)
+    parts = players.ranks.mean({name: value.detach() for name, value in parts.items()})
+    parts |= {"gradient_norm": norm, "critic_gradient_norm": critic_norm}
+    decisive = [parts["loss"].double(), norm.double(), critic_norm.double()]
+    finite = bool(torch.isfinite(torch.stack(decisive)).all())
+    if finite:
+        update(players, norm, step, pattern)
+    else:
+        for buffer, value in before:
+            buffer.copy_(value)
+    players.scaler.update()
+    return Taken(parts, finite)
+
+
+def forward_backward(players: Players, batch: Batch, step: int) -> dict[str, Tensor]:
+    """Leaves the whole batch's gradients, averaged over ranks, in the parameters; returns the parts of the loss."""
+    count = min(players.config.optim.accumulate, len(batch["index"]))
+    pieces = [{name: t[part] for name, t in batch.items()} for part in slices(len(batch["index"]), count)]
+    buffers = [(buffer, buffer.clone()) for buffer in players.model.buffers()] if count > 1 else []
+    with torch.set_grad_enabled(count == 1):
+        outputs = [encode(players, piece, step, k) for k, piece in enumerate(pieces)]
+    leaves = concatenate(outputs).leaves()
+    players.clock.mark("loss")
+    players.seed(step)
+    parts = players.objective(leaves, batch)
+    players.scaler.scale(parts["loss"]).backward()
+    players.ranks.average(players.objective.parameters())
+    players.clock.mark("towers")
+    gradients = leaves.gradients()
+    if count == 1:
+        backward(outputs[0], gradients)
+        return parts
+    for buffer, value in buffers:
+        buffer.copy_(value)
+    with players.called.no_sync() if isinstance(players.called, DistributedDataParallel) else contextlib.nullcontext():
+        for k, (piece, part) in enumerate(zip(pieces, slices(len(batch["index"]), count), strict=True)):
+            backward(encode(players, piece, step, k), [g[part] if g.ndim else g / count for g in gradients])
+    if isinstance(players.called, DistributedDataParallel):
+        players.ranks.average(players.model.parameters())
+    return parts
+
+
+def encode(players: Players, piece: Batch, step: int, part: int) -> Output:
+    players.seed(step, players.ranks.rank, part)
+    with players.autocast():
+        return players.called(piece)
+
+
+def backward(output: Output, gradients: list[Tensor]) -> None:
+    """From the gradients of an output's tensors to those of the parameters."""
+    needed = [(t, g) for t, g in zip(output.tensors(), gradients, strict=True) if t.requires_grad]
+    if needed:
+        torch.autograd.backward([t for t, _ in needed], [g for _, g in needed])
+
+
+def slices(total: int, count: int) -> list[slice]:
+    """`count` parts of `total` rows, the first ones a row longer where it does not divide."""
+    each, more = divmod(total, count)
+    edges = [k * each + min(k, more) for k in range(count + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def update(players: Players, norm: Tensor, step: int, pattern: re.Pattern[str]) -> None:
+    largest = players.config.optim.clip_gradient
+    if largest is not None:
+        nn.utils.clip_grads_with_norm_(players.model.parameters(), largest, norm)
+    for name, p in players.model.named_parameters():
+        if not pattern.search(name):
+            p.grad = None
+    players.scaler.step(players.optimizer)
+    players.model.clamp_scale()
+    if players.ema is not None:
+        players.ema.update(step)
+
+
+def gradient_norm(module: nn.Module) -> Tensor:
+    """0-d; 0 of a module without gradients."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    return whole(nn.utils.get_total_norm(gradients)) if gradients else torch.zeros(())
