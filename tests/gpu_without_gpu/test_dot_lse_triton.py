@@ -218,6 +218,14 @@ def test_groups_and_maxima_on_every_target(capability):
     assert GRADIENT_KERNELS.intersection(launched) == expected_kernels(case, torch.bfloat16)
 
 
+@pytest.mark.parametrize(("capability", "dtype"), [(90, torch.bfloat16), (120, torch.float16)], ids=str)
+def test_without_tensor_descriptors(capability, dtype, monkeypatch):
+    """Triton before 3.4 has none.  A width that 32 divides and 64 does not: steps are those of sm_80."""
+    monkeypatch.setattr(triton_configs, "has_descriptors", lambda: False)
+    case = RAGGED._replace(n=70, m=90, stash=capability == 90)
+    assert GRADIENT_KERNELS.intersection(compare(capability, dtype, case)) == expected_kernels(case, dtype)
+
+
 @pytest.mark.parametrize("stash", [False, True])
 def test_features_that_start_anywhere(stash):
     """TMA wants 16 bytes, and a contiguous view may start at any element."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -81,8 +83,9 @@ class Tiles:
     def of(kernel: str, x: Tensor, strips: bool = True) -> Tiles:
         """kernel: a field of Configs; x (n, d), whose dtype matters; strips: whether there are registers for them."""
         name = target_name(x.device)
-        config: Config = getattr(CONFIGS[name, x.element_size()], kernel)
-        tma = name in TMA_TARGETS and x.element_size() == 2
+        tma = name in TMA_TARGETS and x.element_size() == 2 and has_descriptors()
+        like = "sm_80" if name in TMA_TARGETS and not tma else name  # whose steps divide any aligned width
+        config: Config = getattr(CONFIGS[like, x.element_size()], kernel)
         constants = {
             "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "TMA": tma,
             "PRECISION": "tf32" if x.dtype == torch.float32 and tf32_allowed() else "ieee",
@@ -115,6 +118,12 @@ class Tiles:
     @property
     def options(self) -> dict[str, int]:
         return {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
+
+
+@lru_cache
+def has_descriptors() -> bool:
+    """Whether Triton has tensor descriptors made by the host: from 3.4, that of PyTorch 2.8."""
+    return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
 
 
 def _descriptor(t: Tensor, rows: int, cols: int) -> Any:
