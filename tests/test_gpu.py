@@ -15,8 +15,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mod
 
 import pytest
 import torch
+from additive import expected_moments
 from cases import LARGE, each_dtype, leaves, towers
-from test_additive_moments import expected as moments_expected
 from torch import Tensor
 
 import cibr_kernels as ck
@@ -119,7 +119,7 @@ def softplus(n: int, m: int, d: int, first_positive: int, scale: float, ids: boo
 
 def pair_scores(activation: str, size: float) -> Op:
     """InfoNCE of an additive critic's scores."""
-    inputs, *_, exponent, _ = moments_expected((130, 200, 0, 70), activation, size, 0.0, False)
+    inputs, *_, exponent, _ = expected_moments((130, 200, 0, 70), activation, size, 0.0, False)
 
     def loss(s: Tensor) -> Tensor:
         return s.logsumexp(1).mean() - s.diagonal().mean()
@@ -134,7 +134,7 @@ def pair_scores(activation: str, size: float) -> Op:
 
 def moments(activation: str, shape: tuple[int, int, int, int], size: float) -> Op:
     n, m, first_positive, h = shape
-    inputs, *_, exponent, _ = moments_expected(shape, activation, size, 0.0, False)
+    inputs, *_, exponent, _ = expected_moments(shape, activation, size, 0.0, False)
 
     def ours(a: Tensor, b: Tensor, w: Tensor, backend: str) -> Tensor:
         j, el = additive_moments(
@@ -150,7 +150,7 @@ def moments(activation: str, shape: tuple[int, int, int, int], size: float) -> O
 
 
 def shifted(activation: str) -> Op:
-    inputs, *_, exponent, _ = moments_expected((300, 310, 0, 70), activation, 1.0, 0.0, False)
+    inputs, *_, exponent, _ = expected_moments((300, 310, 0, 70), activation, 1.0, 0.0, False)
     return Op(
         inputs,
         lambda a, b, w, backend: additive_shifts(a, b, w, 9, activation=activation, backend=backend).logsumexp((0, 1)),

@@ -1,6 +1,6 @@
 """Losses over several ranks, on gloo: against one process with all rows, in float64.
 
-Four processes serve the whole file (tests/ranks.py); what they do is in tests/sharded.py and tests/sharded_runs.py.
+Four processes serve the whole file (tests/support/ranks.py); what they do is in sharded.py and sharded_runs.py there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sharded_runs
 import torch
 import torch.multiprocessing as mp
 from ranks import Ranks
-from test_readme import BLOCKS
+from readme import BLOCKS
 
 import cibr_kernels as ck
 from bench import scale

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 
+import additive
 import nvcc
 import pytest
 import torch
+from additive import inputs
 from cases import with_gradients
 from plans import emulated
-from test_additive_moments import NAMES, SLOPES, WEIGHTS, expected
-from torch import Tensor
 
-from cibr_kernels import testing
 from cibr_kernels.dispatch import backends
 from cibr_kernels.primitives.additive.moments import native
-from cibr_kernels.primitives.additive.moments.op import additive_moments
 from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
 from cibr_kernels.primitives.additive.moments.reference import additive_moments as moments_reference
 from cibr_kernels.primitives.additive.shifts.op import additive_shifts
-from cibr_kernels.primitives.additive.shifts.reference import additive_shifts as shifts_reference
 
 pytestmark = pytest.mark.skipif(
     bool(backends.cuda_missing()) or nvcc.find() is None, reason=backends.cuda_missing() or "nvcc was not found"
@@ -27,35 +24,10 @@ pytestmark = pytest.mark.skipif(
 TARGETS = ["80", "90a", "100a", "120"]
 
 
-def inputs(n: int, m: int, h: int, dtype: torch.dtype) -> list[Tensor]:
-    torch.manual_seed(n * 131 + m * 7 + h)
-    return [torch.randn(n, h).to(dtype), torch.randn(m, h).to(dtype), torch.randn(h) / math.sqrt(h)]
-
-
-def check_moments(
-    arch: str, activation: str, shape: tuple[int, int, int, int], *, include: bool = False, shift: float = 0.0,
-    size: float = 1.0, dtype: torch.dtype = torch.float32,
-) -> list[tuple[str, tuple[int, ...]]]:  # fmt: skip
+def check_moments(arch: str, activation: str, shape: tuple, **options) -> list[tuple[str, tuple[int, ...]]]:
     """Holds J, L and the gradients to the rule; -> (kernel, grid) of what was launched."""
-    tensors, eager, truth, exponent, magnitudes = expected(shape, activation, size, shift, include, dtype)
-    n, m, first_positive, h = shape
-
-    def kernel(a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        return additive_moments(
-            a,
-            b,
-            w,
-            activation=activation,
-            slope=SLOPES.get(activation, 0.0),
-            first_positive=first_positive,
-            include_diagonal=include,
-            backend="native",
-        )
-
     with emulated(arch) as e:
-        actual = with_gradients(kernel, *tensors, weights=WEIGHTS)
-    for name, x, y, z, magnitude in zip(NAMES, actual, eager, truth, magnitudes, strict=True):
-        testing.assert_close(name, x, y, z, terms=n + m + h, exponent=exponent, features=dtype, magnitude=magnitude)
+        additive.check_moments(shape, activation, "native", **options)
     return e.launches
 
 
@@ -109,7 +81,7 @@ def test_moments_of_half_precision_features(arch, activation, dtype):
     ids=str,
 )  # fmt: skip
 def test_only_what_is_needed_is_computed(activation, needs):
-    a, b, w = inputs(9, 12, 6, torch.float32)
+    a, b, w = inputs(9, 12, 6)
     expected = with_gradients(
         lambda *t: moments_reference(*t, activation, 0.0, 2), a, b, w, weights=(0, 1), dtype=torch.float64
     )
@@ -134,7 +106,7 @@ def test_only_what_is_needed_is_computed(activation, needs):
     ],
 )  # fmt: skip
 def test_nan_and_infinity_reach_every_output(activation, place, bad):
-    tensors = inputs(5, 6, 3, torch.float32)
+    tensors = inputs(5, 6, 3)
     tensors[place].view(-1)[1] = bad
     with emulated("90a"):
         outputs = native.forward(*tensors, activation, 0.5, 1, False, True, True, True)
@@ -148,32 +120,9 @@ def test_relu_is_flat_at_zero():
     assert not any(g.any() for g in gradients)
 
 
-def check_shifts(
-    arch: str, activation: str, shape: tuple[int, int, int], first: int, k: int, dtype: torch.dtype = torch.float32
-) -> None:
-    n, m, h = shape
-    tensors, slope = inputs(n, m, h, dtype), SLOPES.get(activation, 0.0)
-    grad = torch.randn(k, n)
-
-    def reference(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
-        return shifts_reference(a, b, w, k, first, activation, slope)
-
-    def kernel(a: Tensor, b: Tensor, w: Tensor) -> Tensor:
-        return additive_shifts(a, b, w, k, first=first, activation=activation, slope=slope, backend="native")
-
-    def outputs(f, dtype: torch.dtype | None = None) -> list[Tensor]:
-        leaves = [t.detach().clone().to(dtype or t.dtype).requires_grad_() for t in tensors]
-        scores = f(*leaves)
-        return [scores.detach(), *torch.autograd.grad(scores, leaves, grad.to(scores.dtype))]
-
-    truth, eager = outputs(reference, torch.float64), outputs(reference)
+def check_shifts(arch: str, activation: str, shape: tuple, first: int, k: int, dtype=torch.float32) -> None:
     with emulated(arch):
-        actual = outputs(kernel)
-    magnitude = (grad.abs().sum() * 3).item()  # dw is a sum of k n terms of both signs
-    for name, x, y, z in zip(("scores", "da", "db", "dw"), actual, eager, truth, strict=True):
-        testing.assert_close(
-            name, x, y, z, terms=k * n + h, exponent=0.0, features=dtype, magnitude=magnitude if name == "dw" else 0.0
-        )
+        additive.check_shifts((*shape, first, k), activation, "native", dtype=dtype)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
@@ -196,7 +145,7 @@ def test_shifts_wrap(shape, first, k, dtype):
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_nan_and_infinity_reach_the_scores_of_their_shifts(activation, bad):
-    a, b, w = inputs(6, 6, 5, torch.float32)
+    a, b, w = inputs(6, 6, 5)
     a[2, 3] = bad
     with emulated("90a"):
         scores = additive_shifts(a, b, w, 2, activation=activation, slope=0.3, backend="native")

@@ -8,20 +8,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from additive import SLOPES, check_scores, inputs
 from executor import emulated
 from torch import Tensor
 
-from cibr_kernels import testing
 from cibr_kernels.primitives.additive.moments import triton as moments
 from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
-from cibr_kernels.primitives.additive.scores import reference
 from cibr_kernels.primitives.additive.scores import triton as backend
 from cibr_kernels.primitives.additive.scores.op import additive_scores
 
 GPUS = (80, 90, 100, 120)
 RAGGED, WHOLE = (37, 70, 21), (32, 48, 32)  # n, m, h: with blocks of 16, ends or none
-NAMES = ("S", "da", "db", "dw")
-SLOPES = {"leaky_relu": 0.2, "elu": 0.7}
 ALL = (True, True, True)
 BACKWARD = ["pack", "spread", "gradient", "gradient", "state", "finish", "reduce"]
 
@@ -36,40 +33,15 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def problem(shape: tuple, dtype: torch.dtype, size: float, shift: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradient of S, of both signs, then a, b and w."""
-    n, m, h = shape
-    torch.manual_seed(n * 131 + m * 7 + h)
-    a, b, w = torch.randn(n, h) - shift, torch.randn(m, h) + shift, size * torch.randn(h) / math.sqrt(h)
-    return torch.randn(n, m) / m, a.to(dtype), b.to(dtype), w.to(dtype)
-
-
 def outputs(module, activation: str, grad: Tensor, a: Tensor, b: Tensor, w: Tensor) -> list[Tensor]:
     how = (activation, SLOPES.get(activation, 0.0))
     return [module.forward(a, b, w, *how), *module.backward(grad, a, b, w, *how, *ALL)]
 
 
-def check(
-    capability: int, activation: str, shape: tuple, *, dtype: torch.dtype = torch.float32, size: float = 1.0,
-    shift: float = 0.0,
-) -> list[str]:  # fmt: skip
+def check(capability: int, activation: str, shape: tuple, **options) -> list[str]:
     """Holds S and the gradients to the rule; the names of the kernels that were launched."""
-    inputs = problem(shape, dtype, size, shift)
-    eager, truth = (
-        outputs(reference, activation, *inputs),
-        outputs(reference, activation, *(t.double() for t in inputs)),
-    )
-    grad, a, b, w = (t.double() for t in inputs)
-    values = ACTIVATIONS[activation][0](a[:, None] + b[None], SLOPES.get(activation, 0.0))
-    sizes = [  # of the terms that cancel
-        (values * w).abs().sum(-1).max().item(), 0.0, 0.0,
-        torch.einsum("ij,ijh->h", grad.abs(), values.abs()).max().item(),
-    ]  # fmt: skip
     with emulated(capability) as gpu:
-        actual = outputs(backend, activation, *inputs)
-    for name, found, e, t, magnitude in zip(NAMES, actual, eager, truth, sizes, strict=True):
-        features = torch.float32 if name == "S" else dtype
-        testing.assert_close(name, found, e, t, terms=sum(shape), exponent=0.0, features=features, magnitude=magnitude)
+        check_scores(shape, activation, "triton", **options)
     return [name for name, _ in gpu.launches]
 
 
@@ -119,7 +91,7 @@ def test_panels(small_tiles):
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_only_what_is_asked_for(activation, small_tiles):
-    grad, a, b, w = problem(RAGGED, torch.float32, 1.0, 0.0)
+    grad, a, b, w = torch.randn(37, 70), *inputs(*RAGGED)
     with emulated(90):
         full = backend.backward(grad, a, b, w, activation, 0.0, *ALL)
         for needs in ((True, False, False), (False, True, False), (False, False, True)):
@@ -133,7 +105,7 @@ def test_only_what_is_asked_for(activation, small_tiles):
 
 def test_the_operator(small_tiles):
     """Autograd's grad is not contiguous where the loss is a sum over one direction."""
-    _, a, b, w = problem(RAGGED, torch.bfloat16, 1.0, 0.0)
+    a, b, w = (t.bfloat16() for t in inputs(*RAGGED))
     found = []
     for name in ("triton", "reference"):
         own = [t.clone().requires_grad_() for t in (a, b, w)]
@@ -146,19 +118,19 @@ def test_the_operator(small_tiles):
 
 
 def test_the_same_bits_twice(small_tiles):
-    inputs = problem(RAGGED, torch.float32, 1.0, 0.0)
+    tensors = torch.randn(37, 70), *inputs(*RAGGED)
     with emulated(90):
-        runs = [outputs(backend, "relu", *inputs) for _ in range(2)]
+        runs = [outputs(backend, "relu", *tensors) for _ in range(2)]
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 @pytest.mark.parametrize("where", [0, 1, 2, 3])
 def test_one_bad_number_reaches_its_rows_of_scores_and_every_gradient(where, bad, small_tiles):
-    inputs = [t.clone() for t in problem(RAGGED, torch.float32, 1.0, 0.0)]
-    inputs[where].view(-1)[-1] = bad
+    tensors = torch.randn(37, 70), *inputs(*RAGGED)
+    tensors[where].view(-1)[-1] = bad
     with emulated(90):
-        s, *gradients = outputs(backend, "relu", *inputs)
+        s, *gradients = outputs(backend, "relu", *tensors)
     spoilt = torch.zeros_like(s, dtype=torch.bool)
     if where:
         spoilt[{1: (-1, slice(None)), 2: (slice(None), -1), 3: ...}[where]] = True

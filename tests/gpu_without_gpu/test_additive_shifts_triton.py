@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from additive import check_shifts as check
+from additive import inputs
 from cases import DTYPES
 from executor import emulated
-from test_additive_shifts import check, inputs
 
 from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
 from cibr_kernels.primitives.additive.shifts import triton as backend

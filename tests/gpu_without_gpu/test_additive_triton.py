@@ -8,14 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import with_gradients
+from additive import check_moments, inputs
 from executor import emulated
-from test_additive_moments import NAMES, SLOPES, WEIGHTS, expected
-from torch import Tensor
 
-from cibr_kernels import testing
 from cibr_kernels.primitives.additive.moments import triton as backend
-from cibr_kernels.primitives.additive.moments.op import additive_moments
 from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
 
 GPUS = (80, 90, 100, 120)
@@ -33,30 +29,10 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def check(
-    capability: int, activation: str, shape: tuple, *, dtype: torch.dtype = torch.float32, size: float = 1.0,
-    shift: float = 0.0, include: bool = False,
-) -> list[str]:  # fmt: skip
+def check(capability: int, activation: str, shape: tuple, **options) -> list[str]:
     """Holds J, L and the gradients to the rule; the names of the kernels that were launched."""
-    inputs, eager, truth, exponent, magnitudes = expected(shape, activation, size, shift, include, dtype)
-    n, m, first_positive, h = shape
-
-    def moments(a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        return additive_moments(
-            a,
-            b,
-            w,
-            activation=activation,
-            slope=SLOPES.get(activation, 0.0),
-            first_positive=first_positive,
-            include_diagonal=include,
-            backend="triton",
-        )
-
     with emulated(capability) as gpu:
-        actual = with_gradients(moments, *inputs, weights=WEIGHTS)
-    for name, a, e, t, magnitude in zip(NAMES, actual, eager, truth, magnitudes, strict=True):
-        testing.assert_close(name, a, e, t, terms=n + m + h, exponent=exponent, features=dtype, magnitude=magnitude)
+        check_moments(shape, activation, "triton", **options)
     return [name for name, _ in gpu.launches]
 
 
@@ -104,7 +80,7 @@ def test_sums_in_pieces_where_blocks_are_few(small_tiles):
 
 
 def test_only_what_is_asked_for(small_tiles):
-    (a, b, w), *_ = expected(RAGGED, "relu", 1.0, 0.0, False)
+    a, b, w = inputs(37, 70, 21)
     with emulated(90) as gpu:
         full = backend.forward(a, b, w, "relu", 0.0, 17, False, True, True, True)
         for needs in ((True, False, False), (False, True, False), (False, False, True), (False, False, False)):
@@ -118,7 +94,7 @@ def test_only_what_is_asked_for(small_tiles):
 
 
 def test_the_same_bits_twice(small_tiles):
-    (a, b, w), *_ = expected(RAGGED, "relu", 1.0, 0.0, False)
+    a, b, w = inputs(37, 70, 21)
     with emulated(90):
         runs = [backend.forward(a, b, w, "relu", 0.0, 17, False, True, True, True) for _ in range(2)]
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
@@ -127,9 +103,9 @@ def test_the_same_bits_twice(small_tiles):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["a", "b", "w"])
 def test_one_bad_number_reaches_everything(where, bad, small_tiles):
-    (a, b, w), *_ = expected(RAGGED, "relu", 1.0, 0.0, False)
-    inputs = {"a": a.clone(), "b": b.clone(), "w": w.clone()}
-    inputs[where].view(-1)[-1] = bad
+    a, b, w = inputs(37, 70, 21)
+    tensors = {"a": a, "b": b, "w": w}
+    tensors[where].view(-1)[-1] = bad
     with emulated(90):
-        outputs = backend.forward(*inputs.values(), "relu", 0.0, 0, False, True, True, True)
+        outputs = backend.forward(*tensors.values(), "relu", 0.0, 0, False, True, True, True)
     assert all(o.isnan().all() for o in outputs)

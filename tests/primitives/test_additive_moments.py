@@ -3,85 +3,23 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import pytest
 import torch
+from additive import check_moments, each_activation
 from cases import each_isa, with_gradients
-from torch import Tensor
 
 from cibr_kernels import testing
 from cibr_kernels.primitives.additive.moments.op import additive_moments
-from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS, pair_mask
 from cibr_kernels.primitives.additive.moments.reference import additive_moments as reference
 
-WEIGHTS = (0.7, -1.3)
 SHAPES = [(2, 2, 0, 1), (5, 5, 0, 31), (48, 48, 0, 64), (33, 33, 0, 100), (20, 70, 17, 65), (1, 40, 3, 16)]
 BLOCKS = (150, 1400, 100, 40)  # several groups of rows and blocks of columns (32768 / h of them)
-NAMES = ("J", "L", "da", "db", "dw")
-SLOPES = {"leaky_relu": 0.2, "elu": 0.7}
-
-each_activation = pytest.mark.parametrize("activation", list(ACTIVATIONS))
 
 
-@functools.lru_cache(maxsize=2)
-def expected(
-    shape: tuple, activation: str, size: float, shift: float, include: bool, dtype: torch.dtype = torch.float32
-) -> tuple:
-    """Inputs with scores of standard deviation near `size` and biases near `shift`, and what they give."""
-    n, m, first_positive, h = shape
-    torch.manual_seed(n * 131 + m * 7 + h)
-    a, b, w = torch.randn(n, h) - shift, torch.randn(m, h) + shift, size * torch.randn(h) / math.sqrt(h)
-    a, b, w = a.to(dtype), b.to(dtype), w.to(dtype)
-    slope = SLOPES.get(activation, 0.0)
-
-    def moments(a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        return reference(a, b, w, activation, slope, first_positive, include)
-
-    eager = with_gradients(moments, a, b, w, weights=WEIGHTS)
-    truth = with_gradients(moments, a, b, w, weights=WEIGHTS, dtype=torch.float64)
-    phi = ACTIVATIONS[activation][0]
-    values = phi(a.double()[:, None] + b.double()[None], slope)  # (n, m, h)
-    terms = (values * w.double()).abs().sum(-1)  # (n, m): of S
-    p = (values @ w.double()).masked_fill(~pair_mask(n, m, first_positive, include, a.device), -math.inf)
-    p = p.flatten().softmax(0).view(n, m)
-    dw_terms = WEIGHTS[0] * values.diagonal(first_positive)[:, :n].abs().mean(1) - WEIGHTS[1] * torch.einsum(
-        "ij,ijh->h", p, values.abs()
-    )
-    log_pairs = math.log(n * m - (0 if include else n))
-    magnitudes = [
-        terms.diagonal(first_positive)[:n].mean().item(),
-        abs(truth[1].item() + log_pairs) + log_pairs,  # L = LSE - log |P|
-        0.0,
-        0.0,
-        dw_terms.max().item(),
-    ]
-    return (a, b, w), eager, truth, terms.max().item(), magnitudes
-
-
-def check(
-    shape: tuple, activation: str, isa: str, *, size: float = 1.0, shift: float = 0.0, include: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> None:  # fmt: skip
-    inputs, eager, truth, exponent, magnitudes = expected(shape, activation, size, shift, include, dtype)
-    n, m, first_positive, h = shape
-
-    def moments(a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        return additive_moments(
-            a,
-            b,
-            w,
-            activation=activation,
-            slope=SLOPES.get(activation, 0.0),
-            first_positive=first_positive,
-            include_diagonal=include,
-            backend="native",
-        )
-
+def check(shape: tuple, activation: str, isa: str, **options) -> None:
     with testing.instruction_set(isa):
-        actual = with_gradients(moments, *inputs, weights=WEIGHTS)
-    for name, a, e, t, magnitude in zip(NAMES, actual, eager, truth, magnitudes, strict=True):
-        testing.assert_close(name, a, e, t, terms=n + m + h, exponent=exponent, features=dtype, magnitude=magnitude)
+        check_moments(shape, activation, "native", **options)
 
 
 @each_isa

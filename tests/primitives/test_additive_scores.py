@@ -3,62 +3,23 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import pytest
 import torch
-from cases import each_dtype, each_isa, leaves
+from additive import check_scores, each_activation, outcome
+from cases import each_dtype, each_isa
 from torch import Tensor
 
 from cibr_kernels import testing
-from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
 from cibr_kernels.primitives.additive.scores.op import additive_scores
-from cibr_kernels.primitives.additive.scores.reference import additive_scores as reference
 
 SHAPES = [(1, 1, 1), (5, 3, 31), (48, 64, 64), (33, 70, 100), (1, 40, 16)]
 PANEL = (150, 700, 100)  # several groups of rows and blocks of columns (32768 / h of them)
-NAMES = ("scores", "da", "db", "dw")
-SLOPES = {"leaky_relu": 0.2, "elu": 0.7}
-
-each_activation = pytest.mark.parametrize("activation", list(ACTIVATIONS))
 
 
-def with_gradients(f, inputs: tuple[Tensor, ...], grad: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
-    tensors = leaves(*inputs, dtype=dtype)
-    scores = f(*tensors)
-    return [scores.detach(), *torch.autograd.grad(scores, tensors, grad.to(scores.dtype))]
-
-
-@functools.lru_cache(maxsize=2)
-def expected(shape: tuple[int, ...], activation: str, dtype: torch.dtype, shift: float) -> tuple:
-    """Inputs with biases near `shift`, a gradient of both signs, and what they give."""
-    n, m, h = shape
-    torch.manual_seed(n * 131 + m * 7 + h)
-    inputs = torch.randn(n, h) - shift, torch.randn(m, h) + shift, torch.randn(h) / math.sqrt(h)
-    inputs, grad = tuple(t.to(dtype) for t in inputs), torch.randn(n, m)
-    slope = SLOPES.get(activation, 0.0)
-    eager = with_gradients(lambda *t: reference(*t, activation, slope), inputs, grad)
-    truth = with_gradients(lambda *t: reference(*t, activation, slope), inputs, grad, torch.float64)
-    a, b, w = (t.double() for t in inputs)
-    phi, phi_slope = (f(a[:, None] + b[None], slope).abs() for f in ACTIVATIONS[activation])  # (n, m, h)
-    g = grad.double().abs()
-    magnitudes = [  # sums of absolute terms: signs cancel
-        (phi @ w.abs()).max().item(),
-        (torch.einsum("ij,ijh->ih", g, phi_slope) * w.abs()).max().item(),
-        (torch.einsum("ij,ijh->jh", g, phi_slope) * w.abs()).max().item(),
-        torch.einsum("ij,ijh->h", g, phi).max().item(),
-    ]
-    return inputs, grad, slope, eager, truth, magnitudes
-
-
-def check(shape, activation, isa, dtype=torch.float32, shift=0.0) -> None:
-    inputs, grad, slope, eager, truth, magnitudes = expected(shape, activation, dtype, shift)
+def check(shape: tuple, activation: str, isa: str, dtype=torch.float32, **options) -> None:
     with testing.instruction_set(isa):
-        actual = with_gradients(
-            functools.partial(additive_scores, activation=activation, slope=slope, backend="native"), inputs, grad
-        )
-    for name, a, e, t, magnitude in zip(NAMES, actual, eager, truth, magnitudes, strict=True):
-        testing.assert_close(name, a, e, t, terms=sum(shape), exponent=0.0, features=dtype, magnitude=magnitude)
+        check_scores(shape, activation, "native", dtype=dtype, scores_as=dtype, **options)
 
 
 @each_isa
@@ -66,7 +27,7 @@ def check(shape, activation, isa, dtype=torch.float32, shift=0.0) -> None:
 @each_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernel_matches_float64(shape, dtype, activation, isa):
-    check(shape, activation, isa, dtype)
+    check(shape, activation, isa, dtype=dtype)
 
 
 @each_isa
@@ -104,7 +65,7 @@ def test_gradients_that_are_asked_for_and_nothing_else(needs, activation, isa):
 def test_relu_is_flat_at_zero(isa):
     inputs = torch.zeros(4, 32), torch.zeros(4, 32), torch.ones(32)  # phi'(0) = 0, as in PyTorch
     with testing.instruction_set(isa):
-        for t in with_gradients(functools.partial(additive_scores, backend="native"), inputs, torch.ones(4, 4)):
+        for t in outcome(functools.partial(additive_scores, backend="native"), inputs, torch.ones(4, 4)):
             assert not t.any()
 
 
@@ -118,7 +79,7 @@ def test_the_number_of_threads_changes_no_bit(activation, isa):
         for threads in (1, 3):
             torch.set_num_threads(threads)
             f = functools.partial(additive_scores, activation=activation, slope=0.3, backend="native")
-            results.append(with_gradients(f, inputs, grad))
+            results.append(outcome(f, inputs, grad))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
@@ -134,7 +95,7 @@ def test_what_is_not_finite_gives_nan(bad, which, activation, isa):
     *inputs, grad = tensors
     with testing.instruction_set(isa):
         f = functools.partial(additive_scores, activation=activation, backend="native")
-        scores, *gradients = with_gradients(f, tuple(inputs), grad)
+        scores, *gradients = outcome(f, inputs, grad)
     assert torch.isnan(scores).all() == (which < 3)
     for t in gradients:
         assert torch.isnan(t).all()

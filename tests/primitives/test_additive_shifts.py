@@ -6,59 +6,23 @@ import math
 
 import pytest
 import torch
-from cases import each_isa, leaves, with_gradients
+from additive import check_shifts as check
+from additive import each_activation, inputs
+from cases import each_isa, with_gradients
 from torch import Tensor
 from torch.library import opcheck
 
 from cibr_kernels import testing
 from cibr_kernels.dispatch import backends
-from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
 from cibr_kernels.primitives.additive.shifts.op import additive_shifts
 from cibr_kernels.primitives.additive.shifts.reference import additive_shifts as reference
 
 OPS = torch.ops.cibr_kernels
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-SLOPES = {"leaky_relu": 0.2, "elu": 0.7}
 CASES = [  # n, m, h, first, k
     (2, 2, 1, 1, 1), (5, 5, 31, 1, 4), (37, 37, 40, 0, 7), (20, 27, 65, 0, 8), (33, 33, 130, 30, 6), (1, 4, 16, 1, 3),
 ]  # fmt: skip
 KERNEL_CASES = [*CASES, (40, 43, 100, 2, 9), (5, 9, 23, 17, 25), (3, 3, 64, -7, 12)]  # the last two wrap often
-
-each_activation = pytest.mark.parametrize("activation", list(ACTIVATIONS))
-
-
-def inputs(n: int, m: int, h: int, size: float = 1.0) -> list[Tensor]:
-    torch.manual_seed(n * 131 + m * 7 + h)
-    return [torch.randn(n, h), torch.randn(m, h), size * torch.randn(h) / math.sqrt(h)]
-
-
-def check(case: tuple, activation: str, backend: str, size: float = 1.0, dtype: torch.dtype = torch.float32) -> None:
-    """Scores and gradients of a weighted sum of them, against float64."""
-    n, m, h, first, k = case
-    a, b, w = (t.to(dtype) for t in inputs(n, m, h, size))
-    slope, weights = SLOPES.get(activation, 0.0), torch.randn(k, n)
-
-    def outcome(scores: Tensor) -> tuple[Tensor, Tensor]:
-        return scores, (scores * weights).sum()
-
-    def values(f, *tensors: Tensor, wide: torch.dtype | None = None) -> list[Tensor]:
-        own = leaves(*tensors, dtype=wide)
-        scores, total = outcome(f(*own))
-        return [scores.detach(), *torch.autograd.grad(total, own)]
-
-    actual = values(
-        lambda *t: additive_shifts(*t, k, first=first, activation=activation, slope=slope, backend=backend), a, b, w
-    )
-    eager = values(lambda *t: reference(*t, k, first, activation, slope), a, b, w)
-    truth = values(lambda *t: reference(*t, k, first, activation, slope), a, b, w, wide=torch.float64)
-    t = a.double() + b.double()[(torch.arange(n) + first + torch.arange(k)[:, None]) % m]
-    phi, slopes = (f(t, slope).abs() for f in ACTIVATIONS[activation])
-    exponent = (phi * w.double().abs()).sum(-1).max().item()
-    per_pair = slopes * w.double().abs() * weights[..., None].abs()
-    magnitudes = [exponent, per_pair.sum(0).max().item(), per_pair.sum((0, 1)).max().item() / n,
-                  (phi * weights[..., None].abs()).sum((0, 1)).max().item()]  # fmt: skip
-    for name, x, e, true, magnitude in zip(("scores", "da", "db", "dw"), actual, eager, truth, magnitudes, strict=True):
-        testing.assert_close(name, x, e, true, terms=n + k + h, exponent=1.0, features=dtype, magnitude=magnitude)
 
 
 def test_definition():

@@ -1,9 +1,9 @@
 """Plants faults in the GPU kernels and says which check finds each.
 
-    python tests/gpu_without_gpu/mutations.py [word ...]
+    python tests/mutations/mutations.py [word ...]
 
 A fault is a change of source text that must occur exactly once in its file, or of one instruction of the compiled PTX.
-Each faulty kernel runs a small suite of its op (mutation_suites.py) in the emulator.  It is
+Each faulty kernel runs a small suite of its op (gpu_suites.py) in the emulator.  It is
 
     caught       the emulator raises, or an output breaks the tolerance rule of cibr_kernels/testing.py
     equivalent   every output of the suite has the same bits as without the fault
@@ -26,7 +26,7 @@ from typing import Protocol
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT), str(HERE)]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests/support"), str(HERE)]
 
 import torch  # noqa: E402
 from emulator import PtxError  # noqa: E402
@@ -42,7 +42,7 @@ class Fault:
     """In `path` (from the repository's root) `old` becomes `new`; or `ptx` edits the PTX of `kernel`."""
 
     name: str
-    suite: str  # of mutation_suites.SUITES
+    suite: str  # of gpu_suites.SUITES
     path: str = ""
     old: str = ""
     new: str = ""
@@ -162,8 +162,8 @@ def poisoned() -> Iterator[None]:
 
 
 def main(words: Sequence[str]) -> int:
-    from mutation_faults import FAULTS
-    from mutation_suites import SUITES, missing
+    from gpu_faults import FAULTS
+    from gpu_suites import SUITES, missing
 
     for name in SUITES:
         if reason := missing(name):

@@ -65,7 +65,7 @@ def test_a_stale_anchor_is_an_error() -> None:
 
 
 def test_anchors_of_the_faults_are_there() -> None:
-    from mutation_faults import FAULTS
+    from gpu_faults import FAULTS
 
     for fault in FAULTS:
         assert fault.path == "" or fault.source()
@@ -74,8 +74,8 @@ def test_anchors_of_the_faults_are_there() -> None:
 
 @pytest.mark.slow
 def test_no_fault_is_missed() -> None:
-    from mutation_faults import FAULTS
-    from mutation_suites import SUITES, missing
+    from gpu_faults import FAULTS
+    from gpu_suites import SUITES, missing
 
     chosen = [f for f in FAULTS if missing(f.suite) is None]
     verdicts = list(mutations.run(chosen, SUITES))
