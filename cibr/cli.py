@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cibr.config import RunConfig, check, differences, flag, of_kind, option, read_options, section_types
 from cibr.errors import UsageError, missing_extra
@@ -146,6 +146,42 @@ def data_emoji(arguments: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    model: str = option("", "packaged (towers of PyPI packages), open_clip:NAME/TAG_OR_FILE, or the folder of a run")
+    out: str = option("", "file to write; it must not exist")
+    split: str = option("train", "of the data")
+    device: Literal["cpu", "cuda"] = option("cpu", "where the towers run")
+    threads: int | None = option(None, "CPU threads; default torch's", least=1)
+
+
+def data_cache(arguments: Sequence[str]) -> int:
+    options, data = made_with_data(CacheOptions, arguments, "data cache", required=("model", "out"))
+    import torch
+
+    from cibr.cache import towers, write_cache
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    found = write_cache(options.model, towers(options.model).to(options.device), data, Path(options.out), options.split)
+    print(f"{found['images']} images and {found['captions']} captions in {options.out}; {found['skipped']} skipped")
+    print(f"next: cibr train --model heads --data features:{options.out}")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    split: str = option("train", "of the data")
+
+
+def data_check(arguments: Sequence[str]) -> int:
+    options, data = made_with_data(CheckOptions, arguments, "data check")
+    from cibr.data.check import check
+
+    print(check(data, options.split))
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
     checkpoint: str = option("", "a checkpoint, or a run for its last one")
     data: str | None = option(None, "folder of tars; default: what the run was trained on")
@@ -205,10 +241,22 @@ def export(arguments: Sequence[str]) -> int:
 def made(kind: type, arguments: Sequence[str], command: str, *, required: Sequence[str] = ()) -> Any:
     """`kind` from its flags, checked.  Raises UsageError for a required option that is missing."""
     options = kind(**parse([kind], arguments, command=command))
+    return checked(options, required)
+
+
+def made_with_data(kind: type, arguments: Sequence[str], command: str, *, required: Sequence[str] = ()) -> Any:
+    """`kind` and the DataOptions from their flags, checked."""
+    from cibr.data import DataOptions
+
+    values = parse([kind, DataOptions], arguments, command=command)
+    return checked(of_kind(kind, values), required), checked(of_kind(DataOptions, values), ("data",))
+
+
+def checked(options: Any, required: Sequence[str]) -> Any:
     check(options)
     for name in required:
         if not getattr(options, name):
-            text = next(field.metadata["help"] for field in dataclasses.fields(kind) if field.name == name)
+            text = next(field.metadata["help"] for field in dataclasses.fields(options) if field.name == name)
             raise UsageError(f"{flag(name)} is missing: {text}")
     return options
 
@@ -218,6 +266,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "evaluate": (evaluate, "what a checkpoint can do: zero-shot, retrieval, probes"),
     "plot": (plot, "draw a run's curves and embeddings"),
     "data emoji": (data_emoji, "build the set of emoji as eleven artists drew them"),
+    "data cache": (data_cache, "compute the features of frozen towers once, to train heads on"),
+    "data check": (data_check, "read a whole data set and say what is there, what is skipped, and why"),
     "export": (export, "write a run's model as a folder that open_clip loads"),
 }
 USAGE = """cibr COMMAND [OPTIONS]: trains and evaluates CLIP-like models.  `cibr COMMAND --help` lists its options.

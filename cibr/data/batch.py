@@ -81,9 +81,9 @@ class Batches:
 
 
 def make_order(dataset: Dataset, options: DataOptions, batch_size: int, seed: int) -> Order:
-    groups = dataset.group_ids.numpy()
-    order = Order(len(dataset), batch_size, seed, groups if dataset.distinct_groups else None)
-    if options.mask_duplicates and (groups == groups[0]).all():
+    groups = dataset.group_ids.numpy() if dataset.distinct_groups else None
+    order = Order(len(dataset), batch_size, seed, groups)
+    if options.mask_duplicates and dataset.one_group():
         raise UsageError(
             f"all {len(dataset)} samples of {options.data} have the same caption or class, so none is another's "
             "negative and there is nothing to learn"

@@ -143,6 +143,12 @@ class Dataset:
                 self._group_ids = torch.tensor([group_id(text) for text in first], dtype=torch.int64)
         return self._group_ids
 
+    def one_group(self) -> bool:
+        """Whether no row is ever a negative of another: one class, or one caption."""
+        if self.labels is not None:
+            return bool((self.labels == self.labels[0]).all())
+        return all(text == self.texts.strings[0] for text in self.texts.strings)
+
     def sizes(self) -> np.ndarray:
         """What besides names and captions tells a changed set from this one: by default nothing."""
         return np.zeros(0, np.int64)

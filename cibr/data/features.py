@@ -60,6 +60,9 @@ class FeatureSet(Dataset):
     def group_ids(self) -> Tensor:
         return self.caption_groups[self.starts[: self.rows]]
 
+    def one_group(self) -> bool:
+        return bool((self.caption_groups == self.caption_groups[0]).all())
+
     def batch(self, rows: np.ndarray, numbers: np.ndarray) -> dict[str, Tensor]:
         """The batch of `rows` (n,), of each a caption by its random number."""
         index = torch.from_numpy(rows)

@@ -21,28 +21,20 @@ class DataOptions:
     separator: str | None = option(None, "between columns of a csv; default a tab if the header has one, else a comma")
     hf_split: str | None = option(None, "split of an hf data set; default train to train on, else test or validation")
     hold_out: str | None = option(None, "emoji: vendor family or style that training must not see")
-    unseen_fraction: float = option(0.1, "emoji: share of the concepts kept from training, of every vendor")
-    limit: int | None = option(None, "use only the first so many samples (emoji: concepts)")
+    unseen_fraction: float = option(
+        0.1, "emoji: share of the concepts kept from training, of every vendor", least=0, below=1
+    )
+    limit: int | None = option(None, "use only the first so many samples (emoji: concepts)", least=1)
     mask_duplicates: bool = option(True, "pairs of equal captions or classes are no negatives of each other")
     augment: Literal["auto", "model", "drawing", "none"] = option(
         "auto", "model: its own; drawing: zoom, shift, turn, mirror, recolour; none; or auto"
     )
-    max_pixels: int = option(89_478_485, "images with more are skipped, unread")
-    workers: int | None = option(None, "processes that make batches; default one less than the cores, at most 8")
-    prefetch: int = option(2, "batches each worker makes ahead")
+    max_pixels: int = option(89_478_485, "images with more are skipped, unread", least=1)
+    workers: int | None = option(
+        None, "processes that make batches; default one less than the cores, at most 8", least=0, changeable=True
+    )
+    prefetch: int = option(2, "batches each worker makes ahead", least=1, changeable=True)
 
     def __post_init__(self) -> None:
-        if not self.data:
-            raise UsageError("--data is missing, as in --data emoji:DIR or --data csv:FILE")
-        for name in ("limit", "max_pixels", "prefetch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}, but must be positive")
-        if not 0 <= self.unseen_fraction < 1:
-            raise UsageError(f"--unseen-fraction is {self.unseen_fraction}, but must lie in [0, 1)")
-        if self.augment not in (known := ("auto", "model", "drawing", "none")):
-            raise UsageError(f"--augment is {self.augment!r}; known are {', '.join(known)}")
-        if self.workers is not None and self.workers < 0:
-            raise UsageError(f"--workers is {self.workers}, but must not be negative")
         if self.separator is not None and len(self.separator.replace("\\t", "\t")) != 1:
             raise UsageError(f"--separator is {self.separator!r}, but must be one character")

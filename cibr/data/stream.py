@@ -50,7 +50,7 @@ class Stream(Dataset):
         raise UsageError(f"{self.options.data} is streamed, so its samples are not counted; this needs local files")
 
     def fingerprint(self) -> str:
-        return "\n".join(self.urls)
+        return "\n".join([f"{self.options.workers} workers", *self.urls])
 
     def samples(self, seed: int, reader: int, readers: int, bad: Bad) -> Iterator[dict[str, Any]]:
         """Without end, in each epoch this reader's share of the shards: bytes by ending, and `__key__`."""

