@@ -30,11 +30,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 @pytest.fixture
 def pairs(tmp_path: Path) -> DataOptions:
     """Seven images of one, two or three captions, some of them equal, and two bad ones."""
-    members = [
-        m
-        for k in range(7)
-        for m in bad_data.pair(k, bad_data.good(k % 6), b"\n".join([b"some", b"%d" % k, b"x"][: k % 3 + 1]))
-    ]
+    captions = [b"\n".join([b"some", b"%d" % k, b"x"][: k % 3 + 1]) for k in range(7)]
+    members = [m for k in range(7) for m in bad_data.pair(k, bad_data.good(k % 6), captions[k])]
     (tmp_path / "tars").mkdir()
     bad_data.write_tar(tmp_path / "tars" / "0.tar", [*members, *bad_data.pair(7, b""), ("8.png", bad_data.good())])
     return DataOptions(data=f"webdataset:{tmp_path / 'tars'}", workers=0)
