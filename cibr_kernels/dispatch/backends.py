@@ -17,6 +17,7 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 NAMES: tuple[str, ...] = ("native", "triton", "reference")
@@ -121,12 +122,19 @@ def _module(op: str, name: str) -> ModuleType | None:
 
 
 def run(op: str, direction: str, backend: str, tensors: tuple[Tensor, ...], *args: Any) -> Any:
-    """Calls `forward` or `backward` of the module chosen for `tensors`, in an nvtx range named after the operator."""
-    function = getattr(choose(op, backend, *tensors), direction)
+    """Calls `forward` or `backward` of the module chosen for `tensors`, in ranges named after the operator.
+
+    nvtx's for the system's profilers; torch.profiler's, with the backend's name, while it looks on.
+    """
+    module = choose(op, backend, *tensors)
+    function = getattr(module, direction)
     domain, attributes = _range(f"{op}_{direction}")
     domain.push_range(attributes)
     try:
-        return function(*args)
+        if not torch.autograd._profiler_enabled():
+            return function(*args)
+        with torch.profiler.record_function(f"cibr_kernels::{op}_{direction}.{module.__name__.rpartition('.')[2]}"):
+            return function(*args)
     finally:
         domain.pop_range()
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cibr_kernels.dispatch import backends
+from cibr_kernels.dispatch import backends, pointers
 from cibr_kernels.dispatch.native_call import fill
 from cibr_kernels.dispatch.triton_call import Gpu, Target
 
@@ -81,6 +81,7 @@ def call(kernel: str, struct: str, **fields: Any) -> None:
     """Fills `struct` and enqueues `kernel` on the current stream.  None and empty tensors become null."""
     module = backends.compiled()
     tensors = [v for v in fields.values() if isinstance(v, Tensor) and v.numel()]
+    pointers.check(kernel, tensors[0].device, fields)
     params = fill(getattr(module, struct)(), fields)
     size = getattr(module, f"{kernel}_cuda_workspace")(params)
     workspace = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)

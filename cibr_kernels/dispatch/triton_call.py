@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cibr_kernels.dispatch import pointers
+
 
 @dataclass(frozen=True)
 class Target:
@@ -88,6 +90,8 @@ def launch(
     num_stages: int = 2,
 ) -> None:
     """Runs a @triton.jit `kernel` over `grid`: args are tensors and numbers, constants its tl.constexpr parameters."""
+    device = next(t.device for t in args.values() if isinstance(t, Tensor))
+    pointers.check(getattr(kernel, "__name__", "a Triton kernel"), device, args)
     _executor.launch(kernel, grid, args, constants, {"num_warps": num_warps, "num_stages": num_stages})
 
 

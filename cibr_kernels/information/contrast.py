@@ -52,7 +52,7 @@ def contrast(pairs: Pairs, estimator: str, *, tau: float = 5.0) -> Tensor:
     with torch.no_grad():
         j, el = positives.mean() * pairs.health(), _log_mean_exp(clamped, pairs)
         j, el = (j, el) if shards is None else merge.moments(j, el, shards)
-    return j - el - (loss - loss.detach())
+    return (j - el).detach() - (loss - loss.detach())
 
 
 def _log_mean_exp(clamped: Tensor, pairs: Pairs) -> Tensor:

@@ -20,9 +20,15 @@ import torch
 from torch import Tensor
 
 from cibr_kernels.dispatch.library import operator, or_zeros
-from cibr_kernels.information.panels import log_sum_clamped, panel_rows
+from cibr_kernels.information.panels import log_sum_clamped, panel_rows, row_sums
 from cibr_kernels.numerics import softplus
-from cibr_kernels.primitives.additive.scores.op import additive_scores_backward, additive_scores_forward
+from cibr_kernels.primitives.additive.scores.op import (
+    additive_scores,
+    additive_scores_backward,
+    additive_scores_forward,
+)
+
+SERVES = "a js, smile or infonce estimate with a concat critic"
 
 KINDS = ("js", "infonce")
 LEAST_ROWS = 16  # of a panel, whatever the budget
@@ -47,6 +53,8 @@ def additive_contrast(
 
     Only the loss has a gradient, in a, b, w and bias.  float32, float64 for float64.  No checks.
     """
+    if backend == "reference":
+        return _reference(a, b, w, bias, kind, clamp, activation, slope, offset, include_diagonal)
     grad = torch.is_grad_enabled()
     needs = [grad and t.requires_grad for t in (a, b, w, bias)]
     a, b, w = a.contiguous(), b.contiguous(), w.contiguous()
@@ -57,7 +65,22 @@ def additive_contrast(
     return loss, positives, clamped
 
 
-@operator
+def _reference(
+    a: Tensor, b: Tensor, w: Tensor, bias: Tensor, kind: str, clamp: float | None, activation: str, slope: float,
+    offset: int, include: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`additive_contrast` by its definition on all n x m scores, with derivatives of every order."""
+    scores = additive_scores(a, b, w, activation=activation, slope=slope, backend="reference") + bias
+    clamped = scores.new_empty(0) if clamp is None else log_sum_clamped(scores.detach(), offset, include, clamp)
+    if kind == "infonce":
+        positives, rows = row_sums("lse", scores, offset, include=False)
+        return softplus(rows - positives).mean(), positives.detach(), clamped
+    positives, sums = row_sums("softplus", scores, offset, include)
+    per_row = b.shape[0] if include else b.shape[0] - 1
+    return softplus(-positives).mean() + sums.mean() / per_row, positives.detach(), clamped
+
+
+@operator(SERVES)
 def additive_contrast_forward(
     a: Tensor, b: Tensor, w: Tensor, bias: Tensor, kind: str, clamp: float | None, activation: str, slope: float,
     first_positive: int, include_diagonal: bool, rows: int, need_a: bool, need_b: bool, need_w: bool, need_bias: bool,
@@ -155,7 +178,7 @@ def _(
     return a.new_empty((), dtype=sums), positives, clamped, *grads, torch.empty_like(bias)
 
 
-@operator
+@operator(SERVES)
 def additive_contrast_backward(
     grad: Tensor, a: Tensor, b: Tensor, w: Tensor, bias: Tensor, ga: Tensor, gb: Tensor, gw: Tensor, gbias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -178,8 +201,9 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad, *_):
     had = ctx.need_a, ctx.need_b, ctx.need_w, ctx.need_bias
-    (grad,) = or_zeros((grad,), ctx.saved_tensors[3:4])
-    grads = additive_contrast_backward(grad, *ctx.saved_tensors)
+    saved = ctx.saved_tensors
+    (grad,) = or_zeros((grad,), saved[3:4])
+    grads = additive_contrast_backward(grad, *saved)
     needs = [wanted and made for wanted, made in zip(ctx.needs_input_grad[:4], had, strict=True)]
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 12
 

@@ -118,7 +118,11 @@ class Problem:
 
     def _group_sums(self, own: Tensor) -> tuple[Tensor, Tensor]:
         assert self.groups is not None
-        return self.groups.sums(own if self.shards is None else gather(own, self.shards))
+        columns = own if self.shards is None else gather(own, self.shards)
+        if self.backend == "reference":  # segments have no second derivative
+            same = (self.groups.rows[:, None] == self.groups.cols).to(columns.dtype)
+            return same @ columns, same.sum(1)
+        return self.groups.sums(columns)
 
     def _all_candidates(self, way: Direction) -> tuple[Tensor, int]:
         """The sum of all columns' features, (d,), and their number."""

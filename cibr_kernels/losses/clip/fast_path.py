@@ -81,4 +81,4 @@ def _loss_and_gradients(
     return backends.run("clip_loss", "forward", "native", (x,), x, y, scale, one_way, need_x, need_y)
 
 
-_with_gradients = library.with_gradients(_loss_and_gradients, _Plain.apply)
+_with_gradients = library.with_gradients("clip_loss", _loss_and_gradients, _Plain.apply)

@@ -92,7 +92,7 @@ def clip_loss(
     checks.choice("group_mode", group_mode, targets.GROUP_MODES)
     given = any(t is not None for t in (group_ids, image_negatives, text_negatives, weights, process_group))
     plain = not (given or label_smoothing or return_metrics) and reduction == "mean"
-    if plain and library.only_autograd_looks_on(image_features, text_features, logit_scale):
+    if plain and backend != "reference" and library.only_autograd_looks_on(image_features, text_features, logit_scale):
         x, y, scale, bias = _inputs(image_features, text_features, logit_scale, logit_bias)
         if not scale.dim():
             loss = plain_loss(x, y, scale, one_way, backend)

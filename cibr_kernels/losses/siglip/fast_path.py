@@ -41,4 +41,4 @@ def _native(
     return backends.run("siglip_loss", "forward", "native", (x,), x, y, scale, bias, share, need_x, need_y)
 
 
-_loss_with_gradients = library.with_gradients(_native, general_loss)
+_loss_with_gradients = library.with_gradients("siglip_loss", _native, general_loss)

@@ -11,7 +11,7 @@ from cibr_kernels.dispatch.native_call import DTYPES, call
 
 def forward(scores: Tensor, mask: Tensor | None) -> Tensor:
     """-> L ()."""
-    el = torch.empty((), dtype=torch.float32)
+    el = torch.empty((), dtype=torch.float32, device=scores.device)
     call("log_mean_exp_forward", "LogMeanExp", **_problem(scores, mask), el=el)
     return el
 

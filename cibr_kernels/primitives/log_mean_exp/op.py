@@ -13,6 +13,8 @@ from cibr_kernels import checks
 from cibr_kernels.dispatch import backends
 from cibr_kernels.dispatch.library import operator
 
+SERVES = "log_mean_exp, or an estimate with k partners"
+
 
 def log_mean_exp(
     scores: Tensor, *, mask: Tensor | None = None, ema: Tensor | float | None = None, backend: str = "auto"
@@ -52,7 +54,7 @@ def ema_corrected(el: Tensor, log_ema: Tensor) -> Tensor:
     return el.detach() + kappa * (el - el.detach())
 
 
-@operator
+@operator(SERVES)
 def log_mean_exp_forward(scores: Tensor, mask: Tensor | None, backend: str) -> Tensor:
     """-> L (), float32 (float64 for float64)."""
     if mask is not None and scores.device.type == "cpu" and not mask.any():
@@ -65,7 +67,7 @@ def _(scores, mask, backend):
     return scores.new_empty((), dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
 
 
-@operator
+@operator(SERVES)
 def log_mean_exp_backward(grad: Tensor, scores: Tensor, mask: Tensor | None, el: Tensor, backend: str) -> Tensor:
     """-> dscores, the shape and dtype of scores."""
     return backends.run("log_mean_exp", "backward", backend, (scores,), grad, scores, mask, el)

@@ -17,6 +17,8 @@ from cibr_kernels.dispatch import backends
 from cibr_kernels.dispatch.library import operator, or_zeros
 from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
 
+SERVES = "an estimate with a concat critic"
+
 
 def additive_moments(
     a: Tensor,  # (n, h)
@@ -45,7 +47,7 @@ def _sums(a: Tensor) -> torch.dtype:
     return torch.float64 if a.dtype == torch.float64 else torch.float32
 
 
-@operator
+@operator(SERVES)
 def additive_moments_forward(
     a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, first_positive: int, include_diagonal: bool,
     need_a: bool, need_b: bool, need_w: bool, backend: str,
@@ -64,7 +66,7 @@ def _(a, b, w, activation, slope, first_positive, include_diagonal, need_a, need
     return moment, torch.empty_like(moment), *empty
 
 
-@operator
+@operator(SERVES)
 def additive_moments_backward(
     grad_j: Tensor, grad_l: Tensor, a: Tensor, b: Tensor, w: Tensor, ga: Tensor, gb: Tensor, gw: Tensor,
     activation: str, slope: float, first_positive: int, need_a: bool, need_b: bool, need_w: bool,
@@ -96,12 +98,11 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_j, grad_l, *_):
-    moment = ctx.saved_tensors[0].new_empty((), dtype=_sums(ctx.saved_tensors[0]))
+    saved = ctx.saved_tensors
+    moment = saved[0].new_empty((), dtype=_sums(saved[0]))
     grad_j, grad_l = or_zeros((grad_j, grad_l), (moment, moment))
     needs = [wanted and had for wanted, had in zip(ctx.needs_input_grad[:3], ctx.computed, strict=True)]
-    grads = additive_moments_backward(
-        grad_j, grad_l, *ctx.saved_tensors, ctx.activation, ctx.slope, ctx.first_positive, *needs
-    )
+    grads = additive_moments_backward(grad_j, grad_l, *saved, ctx.activation, ctx.slope, ctx.first_positive, *needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 8
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from cibr_kernels.dispatch import backends
 from cibr_kernels.dispatch.library import operator
 
+SERVES = "an estimate with a concat critic"
+
 
 def additive_scores(
     a: Tensor,  # (n, h)
@@ -32,7 +34,7 @@ def additive_scores(
     return additive_scores_forward(a.contiguous(), b.contiguous(), w.contiguous(), activation, slope, backend)
 
 
-@operator
+@operator(SERVES)
 def additive_scores_forward(a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, backend: str) -> Tensor:
     """-> scores (n, m)."""
     return backends.run("additive_scores", "forward", backend, (a, b, w), a, b, w, activation, slope)
@@ -44,7 +46,7 @@ def _(a, b, w, activation, slope, backend):
     return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
 
 
-@operator
+@operator(SERVES)
 def additive_scores_backward(
     grad: Tensor, a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, need_a: bool, need_b: bool,
     need_w: bool, backend: str,

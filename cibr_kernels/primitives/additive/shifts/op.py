@@ -15,6 +15,8 @@ from torch import Tensor
 from cibr_kernels.dispatch import backends
 from cibr_kernels.dispatch.library import operator
 
+SERVES = "an estimate with a concat critic and k partners"
+
 
 def additive_shifts(
     a: Tensor,  # (n, h)
@@ -35,7 +37,7 @@ def additive_shifts(
     return additive_shifts_forward(a.contiguous(), b.contiguous(), w.contiguous(), first, k, activation, slope, backend)
 
 
-@operator
+@operator(SERVES)
 def additive_shifts_forward(
     a: Tensor, b: Tensor, w: Tensor, first: int, k: int, activation: str, slope: float, backend: str
 ) -> Tensor:
@@ -49,7 +51,7 @@ def _(a, b, w, first, k, activation, slope, backend):
     return a.new_empty((k, a.shape[0]), dtype=dtype)
 
 
-@operator
+@operator(SERVES)
 def additive_shifts_backward(
     grad: Tensor, a: Tensor, b: Tensor, w: Tensor, first: int, k: int, activation: str, slope: float,
     need_a: bool, need_b: bool, need_w: bool, backend: str,

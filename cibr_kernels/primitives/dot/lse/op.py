@@ -22,6 +22,8 @@ from cibr_kernels import checks
 from cibr_kernels.dispatch import backends, native_call
 from cibr_kernels.dispatch.library import operator, or_zeros
 
+SERVES = "clip_loss, or an estimate with a separable critic"
+
 _STASH_BYTES = 64 * 2**20
 
 
@@ -79,7 +81,7 @@ def dot_lse(
     return (rows, cols, positives, *maxima) if need_max else (rows, cols, positives)
 
 
-@operator
+@operator(SERVES)
 def dot_lse_forward(
     x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int,
     mask_positives: bool, need_cols: bool, need_max: bool, budget: int, backend: str,
@@ -114,7 +116,7 @@ def _stash(x: Tensor, y: Tensor, budget: int, backend: str, allocate: Callable[.
     return allocate(shape if fits else (0,), dtype=dtype, device=x.device)
 
 
-@operator
+@operator(SERVES)
 def dot_lse_backward(
     g_rows: Tensor,
     g_cols: Tensor,
@@ -179,10 +181,11 @@ def _setup(ctx, inputs, output) -> None:
 
 def _backward(ctx, g_rows, g_cols, g_positives, *_):
     need_x, need_y, need_scale = ctx.needs_input_grad[:3]
-    gradients = or_zeros((g_rows, g_cols, g_positives), ctx.saved_tensors[5:8])
+    saved = ctx.saved_tensors
+    gradients = or_zeros((g_rows, g_cols, g_positives), saved[5:8])
     # dscale comes from <x, dx> or <y, dy>: one of the two is computed for it
     dx, dy, dscale = dot_lse_backward(
-        *gradients, *ctx.saved_tensors, ctx.first_positive, ctx.mask_positives, need_x or not need_y, need_y,
+        *gradients, *saved, ctx.first_positive, ctx.mask_positives, need_x or not need_y, need_y,
         ctx.backend,
     )  # fmt: skip
     return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, *(None,) * 8

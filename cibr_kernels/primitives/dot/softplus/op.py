@@ -20,6 +20,8 @@ from cibr_kernels import checks
 from cibr_kernels.dispatch import backends
 from cibr_kernels.dispatch.library import operator, or_zeros
 
+SERVES = "siglip_loss, or a js or smile estimate with a separable critic"
+
 
 def dot_softplus(
     x: Tensor,  # (n, d)
@@ -92,7 +94,7 @@ def _run(
     )  # fmt: skip
 
 
-@operator
+@operator(SERVES)
 def dot_softplus_total(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_weights: Tensor, col_weights: Tensor | None,
     row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int, attract: bool, need_dx: bool, need_dy: bool,
@@ -133,7 +135,7 @@ def _(
     return new(()), new((x.shape[0],)), new((0 if col_weights is None else y.shape[0],)), dx, dy, new(()), new(())
 
 
-@operator
+@operator(SERVES)
 def dot_softplus_scale(
     g: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_weights: Tensor, col_weights: Tensor | None,
     gradients: list[Tensor], needed: list[bool],
@@ -168,7 +170,7 @@ def _backward_total(ctx, g, *_):
 dot_softplus_total.register_autograd(_backward_total, setup_context=_setup_total)
 
 
-@operator
+@operator(SERVES)
 def dot_softplus_forward(
     x: Tensor,
     y: Tensor,
@@ -193,7 +195,7 @@ def _(x, y, scale, bias, row_ids, col_ids, first_positive, attract, need_cols, b
     return scale.new_empty((x.shape[0],)), scale.new_empty((y.shape[0] if need_cols else 0,))
 
 
-@operator
+@operator(SERVES)
 def dot_softplus_backward(
     g_rows: Tensor, g_cols: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_ids: Tensor | None,
     col_ids: Tensor | None, first_positive: int, attract: bool, need_dx: bool, need_dy: bool, backend: str,
