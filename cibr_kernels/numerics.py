@@ -1,6 +1,8 @@
-"""Two lines of arithmetic that losses, estimators and references share."""
+"""A few lines of arithmetic that losses, estimators and references share."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -14,3 +16,10 @@ def promote(t: Tensor) -> Tensor:
 def softplus(t: Tensor) -> Tensor:
     """log(1 + exp t); F.softplus stops being exact at 20."""
     return torch.logaddexp(t, torch.zeros_like(t))
+
+
+def log_count(count: int, like: Tensor) -> Tensor | float:
+    """log of a number of rows or pairs.  Compilers know it as a symbol, of which math.log would make a constant."""
+    if torch.compiler.is_compiling():
+        return torch.full((), count, dtype=torch.float64, device=like.device).log().to(like.dtype)
+    return math.log(count)

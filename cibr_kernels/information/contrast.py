@@ -10,8 +10,6 @@ separable one the passes of `dot_lse` or `dot_softplus`, any other critic panels
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -24,7 +22,7 @@ from cibr_kernels.information.pairs import Pairs
 from cibr_kernels.information.panels import dot_clamped, general_sums
 from cibr_kernels.information.sampled import sampled_scores
 from cibr_kernels.information.scores import additive_contrast
-from cibr_kernels.numerics import softplus
+from cibr_kernels.numerics import log_count, softplus
 from cibr_kernels.primitives.dot.lse.op import dot_lse
 from cibr_kernels.primitives.dot.softplus.op import dot_softplus
 
@@ -46,7 +44,7 @@ def contrast(pairs: Pairs, estimator: str, *, tau: float = 5.0) -> Tensor:
         loss = merge.mean(loss.expand(shards.local), shards)
     if estimator == "infonce":
         columns = 1 + pairs.negatives.k if not isinstance(pairs.negatives, str) else pairs.columns
-        return math.log(columns) - loss
+        return log_count(columns, loss) - loss
     if estimator == "js":
         return -loss
     with torch.no_grad():
@@ -58,7 +56,8 @@ def contrast(pairs: Pairs, estimator: str, *, tau: float = 5.0) -> Tensor:
 def _log_mean_exp(clamped: Tensor, pairs: Pairs) -> Tensor:
     if isinstance(pairs.negatives, str):
         return log_mean_exp_of_rows(clamped, pairs)
-    return (clamped.double().logsumexp(0) - math.log(len(clamped) * pairs.negatives.k)).to(clamped.dtype)
+    clamped64 = clamped.double()
+    return (clamped64.logsumexp(0) - log_count(clamped.shape[0] * pairs.negatives.k, clamped64)).to(clamped.dtype)
 
 
 def _all(pairs: Pairs, kind: str, clamp: float | None) -> Parts:
@@ -151,7 +150,7 @@ def _sampled(pairs: Pairs, kind: str, clamp: float | None) -> Parts:
     clamped = others.new_empty(0) if clamp is None else others.detach().clamp(-clamp, clamp).logsumexp(0)
     if kind == "infonce":
         return softplus(others.logsumexp(0) - positives).mean(), positives, clamped
-    return _js(positives, softplus(others).sum(0), len(others)), positives, clamped
+    return _js(positives, softplus(others).sum(0), others.shape[0]), positives, clamped
 
 
 def _js(positives: Tensor, sums: Tensor, per_row: int) -> Tensor:

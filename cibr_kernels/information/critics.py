@@ -104,6 +104,8 @@ def check(critic: Any, arguments: int) -> None:
         hasattr(critic, name) for name in ("additive_parts", "dot_parts", "pair_parts", "paired", "pairwise")
     ):
         return
+    if torch.compiler.is_compiling():
+        return  # signatures cannot be traced
     try:
         inspect.signature(critic.forward if isinstance(critic, torch.nn.Module) else critic).bind(*(None,) * arguments)
     except (TypeError, ValueError):

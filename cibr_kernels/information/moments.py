@@ -9,7 +9,6 @@ critics are called on panels of rows (`critic_scores/critics.py`).
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from cibr_kernels.information.negatives import Shifts as Shifts
 from cibr_kernels.information.pairs import Pairs, agree
 from cibr_kernels.information.panels import general_sums
 from cibr_kernels.information.sampled import sampled_scores
+from cibr_kernels.numerics import log_count
 from cibr_kernels.primitives.additive.moments.op import additive_moments
 from cibr_kernels.primitives.log_mean_exp.op import log_mean_exp
 
@@ -109,4 +109,5 @@ def log_mean_exp_of_rows(rows: Tensor, pairs: Pairs) -> Tensor:
     In float64, O(n): L is often near 0, where the logarithm of the sum less that of the count cancels.
     """
     per_row = pairs.columns - (0 if pairs.include else 1)
-    return (rows.double().logsumexp(0) - math.log(rows.shape[0] * per_row)).to(rows.dtype)
+    rows64 = rows.double()
+    return (rows64.logsumexp(0) - log_count(rows.shape[0] * per_row, rows64)).to(rows.dtype)

@@ -87,5 +87,6 @@ def check_partners(negatives: Negatives, n: int, world: int) -> None:
 def order(negatives: Derangement | Permutation, n: int, device: torch.device) -> torch.Tensor:
     """(n,) int64, a random order of n rows."""
     generator = negatives.generator
-    place = device if generator is None else generator.device
-    return torch.randperm(n, generator=generator, device=place).to(device)
+    if generator is None:  # not passed on: compilers refuse one beside a symbolic size
+        return torch.randperm(n, device=device)
+    return torch.randperm(n, generator=generator, device=generator.device).to(device)

@@ -93,7 +93,7 @@ def agree(
     pairs = Pairs(x, z, marginals, critic, negatives, diagonal == "include", agreement.shards, strategy, backend)
     if pairs.columns < 2:
         raise ValueError(f"{op} needs at least 2 rows: one pair has no negatives, got 1")
-    rows, world = (len(x), 1) if pairs.shards is None else (pairs.shards.total, pairs.shards.world)
+    rows, world = (x.shape[0], 1) if pairs.shards is None else (pairs.shards.total, pairs.shards.world)
     check_partners(negatives, rows, world)
     return pairs
 

@@ -8,7 +8,7 @@ gradients.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,11 @@ def panel_rows(bytes_per_row: int, n: int, least: int = 1) -> int:
     return max(1, min(n, max(least, stash_budget() // bytes_per_row)))
 
 
+def in_panels(t: Tensor, rows: int) -> Sequence[Tensor]:
+    """t (n, .) in panels.  One that holds all is t itself: a compiled graph of it serves any n that fits."""
+    return (t,) if rows >= t.shape[0] else t.split(rows)
+
+
 def recomputed(f: Callable[..., Tensor], *tensors: Tensor, random: bool) -> Tensor:
     """f(*tensors), whose intermediate results are made again in the backward.  random: f may draw random numbers."""
     if not torch.is_grad_enabled():
@@ -36,7 +41,7 @@ def row_sums(kind: str, scores: Tensor, column: int, include: bool) -> tuple[Ten
 
     kind: "lse", log-sum-exp, or "softplus".  The positives take part with `include`.
     """
-    positives = scores.diagonal(column)[: len(scores)]
+    positives = scores.diagonal(column)[: scores.shape[0]]
     off = scores if include else scores.masked_fill(_diagonal(scores, column), -math.inf)
     return positives, off.logsumexp(1) if kind == "lse" else softplus(off).sum(1)
 
@@ -46,7 +51,7 @@ def log_sum_clamped(scores: Tensor, column: int, include: bool, tau: float) -> T
     """(p, m) -> (p,): log-sum-exp of each row's scores clamped to [-tau, tau], the positives among them or not."""
     clamped = scores.clamp(-tau, tau)
     if not include:
-        clamped.diagonal(column)[: len(scores)].fill_(-math.inf)
+        clamped.diagonal(column)[: scores.shape[0]].fill_(-math.inf)
     return clamped.logsumexp(1)
 
 
@@ -58,7 +63,7 @@ def general_sums(
     rows = panel_rows(right.shape[0] * scored.width * left.itemsize, left.shape[0])
     parts = []
     column = first_positive
-    for here in left.split(rows):
+    for here in in_panels(left, rows):
 
         def panel(here: Tensor, right: Tensor, column: int = column) -> Tensor:
             scores = scored.grid(here, right)
@@ -66,7 +71,7 @@ def general_sums(
             return torch.stack(found if tau is None else (*found, log_sum_clamped(scores, column, include, tau)))
 
         parts.append(recomputed(panel, here, right, random=scored.random))
-        column += len(here)
+        column += here.shape[0]
     sums = torch.cat(parts, 1)
     return sums[0], sums[1], sums[0].new_empty(0) if tau is None else sums[2].detach()
 
@@ -75,10 +80,10 @@ def general_sums(
 def dot_clamped(f: Tensor, g: Tensor, *, first_positive: int, include: bool, tau: float) -> Tensor:
     """f (n, k), g (m, k) -> (n,): log-sum-exp of each row of f g^T, clamped."""
     rows = panel_rows(g.shape[0] * 2 * f.itemsize, f.shape[0], 16)
-    parts = [
-        log_sum_clamped(f[first : first + rows] @ g.T, first_positive + first, include, tau)
-        for first in range(0, len(f), rows)
-    ]
+    parts, column = [], first_positive
+    for here in in_panels(f, rows):
+        parts.append(log_sum_clamped(here @ g.T, column, include, tau))
+        column += here.shape[0]
     return torch.cat(parts)
 
 

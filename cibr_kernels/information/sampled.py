@@ -35,7 +35,7 @@ def sampled_scores(pairs: Pairs) -> Tensor:
 
         def shifted(left: Tensor, right: Tensor, s: int = s, drawn: Tensor | None = drawn) -> Tensor:
             # the partners are taken in here, so that the backward keeps one copy of the columns, not k
-            return scored.paired(left, right.roll(-s, 0)[: len(left)] if drawn is None else right[drawn])
+            return scored.paired(left, right.roll(-s, 0)[: left.shape[0]] if drawn is None else right[drawn])
 
         rows.append(recomputed(shifted, scored.left, scored.right, random=scored.random))
     return torch.stack(rows)

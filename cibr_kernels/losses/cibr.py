@@ -46,7 +46,8 @@ def noisy(
     z = z.double() if z.dtype == torch.float64 else z.float()
     n, d = z.shape
     total, first = (n, 0) if shards is None else (shards.total, shards.offset)
-    noise = torch.randn((total, d), dtype=z.dtype, device=z.device, generator=generator)[first : first + n]
+    drawn: dict[str, Any] = {} if generator is None else {"generator": generator}  # refused beside a symbolic size
+    noise = torch.randn((total, d), dtype=z.dtype, device=z.device, **drawn)[first : first + n]
     return (z + noise_std * noise) * math.sqrt(d)
 
 

@@ -91,7 +91,7 @@ class Groups:
         ordered, order = torch.sort(self.cols, stable=True)
         first = torch.searchsorted(ordered, ordered)
         size = torch.searchsorted(ordered, ordered, right=True) - first
-        starts = first == torch.arange(len(ordered), device=ordered.device)
+        starts = first == torch.arange(ordered.shape[0], device=ordered.device)
         # a group's sum stands at its first place in the order; the places of its other members hold nothing
         lengths = torch.where(starts, size, 0)
         sums = torch.segment_reduce(columns[order], "sum", lengths=lengths, axis=0, unsafe=True)  # checks would wait
@@ -118,10 +118,10 @@ def reduce(losses: Tensor, weights: Tensor | None, reduction: str, shards: Shard
 
 def pair_weights(losses_like: Tensor, weights: Tensor | None, reduction: str, shards: Shards | None) -> Tensor:
     """(n,): what `reduce` multiplies each pair's loss with before it adds them up, for "mean" and "sum"."""
-    world = 1 if shards is None else shards.world
+    world, one = 1 if shards is None else shards.world, losses_like.new_ones(losses_like.shape)
     if reduction == "sum":
-        return losses_like.new_full(losses_like.shape, world) if weights is None else weights * world
+        return (one if weights is None else weights) * world
     if weights is None:
-        return losses_like.new_full(losses_like.shape, world / (len(losses_like) if shards is None else shards.total))
+        return one * (world / (losses_like.shape[0] if shards is None else shards.total))  # a traced size stays one
     total = weights.sum() if shards is None else merge.total(weights.sum(), shards)
     return weights * (world / total)

@@ -7,14 +7,13 @@ One global log-sum-exp of the rows of `dot_lse`: 1 + 3 matmul passes, O((n + m) 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from cibr_kernels.distributed import merge
 from cibr_kernels.distributed.lse import sharded_dot_lse
 from cibr_kernels.distributed.shards import Shards
+from cibr_kernels.numerics import log_count
 from cibr_kernels.primitives.dot.lse.op import dot_lse
 
 
@@ -64,4 +63,5 @@ def _one(f: Tensor) -> Tensor:
 
 def _log_mean_exp(rows: Tensor, pairs: int) -> Tensor:
     """In float64, O(n): L is often near 0, where the logarithm of the sum less that of the count cancels."""
-    return (rows.double().logsumexp(0) - math.log(pairs)).to(rows.dtype)
+    rows64 = rows.double()
+    return (rows64.logsumexp(0) - log_count(pairs, rows64)).to(rows.dtype)

@@ -85,11 +85,14 @@ class Problem:
             extra = None if extra is None else promote(extra)
         options: dict[str, Any] = {"need_max": self.metrics, "backend": self.backend, "need_cols": need_cols}
         if self.groups is not None and not self.several_positives:
-            options |= {"row_ids": self.groups.rows, "col_ids": self.groups.columns(0 if extra is None else len(extra))}
+            options |= {
+                "row_ids": self.groups.rows,
+                "col_ids": self.groups.columns(0 if extra is None else extra.shape[0]),
+            }
         if shards is not None and extra is None:
             return sharded_dot_lse(anchors, candidates, scale, shards, strategy=self.strategy, **options)
         columns = candidates if shards is None else gather(candidates, shards)
-        total, first_positive = len(columns), 0 if shards is None else shards.offset
+        total, first_positive = columns.shape[0], 0 if shards is None else shards.offset
         columns = columns if extra is None else torch.cat([columns, extra])
         rows, cols, positives, *highest = dot_lse(anchors, columns, scale, first_positive=first_positive, **options)
         if need_cols and extra is not None:  # nobody asks for the sums of extra columns
@@ -126,11 +129,11 @@ class Problem:
 
     def _all_candidates(self, way: Direction) -> tuple[Tensor, int]:
         """The sum of all columns' features, (d,), and their number."""
-        total, count = promote(way.candidates).sum(0), len(way.candidates)
+        total, count = promote(way.candidates).sum(0), way.candidates.shape[0]
         if self.shards is not None:
             total, count = merge.vector_total(total, self.shards), self.shards.total
         if way.extra is not None:
-            total, count = total + promote(way.extra).sum(0), count + len(way.extra)
+            total, count = total + promote(way.extra).sum(0), count + way.extra.shape[0]
         return total, count
 
     def _candidate_mean(self, way: Direction, own: Tensor) -> Tensor:

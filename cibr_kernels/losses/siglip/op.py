@@ -74,7 +74,7 @@ def siglip_loss(
     if plain and library.only_autograd_looks_on(image_features, text_features, logit_scale, logit_bias):
         x, y, scale, bias = _inputs(image_features, text_features, logit_scale, logit_bias)
         if backends.takes_native("siglip_loss", backend, x):
-            return plain_loss(x, y, scale, bias, 1 / len(x) if reduction == "mean" else 1.0)
+            return plain_loss(x, y, scale, bias, 1 / x.shape[0] if reduction == "mean" else 1.0)
     options = {
         "strategy": strategy, "group_ids": group_ids is not None and group_mode,
         "image_negatives": image_negatives is not None, "text_negatives": text_negatives is not None,
@@ -109,7 +109,7 @@ def siglip_loss(
         for anchors, negatives in extra:
             if negatives is not None:
                 more, _ = dot_softplus_sums(
-                    anchors, negatives, scale, bias, first_positive=len(negatives), need_cols=False, backend=backend
+                    anchors, negatives, scale, bias, first_positive=negatives.shape[0], need_cols=False, backend=backend
                 )
                 losses = losses + more
         loss = losses if weights is None else losses * weights
@@ -124,7 +124,7 @@ def siglip_loss(
         for anchors, negatives in extra:
             if negatives is not None:
                 loss = loss + dot_softplus(
-                    anchors, negatives, scale, bias, c, first_positive=len(negatives), backend=backend
+                    anchors, negatives, scale, bias, c, first_positive=negatives.shape[0], backend=backend
                 )
     return (loss, _measure(x, y, scale, bias, positives, shards)) if return_metrics else loss
 
@@ -142,7 +142,7 @@ def _measure(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, positives: Tensor, shards: Shards | None
 ) -> dict[str, Tensor]:
     """The mean logits of the positives and of all other pairs of the batch (NaN where there are none)."""
-    total, n = promote(y.detach()).sum(0), len(x)
+    total, n = promote(y.detach()).sum(0), x.shape[0]
     if shards is not None:
         total, n = merge.vector_total(total, shards), shards.total
     sums = (scale * (promote(x) * total).sum(1) + n * bias - positives).detach()

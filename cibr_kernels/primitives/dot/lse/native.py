@@ -12,8 +12,11 @@ _BLOCK = 32  # columns of a block of the stash: csrc/dot/engine.h, kBlock
 
 
 def stash_shape(n: int, m: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
-    """Blocks of 32 columns; bfloat16 for bfloat16 features only, elsewhere it would cost 1e-3 in the gradients."""
-    return ((m + _BLOCK - 1) // _BLOCK, n, _BLOCK), torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    """Blocks of 32 columns, (m / 32, n, 32) in one dimension: compilers tell a size of 1 from others.
+
+    bfloat16 for bfloat16 features only, elsewhere it would cost 1e-3 in the gradients.
+    """
+    return ((m + _BLOCK - 1) // _BLOCK * n * _BLOCK,), torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def groups(row_ids: Tensor | None, col_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
