@@ -54,7 +54,7 @@ def additive_contrast(
     Only the loss has a gradient, in a, b, w and bias.  float32, float64 for float64.  No checks.
     """
     if backend == "reference":
-        return _reference(a, b, w, bias, kind, clamp, activation, slope, offset, include_diagonal)
+        return _reference(a, b, w, bias, kind, clamp, activation, slope, first_positive, include_diagonal)
     grad = torch.is_grad_enabled()
     needs = [grad and t.requires_grad for t in (a, b, w, bias)]
     a, b, w = a.contiguous(), b.contiguous(), w.contiguous()
@@ -67,15 +67,15 @@ def additive_contrast(
 
 def _reference(
     a: Tensor, b: Tensor, w: Tensor, bias: Tensor, kind: str, clamp: float | None, activation: str, slope: float,
-    offset: int, include: bool,
+    first_positive: int, include: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`additive_contrast` by its definition on all n x m scores, with derivatives of every order."""
     scores = additive_scores(a, b, w, activation=activation, slope=slope, backend="reference") + bias
-    clamped = scores.new_empty(0) if clamp is None else log_sum_clamped(scores.detach(), offset, include, clamp)
+    clamped = scores.new_empty(0) if clamp is None else log_sum_clamped(scores.detach(), first_positive, include, clamp)
     if kind == "infonce":
-        positives, rows = row_sums("lse", scores, offset, include=False)
+        positives, rows = row_sums("lse", scores, first_positive, include=False)
         return softplus(rows - positives).mean(), positives.detach(), clamped
-    positives, sums = row_sums("softplus", scores, offset, include)
+    positives, sums = row_sums("softplus", scores, first_positive, include)
     per_row = b.shape[0] if include else b.shape[0] - 1
     return softplus(-positives).mean() + sums.mean() / per_row, positives.detach(), clamped
 
