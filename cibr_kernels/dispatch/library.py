@@ -153,6 +153,11 @@ def or_zeros(gradients: tuple[Tensor | None, ...], like: tuple[Tensor, ...]) -> 
     return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(gradients, like, strict=True))
 
 
+def is_exporting() -> bool:
+    """Under torch.export, whose programs serve every size they were promised (torch 2.7 and later can tell)."""
+    return getattr(torch.compiler, "is_exporting", bool)()
+
+
 def only_autograd_looks_on(*inputs: Any) -> bool:
     """Nobody but autograd, backward, wants to see a call with these inputs."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():

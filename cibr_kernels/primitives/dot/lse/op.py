@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cibr_kernels import checks
-from cibr_kernels.dispatch import backends, native_call
+from cibr_kernels.dispatch import backends, library, native_call
 from cibr_kernels.dispatch.library import operator, or_zeros
 
 SERVES = "clip_loss, or an estimate with a separable critic"
@@ -73,7 +73,7 @@ def dot_lse(
     need_max: two more, the largest l_ij of each sum, (n,) and (m,) ((0,) unless cols are needed), without gradient.
     """
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad)
-    budget = _STASH_BYTES if needs_grad else 0
+    budget = _STASH_BYTES if needs_grad and not library.is_exporting() else 0
     x, y = x.contiguous(), y.contiguous()
     rows, cols, positives, *maxima, _, _ = dot_lse_forward(
         x, y, scale, row_ids, col_ids, first_positive, mask_positives, need_cols, need_max, budget, backend
