@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -31,10 +33,28 @@ def not_transformed(name: str, t: Tensor) -> None:
 
 
 def same_place(**tensors: Tensor) -> None:
-    """All named tensors share one dtype and one device."""
+    """All named tensors share one dtype (TypeError) and one device (ValueError)."""
     (first, a), *rest = tensors.items()
     for name, b in rest:
         if a.dtype != b.dtype or a.device != b.device:
+            error = ValueError if a.dtype == b.dtype else TypeError
+            raise error(f"{first} is {a.dtype} on {a.device} but {name} is {b.dtype} on {b.device}")
+
+
+def one_precision(**tensors: Tensor) -> None:
+    """All named tensors are float64 or none is (TypeError), on one device (ValueError)."""
+    (first, a), *rest = tensors.items()
+    for name, b in rest:
+        if (a.dtype == torch.float64) != (b.dtype == torch.float64):
+            raise TypeError(f"{first} is {a.dtype} but {name} is {b.dtype}: float64 goes with float64 only")
+    same_device(**tensors)
+
+
+def same_device(**tensors: Tensor) -> None:
+    """All named tensors are on one device."""
+    (first, a), *rest = tensors.items()
+    for name, b in rest:
+        if a.device != b.device:
             raise ValueError(f"{first} is {a.dtype} on {a.device} but {name} is {b.dtype} on {b.device}")
 
 
@@ -52,6 +72,25 @@ def same_width(**tensors: Tensor) -> None:
     for name, b in rest:
         if a.shape[1] != b.shape[1]:
             raise ValueError(f"{first} has width {a.shape[1]} but {name} has width {b.shape[1]}")
+
+
+def width(name: str, t: Tensor, expected: int, made: str) -> None:
+    """`t` (n, .) has the width that the module `made` was made for."""
+    if t.shape[-1] != expected:
+        raise ValueError(f"{name} has width {t.shape[-1]} but {made} was made for {expected}")
+
+
+def number(name: str, value: object) -> None:
+    """`value` is a number and no tensor, which could broadcast."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def usable(t: Tensor) -> Tensor:
+    """`t`, or a copy of it that autograd can save where `t` was made under inference_mode."""
+    if torch.compiler.is_compiling() or not t.is_inference() or torch.is_inference_mode_enabled():
+        return t
+    return t.clone()
 
 
 def scalar(name: str, value: Tensor | float, like: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
     SMILE    J - log mean_ij e^clamp(S_ij, -tau, tau)     the value; its gradient is that of JS
     InfoNCE  mean_i [p_i - log sum_j e^S_ij] + log M      the positive is one of the M columns of its row
 
-Each is a mean over rows.  An additive critic takes one sweep of scores and one of gradients (`critic_scores/op.py`), a
+Each is a mean over rows.  An additive critic takes one sweep of scores and one of gradients (`scores.py`), a
 separable one the passes of `dot_lse` or `dot_softplus`, any other critic panels of rows.
 """
 
@@ -22,7 +22,7 @@ from cibr_kernels.information.pairs import Pairs
 from cibr_kernels.information.panels import dot_clamped, general_sums
 from cibr_kernels.information.sampled import sampled_scores
 from cibr_kernels.information.scores import additive_contrast
-from cibr_kernels.numerics import log_count, softplus
+from cibr_kernels.numerics import log_count, promote, softplus
 from cibr_kernels.primitives.dot.lse.op import dot_lse
 from cibr_kernels.primitives.dot.softplus.op import dot_softplus
 
@@ -31,9 +31,7 @@ Parts = tuple[Tensor, Tensor, Tensor]  # loss (), positives (n,), log-sum-exps o
 
 
 def contrast(pairs: Pairs, estimator: str, *, tau: float = 5.0) -> Tensor:
-    """-> the estimate in nats, (), of all ranks' rows.  tau: SMILE's."""
-    if not tau > 0:
-        raise ValueError(f"SMILE's tau must be positive, got {tau}")
+    """-> the estimate in nats, (), of all ranks' rows.  tau: SMILE's.  No checks; outside of autocast."""
     kind = "infonce" if estimator == "infonce" else "js"
     clamp = tau if estimator == "smile" else None
     sampled = pairs.negatives != "all"
@@ -95,23 +93,16 @@ def _all(pairs: Pairs, kind: str, clamp: float | None) -> Parts:
 
 def _dot(f: Tensor, g: Tensor, pairs: Pairs, kind: str, clamp: float | None) -> Parts:
     """f (n, k), g (m, k)."""
-    n, none = f.shape[0], f.new_empty(0)
+    n, none, one = f.shape[0], f.new_empty(0), promote(f.new_ones(()))
     if kind == "infonce":
         rows, _, positives = dot_lse(
-            f, g, f.new_ones(()), first_positive=pairs.first_positive, need_cols=False, backend=pairs.backend
+            f, g, one, first_positive=pairs.first_positive, need_cols=False, backend=pairs.backend
         )
         return softplus(rows - positives).mean(), positives, none
-    weight = 1 / (n * _per_row(pairs))
-    off = dot_softplus(
-        f,
-        g,
-        f.new_ones(()),
-        f.new_zeros(()),
-        f.new_full((n,), weight),
-        first_positive=pairs.first_positive,
-        backend=pairs.backend,
-    )
-    positives = (f * g[pairs.first_positive : pairs.first_positive + n]).sum(1)
+    weights = one.new_full((n,), 1 / (n * _per_row(pairs)))
+    first = pairs.first_positive
+    off = dot_softplus(f, g, one, one.new_zeros(()), weights, first_positive=first, backend=pairs.backend)
+    positives = (promote(f) * promote(g[first : first + n])).sum(1)
     loss = _dot_js(positives, off, pairs)
     if clamp is None:
         return loss, positives, none
@@ -127,19 +118,19 @@ def _dot_js(positives: Tensor, off: Tensor, pairs: Pairs) -> Tensor:
 def _ring(pairs: Pairs, kind: str) -> Parts:
     """Of a separable critic, whose columns go round."""
     assert pairs.shards is not None
-    f, g = pairs.critic.dot_parts(pairs.x, pairs.z)
-    one, none = f.new_ones(()), f.new_empty(0)
+    f, g = pairs.embedded()
+    one, none = promote(f.new_ones(())), f.new_empty(0)
     if kind == "infonce":
         rows, _, positives = sharded_dot_lse(
             f, g, one, pairs.shards, strategy="ring", need_cols=False, backend=pairs.backend
         )
         return softplus(rows - positives).mean(), positives, none
     # a shard's gradient is made by every rank and scaled by its owner: weights that are those of the whole batch
-    weights = f.new_full((f.shape[0],), 1 / (pairs.shards.total * _per_row(pairs)))
+    weights = one.new_full((f.shape[0],), 1 / (pairs.shards.total * _per_row(pairs)))
     off = sharded_dot_softplus(
-        f, g, one, f.new_zeros(()), weights, None, pairs.shards, strategy="ring", backend=pairs.backend
+        f, g, one, one.new_zeros(()), weights, None, pairs.shards, strategy="ring", backend=pairs.backend
     )
-    positives = (f * g).sum(1)
+    positives = (promote(f) * promote(g)).sum(1)
     return _dot_js(positives, off * (pairs.shards.total / f.shape[0]), pairs), positives, none
 
 

@@ -25,12 +25,13 @@ from torch.distributed import ProcessGroup
 from cibr_kernels import checks
 from cibr_kernels.distributed import merge
 from cibr_kernels.distributed.shards import Agreement, Shards
-from cibr_kernels.information.bounds import BOUNDS, Ema, bound, check_ema
+from cibr_kernels.information import bounds
+from cibr_kernels.information.bounds import BOUNDS, Ema, bound, check_ema, check_options
 from cibr_kernels.information.contrast import CONTRASTS, contrast
 from cibr_kernels.information.gaussian import align, ceb, club, gaussian_log_likelihood
-from cibr_kernels.information.moments import critic_moments
+from cibr_kernels.information.moments import moments
 from cibr_kernels.information.negatives import Negatives
-from cibr_kernels.information.pairs import agree
+from cibr_kernels.information.pairs import Pairs, agree
 
 __all__ = [
     "BOUNDS", "DECOMPOSITIONS", "ESTIMATORS", "MAXIMISED", "Ema", "bound", "conditional_mutual_information",
@@ -41,7 +42,6 @@ MAXIMISED = (*BOUNDS, *CONTRASTS)  # what a critic maximises: the estimators tha
 ESTIMATORS = (*MAXIMISED, "club")
 DECOMPOSITIONS = ("markov", "chain", "joint")
 UNITS = {"nats": 1.0, "bits": 1 / math.log(2)}
-OPTIONS = {"tuba": ("a",), "remine": ("rho", "c"), "smile": ("tau",)}
 
 
 def mutual_information(
@@ -88,22 +88,23 @@ def mutual_information(
     checks.choice("estimator", estimator, ESTIMATORS)
     checks.choice("unit", unit, tuple(UNITS))
     check_ema(estimator, ema)
-    _check_options(estimator, options)
-    if estimator in BOUNDS:
-        j, el = critic_moments(
-            x, z, critic, negatives=negatives, diagonal=diagonal, marginals=marginals, process_group=process_group,
-            strategy=strategy, backend=backend,
-        )  # fmt: skip
-        value = bound(j, el, estimator, ema=ema, **options)
-    else:
-        pairs = agree(
-            "mutual_information", x, z, critic, negatives=negatives, diagonal=diagonal, marginals=marginals,
-            process_group=process_group, strategy=strategy, backend=backend, one_argument=estimator == "club",
-            ring=estimator in ("js", "infonce"), estimator=estimator,
-        )  # fmt: skip
-        with torch.autocast(pairs.x.device.type, enabled=False):
-            value = club(pairs) if estimator == "club" else contrast(pairs, estimator, **options)
+    check_options(estimator, options)
+    pairs = agree(
+        "mutual_information", x, z, critic, negatives=negatives, diagonal=diagonal, marginals=marginals,
+        process_group=process_group, strategy=strategy, backend=backend, one_argument=estimator == "club",
+        ring=estimator not in ("smile", "club"), estimator=estimator,
+    )  # fmt: skip
+    with torch.autocast(pairs.x.device.type, enabled=False):
+        value = estimate(pairs, estimator, ema, options)
     return value if unit == "nats" else value * UNITS[unit]
+
+
+def estimate(pairs: Pairs, estimator: str, ema: Ema | None, options: dict[str, float]) -> Tensor:
+    """-> nats, ().  No checks; outside of autocast."""
+    if estimator in BOUNDS:
+        j, el = moments(pairs)
+        return bounds.value(j, el, estimator, ema=ema, **options)
+    return club(pairs) if estimator == "club" else contrast(pairs, estimator, **options)
 
 
 def conditional_mutual_information(
@@ -141,7 +142,7 @@ def conditional_mutual_information(
 
     unit, process_group: as in `mutual_information`; every rank gets the same estimate.
 
-    Raises ValueError for unknown names, shapes, a missing noise_std or a wrong number of critics.
+    Raises ValueError for unknown names, shapes, a missing noise_std or a wrong number of critics; TypeError for dtypes.
     """
     facts = {"estimator": estimator, "decomposition": decomposition, "negatives": negatives, "diagonal": diagonal}
     with Agreement("conditional_mutual_information", process_group, noise_std=noise_std, **facts) as agreement:
@@ -150,6 +151,7 @@ def conditional_mutual_information(
         for name, t in (("z", z), ("own", own), ("other", other)):
             checks.matrix(name, t)
         checks.same_rows(z=z, own=own, other=other)
+        checks.one_precision(z=z, own=own, other=other)
         if estimator in ("ceb", "align") and (noise_std is None or noise_std <= 0):
             raise ValueError(
                 f"estimator {estimator!r} needs noise_std > 0 (without noise it is infinite), got {noise_std}"
@@ -158,7 +160,8 @@ def conditional_mutual_information(
             checks.same_width(z=z, other=other)
         agreement.describe(z=z, own=own, other=other)
     if estimator in ("ceb", "align") and noise_std is not None:
-        upper = align(z, other, noise_std) if estimator == "align" else ceb(z, other, critics, noise_std)
+        with torch.autocast(z.device.type, enabled=False):
+            upper = align(z, other, noise_std) if estimator == "align" else ceb(z, other, critics, noise_std)
         value = upper.mean() if agreement.shards is None else merge.mean(upper, agreement.shards)
         return value if unit == "nats" else value * UNITS[unit]
     checks.choice("decomposition", decomposition, DECOMPOSITIONS)
@@ -177,11 +180,3 @@ def conditional_mutual_information(
         for (x, y), critic, e in zip(pairs, critics, ema, strict=False)
     ]
     return terms[0] - terms[1] if len(terms) == 2 else terms[0]
-
-
-def _check_options(estimator: str, options: dict[str, float]) -> None:
-    known = OPTIONS.get(estimator, ())
-    for name in options:
-        if name not in known:
-            takes = f"the options {', '.join(known)}" if known else "no options"
-            raise TypeError(f"estimator {estimator!r} takes {takes}, got {name}")

@@ -18,6 +18,7 @@ from cibr_kernels import checks
 from cibr_kernels.distributed import merge
 from cibr_kernels.distributed.shards import Agreement, Shards
 from cibr_kernels.information.pairs import Pairs
+from cibr_kernels.information.wrappers import in_its_dtype
 from cibr_kernels.numerics import promote
 
 
@@ -37,6 +38,7 @@ def gaussian_log_likelihood(
         checks.matrix("x", x)
         checks.matrix("z", z)
         checks.same_rows(x=x, z=z)
+        checks.one_precision(x=x, z=z)
         agreement.describe(x=x, z=z)
     with torch.autocast(x.device.type, enabled=False):
         z = promote(z)
@@ -55,7 +57,7 @@ def club(pairs: Pairs) -> Tensor:
         raise ValueError(
             f"estimator 'club' has all pairs in closed form: negatives must be 'all', got {pairs.negatives!r}"
         )
-    mean, log_std = predicted("critic(x)", pairs.critic, pairs.x, pairs.z, 0.0)
+    mean, log_std = predicted("critic(x)", pairs.critic.called, pairs.x, pairs.z, 0.0)
     var, centre = torch.var_mean(pairs.z, 0, unbiased=False)
     if pairs.shards is not None:
         centre, var = merge.statistics(centre, var, pairs.shards)
@@ -81,16 +83,24 @@ def align(z: Tensor, other: Tensor, noise_std: float) -> Tensor:
 
 def ceb(z: Tensor, other: Tensor, q: Callable[[Tensor], Any], noise_std: float) -> Tensor:
     """KL(N(z, s^2 I) || q(. | other)) -> (n,) nats."""
-    mean, log_std = predicted("q(other)", q, other, z, math.log(noise_std))
-    variance = noise_std**2 + (promote(z) - promote(mean)).square()
+    z = promote(z)
+    mean, log_std = predicted("q(other)", q, promote(other), z, math.log(noise_std))
+    variance = noise_std**2 + (z - mean).square()
     return (log_std - math.log(noise_std) + variance / (2 * torch.exp(2 * log_std)) - 0.5).sum(1)
 
 
 def predicted(name: str, q: Callable[[Tensor], Any], x: Tensor, z: Tensor, log_std: float) -> tuple[Tensor, Tensor]:
-    """q(x) -> mean, log_std, both of z's shape; `log_std` where q has none."""
-    out = q(x)
-    mean, spread = out if isinstance(out, tuple) else (out, torch.full_like(out, log_std))
-    for part in (mean, spread):
+    """q(x) -> mean, log_std, both of z's shape, float32 (float64); `log_std` where q has none.
+
+    A module q gets x in the dtype of its parameters.
+    """
+    out = q(in_its_dtype("x", x, q))
+    parts = out if isinstance(out, tuple) else (out,)
+    if len(parts) > 2 or not all(isinstance(part, Tensor) for part in parts):
+        kinds = ", ".join(type(part).__name__ for part in parts)
+        raise TypeError(f"{name} must be a mean, or a mean and a log_std, got {kinds}")
+    for part in parts:
         if part.shape != z.shape:
             raise ValueError(f"{name} has shape {tuple(part.shape)} but z is {tuple(z.shape)}")
-    return mean, spread
+    mean = promote(parts[0])
+    return mean, promote(parts[1]) if len(parts) == 2 else torch.full_like(mean, log_std)

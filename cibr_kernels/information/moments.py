@@ -4,7 +4,7 @@
 
 A concat critic becomes `additive_moments` of its two projections, or `additive_shifts` for k cyclic shifts; a separable
 one `dot_moments` of its embeddings, or k n dot products in plain PyTorch.  The projections are ordinary matmuls.  Other
-critics are called on panels of rows (`critic_scores/critics.py`).
+critics are called on panels of rows (`critics.py`).
 """
 
 from __future__ import annotations
@@ -73,14 +73,19 @@ def critic_moments(
         process_group=process_group, strategy=strategy, backend=backend,
     )  # fmt: skip
     with torch.autocast(pairs.x.device.type, enabled=False):
-        if pairs.strategy == "ring" and pairs.shards is not None and pairs.negatives == "all":
-            f, g = critic.dot_parts(pairs.x * pairs.health(), pairs.z)
-            return sharded_dot_moments(
-                f, g, pairs.shards, strategy="ring", include_diagonal=pairs.include, backend=backend
-            )
-        j, el = _moments(pairs)
-        j = j * pairs.health()
-        return (j, el) if pairs.shards is None else merge.moments(j, el, pairs.shards)
+        return moments(pairs)
+
+
+def moments(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """(J, L) of all ranks' rows.  No checks; outside of autocast."""
+    if pairs.strategy == "ring" and pairs.shards is not None and pairs.negatives == "all":
+        f, g = pairs.embedded()
+        return sharded_dot_moments(
+            f, g, pairs.shards, strategy="ring", include_diagonal=pairs.include, backend=pairs.backend
+        )
+    j, el = _moments(pairs)
+    j = j * pairs.health()
+    return (j, el) if pairs.shards is None else merge.moments(j, el, pairs.shards)
 
 
 def _moments(pairs: Pairs) -> tuple[Tensor, Tensor]:

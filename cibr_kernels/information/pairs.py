@@ -15,6 +15,9 @@ from cibr_kernels.distributed.lse import STRATEGIES
 from cibr_kernels.distributed.shards import Agreement, Shards
 from cibr_kernels.information import critics
 from cibr_kernels.information.negatives import Negatives, check_negatives, check_partners
+from cibr_kernels.numerics import promote
+
+DIAGONALS = ("exclude", "include")
 
 
 @dataclass
@@ -24,7 +27,7 @@ class Pairs:
     x: Tensor
     z: Tensor
     marginals: Tensor | None  # (q, dz), rows of z that are nobody's positive
-    critic: Any
+    critic: critics.View
     negatives: Negatives
     include: bool  # the diagonal
     shards: Shards | None
@@ -46,6 +49,10 @@ class Pairs:
         """The critic on this rank's rows of x and its own columns; `all_columns` brings the others."""
         z = self.z if self.marginals is None else torch.cat([self.z, self.marginals])
         return critics.family(self.critic, self.x, z, self.backend)
+
+    def embedded(self) -> tuple[Tensor, Tensor]:
+        """f (n, k), g (n, k) of a separable critic, NaN where the input is not finite."""
+        return self.critic.parts(self.x * self.health(), self.z)
 
     def all_columns(self, right: Tensor) -> Tensor:
         """What the critic made of this rank's columns -> of every rank's rows and this rank's marginals."""
@@ -81,16 +88,17 @@ def agree(
         checks.matrix("x", x)
         checks.matrix("z", z)
         checks.same_rows(x=x, z=z)
-        checks.choice("diagonal", diagonal, ("exclude", "include"))
-        _check_options(critic, negatives, marginals, z, strategy, ring)
-        critics.check(critic, 1 if one_argument else 2)
-        x, z = (t if t.dtype == torch.float64 else t.float() for t in (x, z))
-        checks.same_place(x=x, z=z)
+        checks.choice("diagonal", diagonal, DIAGONALS)
+        seen = critics.view(critic)
+        _check_options(seen, negatives, marginals, z, strategy, ring)
+        checks.one_precision(x=x, z=z)
+        x, z = promote(x), promote(z)
         if marginals is not None:
-            marginals = marginals if marginals.dtype == torch.float64 else marginals.float()
-            checks.same_place(z=z, marginals=marginals)
+            checks.one_precision(z=z, marginals=marginals)
+            marginals = promote(marginals)
+        critics.check(seen, x, z, arguments=1 if one_argument else 2)
         agreement.describe(x=x, z=z)
-    pairs = Pairs(x, z, marginals, critic, negatives, diagonal == "include", agreement.shards, strategy, backend)
+    pairs = Pairs(x, z, marginals, seen, negatives, diagonal == "include", agreement.shards, strategy, backend)
     if pairs.columns < 2:
         raise ValueError(f"{op} needs at least 2 rows: one pair has no negatives, got 1")
     rows, world = (x.shape[0], 1) if pairs.shards is None else (pairs.shards.total, pairs.shards.world)
@@ -99,7 +107,7 @@ def agree(
 
 
 def _check_options(
-    critic: Any, chosen: Negatives, marginals: Tensor | None, z: Tensor, strategy: str, ring: bool
+    critic: critics.View, chosen: Negatives, marginals: Tensor | None, z: Tensor, strategy: str, ring: bool
 ) -> None:
     check_negatives(chosen)
     if marginals is not None:
@@ -108,7 +116,7 @@ def _check_options(
         if chosen != "all":
             raise ValueError(f"marginals are further columns of all pairs, got negatives {chosen!r}")
     if strategy == "ring":
-        if not hasattr(critic, "dot_parts"):
+        if critic.form != "dot_parts":
             raise ValueError("strategy 'ring' is for critics with dot_parts (nn.SeparableCritic); others use 'gather'")
         if not ring or marginals is not None:
             raise ValueError("strategy 'ring' has no marginals, and neither smile nor club: use 'gather'")

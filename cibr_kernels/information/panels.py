@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cibr_kernels.information.critics import General
-from cibr_kernels.numerics import softplus
+from cibr_kernels.numerics import promote, softplus
 from cibr_kernels.primitives.dot.lse.op import stash_budget
 
 
@@ -79,6 +79,7 @@ def general_sums(
 @torch.no_grad()
 def dot_clamped(f: Tensor, g: Tensor, *, first_positive: int, include: bool, tau: float) -> Tensor:
     """f (n, k), g (m, k) -> (n,): log-sum-exp of each row of f g^T, clamped."""
+    f, g = promote(f), promote(g)
     rows = panel_rows(g.shape[0] * 2 * f.itemsize, f.shape[0], 16)
     parts, column = [], first_positive
     for here in in_panels(f, rows):

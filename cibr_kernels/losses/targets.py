@@ -36,7 +36,7 @@ def check_ids(group_ids: Tensor | None, like: Tensor) -> Tensor | None:
         kind = group_ids.dtype if isinstance(group_ids, Tensor) else type(group_ids).__name__
         raise TypeError(f"group_ids must be a tensor of integers, got {kind}")
     _same_rows("group_ids", group_ids, like)
-    return group_ids.long().contiguous()
+    return checks.usable(group_ids.long().contiguous())
 
 
 def check_weights(weights: Tensor | None, like: Tensor) -> Tensor | None:

@@ -10,13 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from cibr_kernels.information.moments import Negatives
-from cibr_kernels.losses.cibr import TERMS, agree, cibr_loss
+from cibr_kernels import checks
+from cibr_kernels.distributed.lse import STRATEGIES
+from cibr_kernels.information.estimators import MAXIMISED
+from cibr_kernels.information.negatives import Negatives, check_negatives
+from cibr_kernels.information.pairs import DIAGONALS
+from cibr_kernels.losses.cibr import TERMS, agree, objective
 from cibr_kernels.nn.critics import ConcatCritic
+from cibr_kernels.nn.groups import OnGroup
 from cibr_kernels.nn.statistics import LogEMA, Standardize
 
 
-class CIBRLoss(nn.Module):
+class CIBRLoss(OnGroup):
     """The CIBR objective with its four critics, standardisation of X, noise on Z and warm-up of lambda.
 
     Give `parameters()` to the optimiser in a group of their own, with a learning rate at least twice the encoders' and
@@ -33,8 +38,9 @@ class CIBRLoss(nn.Module):
         process_group, strategy: as in `cibr_loss`.  Statistics, averages and the step then move alike on every rank;
             state that was loaded on one rank has to be loaded on all.
 
+    `.to(torch.bfloat16)` and the like cast the critics; statistics, averages, noise, scores and sums stay float32.
     Warns once per critic when an estimate passes log(n) - 1: there it measures the batch, not the information.
-    Raises ValueError for negative lam, noise or steps.
+    Raises ValueError for unknown names, negative lam, noise or steps.
     """
 
     step: Tensor
@@ -45,7 +51,11 @@ class CIBRLoss(nn.Module):
         negatives: Negatives = "all", diagonal: str = "exclude", ema_decay: float | None = None,
         one_way: bool = False, process_group: ProcessGroup | None = None, strategy: str = "gather",
     ) -> None:  # fmt: skip
-        super().__init__()
+        super().__init__(process_group)
+        checks.choice("estimator", estimator, MAXIMISED)
+        checks.choice("diagonal", diagonal, DIAGONALS)
+        checks.choice("strategy", strategy, STRATEGIES)
+        check_negatives(negatives)
         if min(lam, noise_std, warmup_steps, ramp_steps) < 0:
             raise ValueError(f"must not be negative: {lam=}, {noise_std=}, {warmup_steps=}, {ramp_steps=}")
         if ema_decay is not None and estimator != "mine":
@@ -63,13 +73,18 @@ class CIBRLoss(nn.Module):
         self.ema = None if ema_decay is None else nn.ModuleDict({name: LogEMA(ema_decay) for name in TERMS})
         self.lam, self.noise_std, self.warmup_steps, self.ramp_steps = lam, noise_std, warmup_steps, ramp_steps
         self.estimator, self.negatives, self.diagonal, self.one_way = estimator, negatives, diagonal, one_way
-        self.process_group, self.strategy = process_group, strategy
+        self.strategy = strategy
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._warned: set[str] = set()
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Back to the first step; critics, statistics and averages have their own."""
+        self.step.zero_()
+
     def current_lam(self) -> Tensor:
-        """Lambda at the current training step, a 0-d tensor: 0 in the warm-up, then linear, then `lam`."""
-        grown = (self.step - self.warmup_steps + 1).clamp(min=0) / (self.ramp_steps + 1)
+        """Lambda at the current training step, a 0-d float32: 0 in the warm-up, then linear, then `lam`."""
+        grown = (self.step - self.warmup_steps + 1).clamp(min=0).float() / (self.ramp_steps + 1)
         return self.lam * grown.clamp(max=1.0)
 
     def forward(
@@ -78,25 +93,26 @@ class CIBRLoss(nn.Module):
     ) -> Any:  # fmt: skip
         """-> the loss in nats, or a dictionary of it ("loss") and its parts.
 
-        image_features, text_features: (n, embed_dim) of unit norm; image_inputs (n, image_input_dim), text_inputs
-        (n, text_input_dim).  The dictionary has "loss", "contrastive_loss", "image_cmi", "text_cmi", the four estimates
-        and "lam"; only "loss" carries gradient.  With a process_group "loss" and "contrastive_loss" are this rank's
-        part, whose mean over ranks is the whole batch's; the others are the whole batch's.  In eval mode statistics,
-        averages and the step stand still.
+        image_features, text_features: (n, embed_dim) of unit norm, of one dtype; image_inputs (n, image_input_dim),
+        text_inputs (n, text_input_dim), of any floating dtype.  The dictionary has "loss", "contrastive_loss",
+        "image_cmi", "text_cmi", the four estimates and "lam"; only "loss" carries gradient.  With a process_group
+        "loss" and "contrastive_loss" are this rank's part, whose mean over ranks is the whole batch's; the others are
+        the whole batch's.  In eval mode statistics, averages and the step stand still.
         """
         lam = self.current_lam()
-        shards = agree(
+        options: dict[str, Any] = {
+            "estimator": self.estimator, "negatives": self.negatives,
+            "diagonal": self.diagonal, "one_way": self.one_way, "noise_std": self.noise_std, "strategy": self.strategy,
+        }  # fmt: skip
+        shards, critics = agree(
             "CIBRLoss", self.process_group, image_features, text_features, image_inputs, text_inputs,
-            training=self.training,
+            critics=self.critics, training=self.training, **options,
         )  # fmt: skip
-        loss, parts = cibr_loss(
+        loss, parts = objective(
             image_features, text_features, logit_scale, logit_bias,
             image_inputs=self.standardize_image(image_inputs, shards),
             text_inputs=self.standardize_text(text_inputs, shards),
-            critics=dict(self.critics.items()), lam=lam, noise_std=self.noise_std, estimator=self.estimator,
-            negatives=self.negatives, diagonal=self.diagonal, one_way=self.one_way,
-            ema=None if self.ema is None else dict(self.ema.items()), return_parts=True, process_group=shards,
-            strategy=self.strategy,
+            critics=critics, lam=lam, ema=self.ema, shards=shards, **options,
         )  # fmt: skip
         if self.training:
             self.step += 1

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from cibr_kernels import checks
@@ -16,19 +16,21 @@ from cibr_kernels.distributed.lse import STRATEGIES
 from cibr_kernels.distributed.shards import Agreement, Shards
 from cibr_kernels.losses.clip.op import clip_loss
 from cibr_kernels.losses.siglip.op import siglip_loss
+from cibr_kernels.nn.groups import OnGroup
 
 
-class _OnRanks(nn.Module):
+class _OnRanks(OnGroup):
     """A loss with open_clip's rank and world_size, or a process_group."""
 
     def __init__(self, rank: int, world_size: int, process_group: ProcessGroup | None, strategy: str) -> None:
-        super().__init__()
-        self.rank, self.world_size = rank, world_size
-        self.process_group, self.strategy = process_group, strategy
+        super().__init__(process_group)
+        checks.choice("strategy", strategy, STRATEGIES)
+        self.rank, self.world_size, self.strategy = rank, world_size, strategy
 
     def _group(self) -> ProcessGroup | None:
-        if self.process_group is not None or self.world_size == 1:
-            return self.process_group
+        given = self.process_group
+        if given is not None or self.world_size == 1:
+            return given
         name = type(self).__name__
         if not dist.is_initialized():
             raise ValueError(f"{name} has world_size={self.world_size}, but torch.distributed is not initialised")
@@ -103,7 +105,7 @@ class SigLipLoss(_OnRanks):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-class NTXentLoss(nn.Module):
+class NTXentLoss(OnGroup):
     """NT-Xent, the loss of SimCLR, with the call of `lightly.loss.NTXentLoss`.
 
     A row's positive is its other view; the 2n - 2 rows of other samples, in both views, are its negatives.  Features
@@ -121,12 +123,11 @@ class NTXentLoss(nn.Module):
         self, temperature: float = 0.5, *, gather_distributed: bool = False, process_group: ProcessGroup | None = None,
         strategy: str = "gather",
     ) -> None:  # fmt: skip
-        super().__init__()
+        super().__init__(process_group)
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         checks.choice("strategy", strategy, STRATEGIES)
-        self.temperature, self.gather_distributed = temperature, gather_distributed
-        self.process_group, self.strategy = process_group, strategy
+        self.temperature, self.gather_distributed, self.strategy = temperature, gather_distributed, strategy
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """(n, d) and (n, d), two views of n samples, of one dtype and device -> the loss in nats, a float32 scalar."""

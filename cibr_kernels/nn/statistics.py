@@ -1,63 +1,113 @@
-"""What an objective remembers of the batches it has seen: a moving average and the moments of features."""
+"""What an objective remembers of the batches it has seen: a moving average and the moments of features.
+
+Both ignore a batch with a NaN or an infinity: its own loss is NaN, later ones are not.  Both stay float32 where a
+module is cast to half precision, in which an average would lose its small steps.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from cibr_kernels import checks
 from cibr_kernels.distributed import Shards, merge
+from cibr_kernels.numerics import promote
 
 
-class LogEMA(nn.Module):
+class _Float32Buffers(nn.Module):
+    """A module without parameters whose floating buffers are float32, or float64 after `.double()`, never less."""
+
+    started: Tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        def kept(t: Tensor) -> Tensor:
+            made = fn(t)
+            return t.to(made.device) if made.is_floating_point() and made.itemsize < 4 else made
+
+        return super()._apply(kept, recurse)
+
+    def _register(self, **buffers: Tensor) -> None:
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        for name, t in buffers.items():
+            self.register_buffer(name, t.to(wide))
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Forgets all batches."""
+        raise NotImplementedError
+
+    def _moved(self, name: str, value: Tensor, good: Tensor) -> Tensor:
+        """The buffer, moved to `value` where this batch is `good`, (): decided without waiting for the device."""
+        buffer: Tensor = getattr(self, name)
+        kept = torch.where(good, value, promote(buffer))
+        buffer.copy_(kept)
+        return kept
+
+
+class LogEMA(_Float32Buffers):
     """The log of a moving average of e^L, for MINE's corrected gradient; all in log space, so e^L may overflow.
 
-    log_ema <- log(decay e^log_ema + (1 - decay) e^L): `decay` weighs the old value.  The first L starts it.
-    Called with L it returns the log average, moved by L in training mode only.
+    log_ema <- log(decay e^log_ema + (1 - decay) e^L): `decay` weighs the old value.  The first L starts it; one that is
+    not finite is ignored.  Called with L it returns the log average, moved by L in training mode only.
+    Raises ValueError for a decay outside of [0, 1), and for more than one L.
     """
 
     value: Tensor
-    started: Tensor
 
     def __init__(self, decay: float = 0.99) -> None:
         super().__init__()
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
         self.decay = decay
-        self.register_buffer("value", torch.zeros(()))
-        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+        self._register(value=torch.zeros(()))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forgets all batches."""
+        self.value.zero_()
+        self.started.fill_(False)
 
     def forward(self, el: Tensor) -> Tensor:
-        return self.update(el) if self.training else self.value
+        return self.update(el) if self.training else promote(self.value)
 
     @torch.no_grad()
     def update(self, el: Tensor) -> Tensor:
         """Takes one training batch's L (0-d, nats) in and returns the new log average; call once per optimiser step."""
-        el = el.detach().float()
+        el = checks.scalar("L", el.detach(), self.value)
         log_decay = math.log(self.decay) if self.decay > 0 else float("-inf")
-        moved = torch.logaddexp(self.value + log_decay, el + math.log1p(-self.decay))
-        self.value.copy_(torch.where(self.started, moved, el))
-        self.started.fill_(True)
-        return self.value
+        moved = torch.logaddexp(promote(self.value) + log_decay, el + math.log1p(-self.decay))
+        good = el.isfinite()
+        average = self._moved("value", torch.where(self.started, moved, el), good)
+        self.started.logical_or_(good)
+        return average
 
 
-class Standardize(nn.Module):
+class Standardize(_Float32Buffers):
     """(x - mean) / std by running statistics of the training batches, detached, without learnt parameters.
 
-    The first batch starts the statistics; momentum is the weight of a new batch.  Features that do not vary become 0.
+    The first batch starts the statistics; momentum is the weight of a new batch; one with a number that is not finite
+    (on any rank) is ignored.  Features that do not vary become 0.
+    Raises TypeError and ValueError for what is no (n, dim) of floating numbers.
     """
 
     mean: Tensor
     var: Tensor
-    started: Tensor
 
     def __init__(self, dim: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
-        self.momentum, self.eps = momentum, eps
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("var", torch.ones(dim))
-        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+        self.dim, self.momentum, self.eps = dim, momentum, eps
+        self._register(mean=torch.zeros(dim), var=torch.ones(dim))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forgets all batches."""
+        self.mean.zero_()
+        self.var.fill_(1.0)
+        self.started.fill_(False)
 
     @torch.no_grad()
     def forward(self, x: Tensor, shards: Shards | None = None) -> Tensor:
@@ -65,13 +115,17 @@ class Standardize(nn.Module):
 
         Statistics move in training mode only; with `shards` they are those of the rows of all ranks.
         """
-        x = x.detach().to(torch.promote_types(self.mean.dtype, torch.float32))
+        checks.matrix("x", x)
+        checks.width("x", x, self.dim, "Standardize")
+        mean, var = promote(self.mean), promote(self.var)
+        x = x.detach().to(mean.dtype)
         if self.training:
-            weight = torch.where(self.started, self.momentum, 1.0)
-            var, mean = torch.var_mean(x, 0, unbiased=False)
+            weight = torch.where(self.started, self.momentum, 1.0).to(mean.dtype)
+            new_var, new_mean = torch.var_mean(x, 0, unbiased=False)
             if shards is not None:
-                mean, var = merge.statistics(mean, var, shards)
-            self.mean.lerp_(mean, weight)
-            self.var.lerp_(var, weight)
-            self.started.fill_(True)
-        return (x - self.mean) * (self.var + self.eps).rsqrt()
+                new_mean, new_var = merge.statistics(new_mean, new_var, shards)
+            good = (new_mean + new_var).isfinite().all()
+            mean = self._moved("mean", mean.lerp(new_mean, weight), good)
+            var = self._moved("var", var.lerp(new_var, weight), good)
+            self.started.logical_or_(good)
+        return (x - mean) * (var + self.eps).rsqrt()

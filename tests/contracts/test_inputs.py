@@ -16,6 +16,7 @@ X = torch.randn(6, 4)
 CRITIC = ck.nn.ConcatCritic(4, 4, 8)
 CRITICS = dict.fromkeys(TERMS, CRITIC)
 INPUTS = {"image_inputs": X, "text_inputs": X, "critics": CRITICS}
+SEPARABLE = ck.nn.SeparableCritic(4, 4, 8, 3)
 
 
 def clip(x=X, y=X, scale=5.0, **options):
@@ -30,6 +31,14 @@ def cmi(z=X, own=X, other=X, critics=(CRITIC, CRITIC), **options):
     return lambda: ck.conditional_mutual_information(z, own, other, critics, **options)
 
 
+def mi(x=X, z=X, critic=CRITIC, **options):
+    return lambda: ck.mutual_information(x, z, critic, **options)
+
+
+def objective(x=X, y=X, image_inputs=X, text_inputs=X, **options):
+    return lambda: ck.nn.CIBRLoss(4, 4, 4, hidden=8, **options)(x, y, 5.0, image_inputs, text_inputs)
+
+
 def cibr(x=X, y=X, **options):
     return lambda: ck.cibr_loss(x, y, 5.0, **{**INPUTS, **options})
 
@@ -38,7 +47,7 @@ REFUSED = {
     "clip integer": (clip(X.long()), TypeError, r"image_features must be float32.*got torch.int64"),
     "clip integer text": (clip(y=X.int()), TypeError, r"text_features must be float32.*got torch.int32"),
     "clip list": (clip([1.0]), TypeError, r"image_features must be a tensor, got list"),
-    "clip dtypes": (clip(X.bfloat16()), ValueError, r"image_features is torch.bfloat16 .* text_.* torch.float32"),
+    "clip dtypes": (clip(X.bfloat16()), TypeError, r"image_features is torch.bfloat16 .* text_.* torch.float32"),
     "clip devices": (clip(y=X.to("meta")), ValueError, r"image_features is .* on cpu but text_features is .* on meta"),
     "clip devices, image": (clip(X.to("meta")), ValueError, r"image_features is .* on meta but text_.* on cpu"),
     "clip 1-d": (clip(X[0]), ValueError, r"image_features must be 2-d .* got shape \(4,\)"),
@@ -60,7 +69,27 @@ REFUSED = {
     "moments shape": (moments(z=X[0]), ValueError, r"z must be 2-d .* got shape \(4,\)"),
     "moments empty": (moments(X[:0], X[:0]), ValueError, r"x is empty: shape \(0, 4\)"),
     "moments rows": (moments(X[:5]), ValueError, r"x has 5 rows but z has 6"),
-    "moments dtypes": (moments(X.double()), ValueError, r"x is torch.float64 on cpu but z is torch.float32 on cpu"),
+    "moments dtypes": (moments(X.double()), TypeError, r"x is torch.float64 but z is torch.float32: float64 goes with"),
+    "moments widths": (moments(X[:, :3]), ValueError, r"x has width 3 but the critic was made for 4"),
+    "moments width 1": (moments(z=X[:, :1]), ValueError, r"z has width 1 but the critic was made for 4"),
+    "moments separable width": (moments(X[:, :1], critic=SEPARABLE), ValueError, r"x has width 1 but the critic .* 4"),
+    "moments sampled width": (moments(z=X[:, :3], negatives=ck.shifts(2)), ValueError, r"z has width 3 but .* 4"),
+    "moments queue width": (moments(marginals=X[:, :1]), ValueError, r"z has width 4 but marginals has width 1"),
+    "moments queue dtype": (moments(marginals=X.double()), TypeError, r"z is torch.float32 but marginals is .*float64"),
+    "moments float64": (moments(X.double(), X.double()), TypeError, r"z is torch.float64 but the parameters are .*32"),
+    "moments float32": (
+        moments(critic=ck.nn.SeparableCritic(4, 4, 8, 3).double()), TypeError, r"z is torch.float32 but the .*float64"
+    ),
+    "moments no forward": (moments(critic=torch.nn.Module()), TypeError, r"critic must have .* got Module"),
+    "mi parts": (
+        mi(critic=ck.nn.SeparableCritic.from_maps(torch.nn.Linear(4, 3), torch.nn.Linear(4, 1))), ValueError,
+        r"embed_x gives width 3 but embed_z gives width 1",
+    ),
+    "mi ema": (mi(ema=torch.ones(6)), ValueError, r"ema must have one element, got shape \(6,\)"),
+    "mi option": (mi(estimator="remine", rho=torch.ones(6)), TypeError, r"rho must be a number, got Tensor"),
+    "mi club float64": (
+        mi(X.double(), X.double(), torch.nn.Linear(4, 4), estimator="club"), TypeError, r"is torch.float64 but the par"
+    ),
     "moments devices": (moments(z=X.to("meta")), ValueError, r"x is .* on cpu but z is .* on meta"),
     "moments one row": (moments(X[:1], X[:1]), ValueError, r"at least 2 rows.* got 1"),
     "moments diagonal": (moments(diagonal="skip"), ValueError, r"diagonal is 'skip'; known are 'exclude', 'include'"),
@@ -72,6 +101,13 @@ REFUSED = {
     "shifts 0": (lambda: ck.shifts(0), ValueError, r"k >= 1, got 0"),
     "mi estimator": (lambda: ck.mutual_information(X, X, CRITIC, estimator="no"), ValueError, r"estimator is 'no'"),
     "bound ema": (lambda: ck.bound(X[0, 0], X[0, 0], "nwj", ema=X[0, 0]), ValueError, r"ema corrects .* got .* 'nwj'"),
+    "bound rows": (lambda: ck.bound(X[0], X[0, 0]), ValueError, r"J must have one element, got shape \(4,\)"),
+    "bound ema rows": (lambda: ck.bound(X[0, 0], X[0, 0], ema=X[0]), ValueError, r"ema must have one element"),
+    "bound dtypes": (lambda: ck.bound(X[0, 0].double(), X[0, 0]), TypeError, r"J is torch.float64 but L is .*float32"),
+    "bound numbers": (lambda: ck.bound(1.0, X[0, 0]), TypeError, r"J and L must be tensors, got float and Tensor"),
+    "likelihood dtypes": (
+        lambda: ck.gaussian_log_likelihood(X.double(), X, torch.nn.Linear(4, 4)), TypeError, r"x is .*64 but z is .*32"
+    ),
     "bound estimator": (lambda: ck.bound(X[0, 0], X[0, 0], "ceb"), ValueError, r"estimator is 'ceb'; known are 'mine'"),
     "bound a": (lambda: ck.bound(X[0, 0], X[0, 0], "tuba", a=0.0), ValueError, r"TUBA's a must be positive, got 0.0"),
     "cmi estimator": (cmi(estimator="club"), ValueError, r"estimator is 'club'"),
@@ -79,6 +115,14 @@ REFUSED = {
     "cmi critics": (cmi(critics=(CRITIC,)), ValueError, r"'markov' needs 2 critics, got 1"),
     "cmi rows": (cmi(other=X[:5]), ValueError, r"z has 6 rows but other has 5"),
     "cmi own": (cmi(own=X.long()), TypeError, r"own must be float32"),
+    "cmi dtypes": (cmi(own=X.double()), TypeError, r"z is torch.float32 but own is torch.float64: float64 goes with"),
+    "cmi chain dtypes": (cmi(other=X.double(), decomposition="chain"), TypeError, r"z is .*32 but other is .*64"),
+    "cmi align dtypes": (
+        cmi(other=X.double(), estimator="align", noise_std=1.0), TypeError, r"z is torch.float32 but other is .*float64"
+    ),
+    "cmi ceb parts": (
+        cmi(estimator="ceb", critics=lambda t: [t], noise_std=1.0), TypeError, r"q\(other\) must be a mean.* got list"
+    ),
     "cmi noise": (cmi(estimator="ceb", critics=lambda t: t), ValueError, r"'ceb' needs noise_std > 0 .* got None"),
     "cmi align width": (cmi(other=X[:, :3], estimator="align", noise_std=1.0), ValueError, r"z has .* 4 but other .*3"),
     "cmi ceb": (cmi(estimator="ceb", critics=lambda t: t[1:], noise_std=1.0), ValueError, r"q\(other\) has shape"),
@@ -89,6 +133,33 @@ REFUSED = {
     "cibr inputs": (cibr(image_inputs=X[:5]), ValueError, r"image_features has 6 rows but image_inputs has 5"),
     "cibr integer": (cibr(text_inputs=X.long()), TypeError, r"text_inputs must be float32"),
     "cibr features": (cibr(X[:5], X[:5]), ValueError, r"image_features has 5 rows but image_inputs has 6"),
+    "cibr dtypes": (cibr(X.double(), X.double()), TypeError, r"image_features is .*64 but the parameters are .*32"),
+    "cibr features' dtypes": (cibr(X.bfloat16()), TypeError, r"image_features is .*bfloat16 .* text_.* torch.float32"),
+    "cibr devices": (cibr(image_inputs=X.to("meta")), ValueError, r"image_features is .*cpu but image_inputs .*meta"),
+    "cibr widths": (cibr(X[:, :3], X[:, :3]), ValueError, r"image_features has width 3 but the critic image_own .* 4"),
+    "cibr inputs' width": (cibr(text_inputs=X[:, :1]), ValueError, r"text_inputs has width 1 but .* image_other was"),
+    "cibr lam rows": (cibr(lam=torch.ones(6)), ValueError, r"lam must have one element, got shape \(6,\)"),
+    "cibr noise rows": (cibr(noise_std=torch.ones(4)), TypeError, r"noise_std must be a number, got Tensor"),
+    "cibr ema": (cibr(ema={"image_own": X[0, 0]}), ValueError, r"ema lacks image_other, .* it has image_own"),
+    "cibr ema rows": (cibr(ema=dict.fromkeys(TERMS, X[0])), ValueError, r"ema must have one element"),
+    "cibr one row": (
+        cibr(X[:1], X[:1], image_inputs=X[:1], text_inputs=X[:1]), ValueError, r"cibr_loss needs at least 2 rows"
+    ),
+    "cibr negatives": (cibr(negatives=ck.shifts(6)), ValueError, r"shifts\(6\) needs more than 6 rows, got 6"),
+    "module width 1": (objective(image_inputs=X[:, :1]), ValueError, r"image_inputs has width 1 but .* made for 4"),
+    "module width": (objective(text_inputs=X[:, :3]), ValueError, r"text_inputs has width 3 but .* made for 4"),
+    "module features' width": (objective(X[:, :2], X[:, :2]), ValueError, r"image_features has width 2 but .* for 4"),
+    "module dtypes": (objective(X.double(), X.double()), TypeError, r"image_features is .*64 but the param.*32"),
+    "module mixed": (objective(X.half()), TypeError, r"image_features is .*float16 .* text_features is .*float32"),
+    "module estimator": (objective(estimator="club"), ValueError, r"estimator is 'club'"),
+    "module diagonal": (objective(diagonal="skip"), ValueError, r"diagonal is 'skip'"),
+    "module strategy": (objective(strategy="star"), ValueError, r"strategy is 'star'"),
+    "module negatives": (objective(negatives="one"), ValueError, r"negatives is 'one'"),
+    "loss strategy": (lambda: ck.nn.ClipLoss(strategy="star"), ValueError, r"strategy is 'star'"),
+    "standardize width": (lambda: ck.nn.Standardize(4)(X[:, :1]), ValueError, r"x has width 1 but Standardize .* 4"),
+    "standardize 1-d": (lambda: ck.nn.Standardize(4)(X[0]), ValueError, r"x must be 2-d .* got shape \(4,\)"),
+    "standardize integer": (lambda: ck.nn.Standardize(4)(X.long()), TypeError, r"x must be float32.* got torch.int64"),
+    "average of rows": (lambda: ck.nn.LogEMA()(X[0]), ValueError, r"L must have one element, got shape \(4,\)"),
     "lme integer": (lambda: ck.log_mean_exp(X.long()), TypeError, r"scores must be a floating tensor, got torch.int64"),
     "lme number": (lambda: ck.log_mean_exp(3.0), TypeError, r"scores must be a floating tensor, got float"),
     "lme empty": (lambda: ck.log_mean_exp(X[:0]), ValueError, r"scores is empty: shape \(0, 4\)"),
@@ -152,6 +223,46 @@ def test_log_mean_exp_of_a_bad_score_is_not_finite(isa):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_bad_scale_is_nan_or_refused(value):
     assert ck.clip_loss(X, X, value).isnan()
+
+
+class Wrong(torch.nn.Module):
+    """A critic whose parts, or scores, have shapes that would broadcast."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        setattr(self, form, self.wrong)
+
+    def wrong(self, x, z):
+        if hasattr(self, "dot_parts"):
+            return x[:1], z
+        if hasattr(self, "additive_parts"):
+            return x, z[:, :1], torch.ones(4), torch.ones(()), "relu", 0.0
+        return x[:1, :1]
+
+
+@pytest.mark.parametrize("form", ["additive_parts", "dot_parts", "pairwise", "paired"])
+@pytest.mark.parametrize("negatives", ["all", ck.shifts(2)], ids=str)
+def test_a_critics_shapes_do_not_broadcast(form, negatives):
+    critic = Wrong(form)
+    if form == "pairwise":
+        critic.paired = critic.wrong
+    with pytest.raises(TypeError, match=r"must return shape .*, got .*1"):
+        ck.mutual_information(X[:, :1].expand(6, 4), X, critic, negatives=negatives, estimator="js")
+
+
+def test_an_average_of_several_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"ema must have one element, got shape \(6,\)"):
+        mi(ema=lambda el: torch.ones(6))()
+
+
+@pytest.mark.parametrize("inputs", [{"x": X.half()}, {"text_inputs": X[:, :1]}, {"y": X[:5]}], ids=str)
+def test_refused_input_moves_no_statistics(inputs):
+    loss = ck.nn.CIBRLoss(4, 4, 4, hidden=8, ema_decay=0.9)
+    before = {name: t.clone() for name, t in loss.state_dict().items()}
+    given = {"x": X, "y": X, "scale": 5.0, "image_inputs": X, "text_inputs": X, **inputs}
+    with pytest.raises((TypeError, ValueError)):
+        loss(*given.values())
+    assert all(torch.equal(t, before[name]) for name, t in loss.state_dict().items())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
