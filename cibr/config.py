@@ -124,6 +124,7 @@ class RunConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
         """From one flat dictionary.  Raises UsageError naming the keys that are no options."""
+        values = tuples(values)
         kinds = section_types(values)
         known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
         if unknown := sorted(set(values) - known):
@@ -155,9 +156,9 @@ def section_types(values: Mapping[str, Any]) -> list[type]:
 
 
 def of_kind(kind: type, values: Mapping[str, Any]) -> Any:
-    """The dataclass `kind` from those of `values` that are its fields; lists become tuples."""
+    """The dataclass `kind` from those of `values` that are its fields."""
     names = [field.name for field in dataclasses.fields(kind) if field.name in values]
-    return kind(**{n: tuple(values[n]) if isinstance(values[n], list) else values[n] for n in names})
+    return kind(**{name: values[name] for name in names})
 
 
 def check(options: Any) -> None:
@@ -227,7 +228,12 @@ def read_options(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} must hold one object of options")
-    return {name.replace("-", "_"): value for name, value in values.items()}
+    return tuples({name.replace("-", "_"): value for name, value in values.items()})
+
+
+def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With tuples, which frozen dataclasses hold, for the lists that JSON has."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterable[str]:

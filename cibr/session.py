@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,11 +17,13 @@ from torch import nn
 from cibr import models, objectives
 from cibr.config import RunConfig, differences
 from cibr.data import Batches, Dataset, open_dataset, training_transform
+from cibr.data.stream import Stream
 from cibr.errors import UsageError
 from cibr.models.batch_norm import over_ranks
 from cibr.run import checkpoint
 from cibr.run.clock import Clock
 from cibr.run.ema import Ema
+from cibr.run.journal import Terminal
 from cibr.run.ranks import Ranks
 from cibr.run.sharding import like, shard, whole
 from cibr.stages import make_optimizer
@@ -64,16 +67,19 @@ class Session:
 def prepare(config: RunConfig, found: Path | None, ranks: Ranks) -> Session:
     """Data, model, objective and optimiser, new or as they were at the checkpoint `found`; the same on every rank."""
 
+    terminal = Terminal(sys.stdout)
+
     def say(text: str) -> None:
         if ranks.first:
-            print(text, flush=True)
+            terminal.write(text + "\n")
 
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
     started = time.perf_counter()
     dataset = open_dataset(config.data)
-    say(f"data       {config.data.data}: {len(dataset):,} samples, listed in {time.perf_counter() - started:.1f} s")
+    size = "a stream" if isinstance(dataset, Stream) else f"{len(dataset):,} samples"
+    say(f"data       {config.data.data}: {size}, opened in {time.perf_counter() - started:.1f} s")
     fingerprint = dataset.fingerprint()
     saved = None if found is None else checkpoint.read_about(found)
     if saved is None:
@@ -228,7 +234,8 @@ def description(config: RunConfig, players: Players, batches: Batches, counters:
     device = torch.cuda.get_device_name() if players.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     yield f"device     {device}, {config.run.precision}" + (f", {world} ranks" if world > 1 else "")
     length = f"{config.optim.steps} steps" if config.optim.steps is not None else f"{config.optim.seconds:g} s"
-    batch = f"batches of {config.optim.batch_size}, {batches.steps_per_epoch} an epoch"
+    epoch = "" if batches.steps_per_epoch is None else f", {batches.steps_per_epoch} an epoch"
+    batch = f"batches of {config.optim.batch_size}{epoch}"
     start = f", from step {counters.step} on" if counters.step else ""
     yield f"run        {config.run.out}: {length}, {batch}{start}"
     if config.optim.accumulate > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):

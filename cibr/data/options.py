@@ -14,7 +14,9 @@ class DataOptions:
     """Raises UsageError for values that make no sense."""
 
     data: str = option(
-        "", "KIND:PLACE: emoji:DIR, webdataset:GLOB_OR_URL, csv:FILE, folder:DIR, hf:NAME, features:FILE"
+        "",
+        "KIND:PLACE: emoji:DIR, webdataset:GLOB_OR_URL, csv:FILE, folder:DIR, hf:NAME, features:FILE",
+        changeable=True,
     )
     image_column: str | None = option(None, "column of image paths; default filepath (csv), the image column (hf)")
     caption_column: str | None = option(None, "column of captions; default title (csv), or caption(s) or text (hf)")

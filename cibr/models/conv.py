@@ -79,6 +79,10 @@ class Conv(Tempered):
     def new_recipe(cls, options: ConvOptions, facts: Facts) -> dict[str, Any]:
         if facts.image_width is not None:
             raise UsageError("--model conv takes images, but the data are cached features; --model heads takes those")
+        if not any(True for _ in facts.texts):
+            raise UsageError(
+                "--model conv makes its vocabulary of the captions, which a stream does not tell beforehand"
+            )
         bpe_ids = Vocabulary.of(facts.texts, options.context_length).bpe_ids
         return {**super().new_recipe(options, facts), "bpe_ids": bpe_ids, "unknown": True}
 

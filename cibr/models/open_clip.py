@@ -67,7 +67,7 @@ class OpenClip(Model):
                     self.clip = open_clip.create_model(
                         f"local-dir:{folder}", load_weights=False, pretrained_text=recipe["pretrained_text"]
                     )
-            except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+            except (RuntimeError, OSError, ValueError, KeyError, TypeError, AssertionError) as error:
                 raise UsageError(f"open_clip cannot make {options.model}: {error}") from error
         if hasattr(self.clip, "text_decoder"):
             raise UsageError(f"{options.model} is CoCa, whose captioning loss is not part of any objective here")
@@ -103,7 +103,7 @@ class OpenClip(Model):
         try:
             with quiet():
                 open_clip.load_checkpoint(self.clip, str(path))
-        except (RuntimeError, OSError, ValueError, KeyError) as error:
+        except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as error:
             raise UsageError(f"{path} holds no weights of {self.options.model}: {error}") from error
 
     def encode_image(self, images: Tensor) -> Features:

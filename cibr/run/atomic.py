@@ -66,8 +66,8 @@ def only_writer(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers would hold it, too
+        except (BlockingIOError, PermissionError) as error:
             raise UsageError(
                 f"another process is writing to {directory}; wait for it, or choose another --out"
             ) from error

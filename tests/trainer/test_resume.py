@@ -1,0 +1,326 @@
+"""Runs that are stopped, at whatever moment, and resumed: bit for bit those that were not."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import toyset
+from runs import CIBR, config, flags, log_of, require_same_state, start, state
+
+from cibr.config import RunConfig
+from cibr.errors import UsageError
+from cibr.run import checkpoint
+from cibr.run.atomic import only_writer
+from cibr.run.journal import read_log
+from cibr.train import train
+
+pytestmark = pytest.mark.filterwarnings("ignore:the estimate", "ignore:cibr_kernels")
+FORK = multiprocessing.get_context("fork")  # a new interpreter for every kill would take minutes
+RUN: dict[str, Any] = {**CIBR, "steps": 30, "save_every": 4, "log_every": 3, "keep": 3}  # an epoch has 12 steps
+
+
+def child(settings: RunConfig, *, before: Callable[[], None] = lambda: None, **environment: str) -> BaseProcess:
+    """A process that goes on with the run, and ends with 2 for a UsageError, with 128 + n after signal n."""
+
+    def body() -> None:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        os.environ |= environment
+        try:
+            before()
+            stopped_by = train(settings, resume=True).stopped_by
+        except UsageError as error:
+            Path(settings.run.out, "said.txt").write_text(str(error))
+            os._exit(2)
+        os._exit(0 if stopped_by is None else 128 + stopped_by)
+
+    process = FORK.Process(target=body)
+    process.start()
+    return process
+
+
+def last_step(run: Path) -> int:
+    """Of the log; 0 before it."""
+    try:
+        return max((entry["step"] for entry in read_log(run / "log.jsonl")), default=0)
+    except OSError:
+        return 0
+
+
+def killed_at(run: Path, step: int, processes: list[BaseProcess], delay: float) -> None:
+    """Kills the processes `delay` seconds after the log has come to `step`."""
+    deadline = time.monotonic() + 120
+    while last_step(run) < step and any(p.is_alive() for p in processes) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(delay)
+    for p in processes:
+        p.kill()
+        p.join()
+
+
+def finish(settings: RunConfig, **more: Any) -> None:
+    process = child(settings, **more)
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def require_same_run(run: Path, whole: Path) -> None:
+    require_same_state(run, whole)
+    shown = [[{k: v for k, v in e.items() if k not in TIMES} for e in log_of(r)] for r in (run, whole)]
+    assert shown[0] == shown[1]
+    assert not list((run / "checkpoints").glob(".*.partial-*"))
+
+
+TIMES = ("seconds", "samples_per_second", "share_of_time")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(config(run, **RUN))
+    return run
+
+
+@pytest.mark.parametrize(("workers", "moments"), [(0, 8), (2, 4)])
+def test_killed_at_random_moments(tmp_path: Path, whole: Path, workers: int, moments: int) -> None:
+    rng = random.Random(workers)
+    settings = config(tmp_path / "run", **RUN, workers=workers)
+    for k in range(moments):
+        target = 3 + 27 * k // moments
+        killed_at(tmp_path / "run", target, [child(settings)], rng.random() * 0.1)
+    finish(settings)
+    require_same_run(tmp_path / "run", whole)
+
+
+def two_ranks(settings: RunConfig) -> list[BaseProcess]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [child(settings, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)]
+
+
+def test_two_ranks_killed_at_random_moments(tmp_path: Path) -> None:
+    rng = random.Random(2)
+    for name, moments in (("whole", 0), ("killed", 3)):
+        settings = config(tmp_path / name, **RUN)
+        for k in range(moments):
+            killed_at(tmp_path / name, 3 + 9 * k, two_ranks(settings), rng.random() * 0.1)
+        ranks = two_ranks(settings)
+        for process in ranks:
+            process.join(120)
+            assert process.exitcode == 0
+    require_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("moment", ["sha256", "atomic_directory"])
+def test_killed_during_a_checkpoint(tmp_path: Path, whole: Path, moment: str) -> None:
+    """With the tensors written and nothing else; and with all but the last rename done."""
+
+    def before() -> None:
+        calls, own = [], getattr(checkpoint, moment)
+
+        def die(*given: Any) -> Any:
+            calls.append(given)
+            if len(calls) == 5:
+                if moment == "atomic_directory":  # the third checkpoint, whole but under its working name
+                    os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+                else:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return own(*given)
+
+        setattr(checkpoint, moment, die)
+
+    settings = config(tmp_path / "run", **RUN)
+    process = child(settings, before=before)
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert list((tmp_path / "run" / "checkpoints").glob(".*.partial-*"))
+    finish(settings)
+    require_same_run(tmp_path / "run", whole)
+
+
+def test_a_full_disk_says_so_and_loses_nothing(tmp_path: Path, whole: Path) -> None:
+    """A limit on the size of files stands for it: writing fails in the middle of the tensors."""
+    settings = config(tmp_path / "run", **RUN)
+    first = child(settings)
+    killed_at(tmp_path / "run", 6, [first], 0)
+    kept = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    process = child(settings, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)))
+    process.join(120)
+    assert process.exitcode == 2
+    said = (tmp_path / "run" / "said.txt").read_text()
+    assert "could not be written" in said and "Make room, and --resume goes on" in said
+    assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == kept
+    finish(settings)
+    require_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_with_a_checkpoint(tmp_path: Path, whole: Path, number: int) -> None:
+    settings = config(tmp_path / "run", **RUN)
+    process = child(settings)
+    while last_step(tmp_path / "run") < 3:
+        time.sleep(0.002)
+    os.kill(process.pid or 0, number)
+    process.join(120)
+    assert process.exitcode == 128 + number
+    stopped = checkpoint.read_about(checkpoint.find(tmp_path / "run") or tmp_path)["step"]
+    assert 3 <= stopped < 30
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    finish(config(moved, **RUN))
+    require_same_run(moved, whole)
+
+
+def test_a_terminal_that_goes_away_ends_with_a_checkpoint(tmp_path: Path) -> None:
+    """`cibr train ... | head -1`, with the bar on the pipe too."""
+    options = config(tmp_path / "run", **{**RUN, "steps": 100_000, "log_every": 1}).to_dict()
+    (tmp_path / "run.json").write_text(json.dumps(options))
+    process = start("train", "--config", tmp_path / "run.json", stderr=-2)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(120) == 128 + signal.SIGPIPE
+    assert checkpoint.find(tmp_path / "run") is not None
+
+
+def copy_of(whole: Path, to: Path) -> Path:
+    return Path(shutil.copytree(whole, to))
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for damage in ("a byte", "cut", "gone"):
+        run = copy_of(whole, tmp_path / damage)
+        newest = run / "checkpoints" / "step-00000030"
+        path = newest / "training.safetensors"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        if damage == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(content if damage == "a byte" else content[:-100])
+        assert checkpoint.find(run) == run / "checkpoints" / "step-00000028"
+        assert "step-00000030 is damaged" in capsys.readouterr().err
+        shutil.rmtree(newest)
+        train(config(run, **RUN), resume=True)
+        require_same_run(run, whole)
+
+
+def test_a_half_written_last_line_of_the_log_is_no_harm(tmp_path: Path, whole: Path) -> None:
+    run = copy_of(whole, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "step-00000030")
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"step": 31, "loss": 0.')
+    train(config(run, **RUN), resume=True)
+    require_same_run(run, whole)
+
+
+def test_a_run_can_be_extended_and_told_to_say_more(tmp_path: Path) -> None:
+    """At a constant rate the longer run is the one that was asked for at once; other options are kept."""
+    common = {**RUN, "schedule": "constant"}
+    train(config(tmp_path / "whole", **common))
+    train(config(tmp_path / "run", **{**common, "steps": 14}))
+    longer = config(tmp_path / "run", **{**common, "log_every": 1, "save_every": 9, "keep": 1, "threads": 1})
+    assert train(longer, resume=True).step == 30
+    require_same_state(tmp_path / "run", tmp_path / "whole")
+    assert [entry["step"] for entry in log_of(tmp_path / "run")][-3:] == [28, 29, 30]
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+    with pytest.raises(UsageError, match=r"a resumed run keeps its options, and this one was started with lr = 0.001"):
+        train(config(tmp_path / "run", **{**common, "lr": 0.5}), resume=True)
+
+
+def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    settings = config(tmp_path / "run", **{**RUN, "steps": 100_000})
+    first = child(settings)
+    while last_step(tmp_path / "run") < 3:
+        time.sleep(0.002)
+    with pytest.raises(UsageError, match=r"another process is writing to .*; wait for it"):
+        train(settings, resume=True)
+    assert first.is_alive()
+    first.kill()
+    first.join()
+    with only_writer(tmp_path / "run"):  # which its end has let go
+        pass
+
+
+def test_other_data_are_refused(tmp_path: Path) -> None:
+    data = toyset.build(tmp_path / "toy", size=16)
+    common = {"data": f"emoji:{data}", "steps": 2}
+    train(config(tmp_path / "run", **common))
+    moved = data.rename(tmp_path / "elsewhere")
+    assert train(config(tmp_path / "run", data=f"emoji:{moved}", steps=3), resume=True).step == 3
+    (moved / "framed.tar").unlink()
+    with pytest.raises(UsageError, match=r"is not the data that .* was started with"):
+        train(config(tmp_path / "run", data=f"emoji:{moved}", steps=4), resume=True)
+
+
+def test_others_can_read_checkpoints_and_the_best_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best of the evaluations, by R@1, is not removed with the old ones."""
+    from cibr import train as module
+
+    marks = iter([3.0, 9.0, 4.0, 5.0])
+    monkeypatch.setattr(module, "quality", lambda report: next(marks))
+    old = os.umask(0o077)
+    try:
+        train(config(tmp_path / "run", steps=8, eval_every=2, save_every=2, keep=1, val_data="synthetic:20"))
+    finally:
+        os.umask(old)
+    kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [path.name for path in kept] == ["step-00000004", "step-00000008"]
+    assert json.loads((tmp_path / "run" / "best.json").read_text()) == {"step": 4, "quality": 9.0}
+    assert all(file.stat().st_mode & 0o777 == 0o644 for path in kept for file in path.iterdir())
+
+
+def test_several_ranks_take_the_steps_of_one(tmp_path: Path) -> None:
+    """On two processes, with 9 and 8 rows, as on one; `eps` keeps Adam from making steps of rounding."""
+    common = {**RUN, "steps": 6, "batch_size": 17, "log_every": 1, "eps": 1e-3}
+    train(config(tmp_path / "one", **common))
+    for process in two_ranks(config(tmp_path / "two", **common)):
+        process.join(120)
+        assert process.exitcode == 0
+    for one, other in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        for name in ("loss", "contrastive_loss", "image_own", "text_other", "scale"):
+            assert other[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5), (one["step"], name)
+        assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-4)
+    for key, value in state(tmp_path / "one").items():
+        if value.is_floating_point() and not key.startswith("optimizer."):
+            assert (state(tmp_path / "two")[key] - value).abs().max() < 1e-4, key
+
+
+def test_a_killed_first_save_asks_for_nothing_again(tmp_path: Path) -> None:
+    """config.json is there before the first step, so --resume alone goes on."""
+    settings = config(tmp_path / "run", **RUN)
+    process = child(settings, before=lambda: setattr(checkpoint, "save", lambda *a, **k: os.kill(os.getpid(), 9)))
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL and checkpoint.find(tmp_path / "run") is None
+    done = start("train", "--resume", *flags(out=tmp_path / "run", steps=2, log_every=1))
+    out, err = done.communicate(timeout=120)
+    assert done.returncode == 0, err
+    assert "2 steps in" in out and f"next: cibr evaluate --checkpoint {tmp_path / 'run'}" in out
+
+
+def test_a_rank_that_hangs_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    settings = config(tmp_path / "run", **RUN, rank_timeout=3.0)
+    first, second = two_ranks(settings)
+    while last_step(tmp_path / "run") < 3:
+        time.sleep(0.002)
+    os.kill(second.pid or 0, signal.SIGSTOP)
+    first.join(60)
+    assert first.exitcode not in (0, None)
+    second.kill()
+    second.join()
