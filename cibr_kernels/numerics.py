@@ -1,4 +1,4 @@
-"""A few lines of arithmetic that losses, estimators and references share."""
+"""Lines of arithmetic that operators, losses, estimators and references share."""
 
 from __future__ import annotations
 
@@ -23,3 +23,12 @@ def log_count(count: int, like: Tensor) -> Tensor | float:
     if torch.compiler.is_compiling():
         return torch.full((), count, dtype=torch.float64, device=like.device).log().to(like.dtype)
     return math.log(count)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def round_up(a: int, b: int) -> int:
+    """The least multiple of b that is at least a."""
+    return ceil_div(a, b) * b

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cibr_kernels import checks
 from cibr_kernels.information.wrappers import hooked, in_its_dtype
 from cibr_kernels.numerics import promote
-from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
+from cibr_kernels.primitives.additive.activations import ACTIVATIONS
 
 _METHODS = ("forward", "paired", "pairwise", "score_parts", "pair_parts", "additive_parts", "dot_parts")
 

@@ -1,5 +1,5 @@
-// The activations of an additive critic by number, on every device; ACTIVATIONS of primitives/additive/moments/reference.py has
-// the same order.
+// The activations of an additive critic by number, on every device; CODES of primitives/additive/activations.py has
+// the same.
 #pragma once
 
 #include <cstdint>

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cibr_kernels as ck
+from cibr_kernels.primitives.additive.activations import ACTIVATIONS
 from cibr_kernels.primitives.additive.moments.op import additive_moments
-from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
 from cibr_kernels.primitives.dot.lse.op import dot_lse
 from cibr_kernels.primitives.dot.softplus.op import dot_softplus_sums
 

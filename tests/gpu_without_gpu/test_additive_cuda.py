@@ -13,9 +13,10 @@ from cases import with_gradients
 from plans import emulated
 
 from cibr_kernels.dispatch import backends
+from cibr_kernels.primitives.additive.activations import ACTIVATIONS
 from cibr_kernels.primitives.additive.moments import native
-from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
 from cibr_kernels.primitives.additive.moments.reference import additive_moments as moments_reference
+from cibr_kernels.primitives.additive.problem import MomentsProblem
 from cibr_kernels.primitives.additive.shifts.op import additive_shifts
 
 pytestmark = pytest.mark.skipif(
@@ -86,7 +87,7 @@ def test_only_what_is_needed_is_computed(activation, needs):
         lambda *t: moments_reference(*t, activation, 0.0, 2), a, b, w, weights=(0, 1), dtype=torch.float64
     )
     with emulated("90a") as e:
-        j, el, *gradients = native.forward(a, b, w, activation, 0.0, 2, False, *map(bool, needs))
+        j, el, *gradients = native.forward(MomentsProblem(a, b, w, activation, 0.0, 2, False), tuple(map(bool, needs)))
     for got, truth in zip([j, el], expected[:2], strict=True):
         torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-6)
     for need, got, truth in zip(needs, gradients, expected[2:], strict=True):
@@ -109,14 +110,14 @@ def test_nan_and_infinity_reach_every_output(activation, place, bad):
     tensors = inputs(5, 6, 3)
     tensors[place].view(-1)[1] = bad
     with emulated("90a"):
-        outputs = native.forward(*tensors, activation, 0.5, 1, False, True, True, True)
+        outputs = native.forward(MomentsProblem(*tensors, activation, 0.5, 1, False), (True, True, True))
     assert all(x.isnan().all() for x in outputs)
 
 
 def test_relu_is_flat_at_zero():
     a, b, w = torch.zeros(4, 32), torch.zeros(4, 32), torch.ones(32)  # phi'(0) = 0, as in PyTorch
     with emulated("90a"):
-        _, _, *gradients = native.forward(a, b, w, "relu", 0.0, 0, False, True, True, True)
+        _, _, *gradients = native.forward(MomentsProblem(a, b, w, "relu", 0.0, 0, False), (True, True, True))
     assert not any(g.any() for g in gradients)
 
 

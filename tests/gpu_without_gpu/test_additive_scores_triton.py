@@ -12,8 +12,9 @@ from additive import SLOPES, check_scores, inputs
 from executor import emulated
 from torch import Tensor
 
+from cibr_kernels.primitives.additive.activations import ACTIVATIONS
 from cibr_kernels.primitives.additive.moments import triton as moments
-from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
+from cibr_kernels.primitives.additive.problem import AdditiveProblem
 from cibr_kernels.primitives.additive.scores import triton as backend
 from cibr_kernels.primitives.additive.scores.op import additive_scores
 
@@ -34,8 +35,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def outputs(module, activation: str, grad: Tensor, a: Tensor, b: Tensor, w: Tensor) -> list[Tensor]:
-    how = (activation, SLOPES.get(activation, 0.0))
-    return [module.forward(a, b, w, *how), *module.backward(grad, a, b, w, *how, *ALL)]
+    problem = AdditiveProblem(a, b, w, activation, SLOPES.get(activation, 0.0))
+    return [module.forward(problem), *module.backward(grad, problem, ALL)]
 
 
 def check(capability: int, activation: str, shape: tuple, **options) -> list[str]:

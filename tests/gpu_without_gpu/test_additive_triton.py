@@ -11,8 +11,8 @@ import torch
 from additive import check_moments, inputs
 from executor import emulated
 
+from cibr_kernels.primitives.additive.activations import ACTIVATIONS
 from cibr_kernels.primitives.additive.moments import triton as backend
-from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
 
 GPUS = (80, 90, 100, 120)
 RAGGED, WHOLE = (37, 70, 17, 21), (32, 48, 0, 32)  # n, m, first_positive, h: with blocks of 16, ends or none

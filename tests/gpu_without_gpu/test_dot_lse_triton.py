@@ -16,6 +16,7 @@ from cibr_kernels.dispatch import triton_call
 from cibr_kernels.primitives.dot.lse import reference, triton_configs
 from cibr_kernels.primitives.dot.lse import triton as backend
 from cibr_kernels.primitives.dot.lse.triton_configs import CONFIGS, Config, Configs, Tiles
+from cibr_kernels.primitives.dot.problem import LseGradients, LseProblem, LseSums
 from cibr_kernels.testing import assert_close
 
 CAPABILITIES = (80, 90, 100, 120)
@@ -126,21 +127,10 @@ def run(module, case: Case, x: Tensor, y: Tensor, scale: Tensor, gradients: list
     if case.stash:
         shape, dtype = module.stash_shape(case.n, case.m, x.dtype)
         stash = torch.empty(shape, dtype=dtype)
-    out = module.forward(x, y, scale, *groups, case.first_positive, case.mask, case.cols, case.maxima, stash)
-    grads = module.backward(
-        *gradients,
-        x,
-        y,
-        scale,
-        *groups,
-        *out[:3],
-        out[5],
-        stash,
-        case.first_positive,
-        case.mask,
-        case.need_dx,
-        case.need_dy,
-    )
+    problem = LseProblem(x, y, scale, *groups, case.first_positive, case.mask)
+    out = module.forward(problem, case.cols, case.maxima, stash)
+    sums = LseSums(*out[:3], out[5], stash)
+    grads = module.backward(problem, sums, LseGradients(*gradients), case.need_dx, case.need_dy)
     names = ("rows", "cols", "positives", "row_max", "col_max", "stash_shift", "dx", "dy", "dscale")
     return dict(zip(names, (*out, *grads), strict=True))
 
@@ -309,37 +299,13 @@ def test_float16_keeps_the_digits_of_small_and_large_gradients(size):
     case = RAGGED._replace(scale=2.0)
     x, y, scale, gradients = problem(case, torch.float16)
     with emulated(90):
-        forward = backend.forward(x, y, scale, None, None, case.first_positive, True, True, False, x.new_empty(0))
-        args = (
-            x,
-            y,
-            scale,
-            None,
-            None,
-            *forward[:3],
-            forward[5],
-            x.new_empty(0),
-            case.first_positive,
-            True,
-            True,
-            True,
-        )
-        scaled = backend.backward(*(g * size for g in gradients), *args)
-    weights = [g.double() * size for g in gradients]
-    doubles = [t.double() for t in (x, y, scale, *forward[:3])]
-    truth = reference.backward(
-        *weights,
-        *doubles[:3],
-        None,
-        None,
-        *doubles[3:],
-        forward[5],
-        x.new_empty(0),
-        case.first_positive,
-        True,
-        True,
-        True,
-    )
+        whole = LseProblem(x, y, scale, None, None, case.first_positive, True)
+        rows, cols, positives, _, _, shift = backend.forward(whole, True, False, x.new_empty(0))
+        sums = LseSums(rows, cols, positives, shift, x.new_empty(0))
+        scaled = backend.backward(whole, sums, LseGradients(*(g * size for g in gradients)), True, True)
+    doubles = dataclasses.replace(whole, x=x.double(), y=y.double(), scale=scale.double())
+    exact = LseSums(*(t.double() for t in sums))
+    truth = reference.backward(doubles, exact, LseGradients(*(g.double() * size for g in gradients)), True, True)
     error = (scaled[2] - truth[2]).abs() / truth[2].abs()
     assert error < 2 * torch.finfo(torch.float16).eps, error
 

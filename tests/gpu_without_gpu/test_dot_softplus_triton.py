@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cibr_kernels.dispatch import triton_call
 from cibr_kernels.primitives.dot.lse.triton_configs import Tiles
+from cibr_kernels.primitives.dot.problem import SoftplusProblem
 from cibr_kernels.primitives.dot.softplus import reference
 from cibr_kernels.primitives.dot.softplus import triton as backend
 from cibr_kernels.primitives.dot.softplus.op import dot_softplus, dot_softplus_sums
@@ -85,9 +86,9 @@ def problem(case: Case, dtype: torch.dtype) -> Inputs:
 
 def run(module, case: Case, inputs: Inputs) -> dict[str, Tensor]:
     needs = (case.need_dx and case.weights != "none", case.need_dy and case.weights != "none")
-    return dict(
-        zip(NAMES, module.forward(*inputs.values(), case.first_positive, case.attract, case.cols, *needs), strict=True)
-    )
+    x, y, scale, bias, row_weights, col_weights, row_ids, col_ids = inputs.values()
+    problem = SoftplusProblem(x, y, scale, row_ids, col_ids, case.first_positive, bias, case.attract)
+    return dict(zip(NAMES, module.forward(problem, row_weights, col_weights, case.cols, *needs), strict=True))
 
 
 def double(inputs: Inputs) -> Inputs:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import cibr_kernels as ck
 from cibr_kernels import testing
-from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
+from cibr_kernels.primitives.additive.activations import ACTIVATIONS
 
 N, DX, DZ = 37, 6, 4
 CRITICS = {name: ck.nn.ConcatCritic(DX, DZ, 24, activation=name) for name in ACTIVATIONS}

@@ -190,8 +190,8 @@ FAULTS = [
         "ids of the transpose",
         "dot_owned_groups",
         DOT + "triton.py",
-        "_Pairs(self.col_ids, self.row_ids, -self.first_positive",
-        "_Pairs(self.row_ids, self.col_ids, -self.first_positive",
+        '"own_ids": problem.row_ids, "partner_ids": problem.col_ids',
+        '"own_ids": problem.col_ids, "partner_ids": problem.row_ids',
     ),
     # ---- additive_moments, Triton
     Fault(

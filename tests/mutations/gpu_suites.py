@@ -29,7 +29,11 @@ from torch import Tensor
 
 from cibr_kernels import testing
 from cibr_kernels.dispatch import backends
+from cibr_kernels.primitives.additive.activations import ACTIVATIONS
+from cibr_kernels.primitives.additive.problem import AdditiveProblem, MomentsProblem
+from cibr_kernels.primitives.dot.problem import LseGradients, LseProblem, LseSums, SoftplusProblem
 
+ALL = True, True, True  # gradients
 Case = dict[str, tuple[Tensor, Tensor, dict[str, Any]]]  # output: eager, truth, options of assert_close
 
 
@@ -132,11 +136,10 @@ class Dot(_Checked):
         t = self.inputs(case)
         shape, dtype = launcher.stash_shape(case.n, case.m, case.dtype)
         stash = torch.full(shape if case.stash else (0,), float("nan"), dtype=dtype)
-        inputs, shared = (t["x"], t["y"], t["scale"], *case.ids), (case.first_positive, case.mask)
-        *sums, row_max, col_max, shift = launcher.forward(*inputs, *shared, True, case.groups, stash)
-        grads = launcher.backward(
-            t["g_rows"], t["g_cols"], t["g_positives"], *inputs, *sums, shift, stash, *shared, True, True
-        )
+        problem = LseProblem(t["x"], t["y"], t["scale"], *case.ids, case.first_positive, case.mask)
+        *sums, row_max, col_max, shift = launcher.forward(problem, True, case.groups, stash)
+        gradients = LseGradients(t["g_rows"], t["g_cols"], t["g_positives"])
+        grads = launcher.backward(problem, LseSums(*sums, shift, stash), gradients, True, True)
         maxima = (row_max, col_max) if case.groups else ()
         return dict(zip(self.names(case), (*sums, *maxima, *grads), strict=True))
 
@@ -201,7 +204,8 @@ class Softplus(_Checked):
         ids = [torch.arange(r) % k + (1 << 40) for r, k in ((case.n, 7), (case.m, 9))] if case.ids else [None, None]
         t = [x.to(case.dtype), y.to(case.dtype), torch.tensor(case.scale), torch.tensor(case.bias)]
         t += [torch.rand(case.n), torch.rand(case.m)]
-        return [*(v.double() if double else v for v in t), *ids, case.first_positive, case.attract, True, True, True]
+        x, y, scale, bias, *weights = (v.double() if double else v for v in t)
+        return [SoftplusProblem(x, y, scale, *ids, case.first_positive, bias, case.attract), *weights, True, True, True]
 
     def run(self, fault: Fault | None) -> Iterator[dict[str, Tensor]]:
         with faulty_modules("dot_softplus", fault) as launcher:
@@ -227,8 +231,8 @@ class Softplus(_Checked):
         found: Case = {}
         for name, case in self.cases.items():
             eager, truth = (reference.forward(*self.arguments(case, double)) for double in (False, True))
-            x, y, _, _, u, v, *_ = self.arguments(case, True)
-            products = x @ y.T
+            problem, u, v, *_ = self.arguments(case, True)
+            products = problem.x @ problem.y.T
             exponent = case.scale * products.abs().max().item() + abs(case.bias)
             weight = (u[:, None] + v).sum().item()  # dscale and dbias cancel
             sizes = {"dbias": weight, "dscale": weight * products.abs().mean().item()}
@@ -252,6 +256,10 @@ class AdditiveCase:
     slope: float = 0.2
     include: bool = False
 
+    def problem(self, tensors: list[Tensor], dtype: torch.dtype = torch.float32) -> MomentsProblem:
+        a, b, w = (t.to(dtype) for t in tensors)
+        return MomentsProblem(a, b, w, self.activation, self.slope, self.first_positive, self.include)
+
 
 class _Additive(_Checked):
     cases: dict[str, AdditiveCase]
@@ -268,15 +276,10 @@ class _Additive(_Checked):
 
         found: Case = {}
         for name, case in self.cases.items():
-            tensors, how = (
-                self.inputs(case),
-                (case.activation, case.slope, case.first_positive, case.include, True, True, True),
-            )
-            eager, truth = (
-                reference.forward(*(t.to(d) for t in tensors), *how) for d in (torch.float32, torch.float64)
-            )
+            tensors = self.inputs(case)
+            eager, truth = (reference.forward(case.problem(tensors, d), ALL) for d in (torch.float32, torch.float64))
             t = tensors[0][:, None].double() + tensors[1].double()
-            terms = (reference.ACTIVATIONS[case.activation][0](t, case.slope) * tensors[2]).abs().sum(-1)
+            terms = (ACTIVATIONS[case.activation][0](t, case.slope) * tensors[2]).abs().sum(-1)
             options = {"terms": case.n + case.m + case.h, "exponent": terms.max().item(), "features": torch.float32}
             sizes = terms.mean().item(), math.log(case.n * case.m), 0.0, 0.0, t.abs().max().item()
             for k, e, v, size in zip(("J", "L", "ga", "gb", "gw"), eager, truth, sizes, strict=True):
@@ -294,9 +297,8 @@ class AdditiveTriton(_Additive):
             changes = {"CONFIGS": {"kinked": small, "smooth": small}, "PAD": 16, "PANEL_BYTES": 16 * 80 * 2 * 4}
             with patch.multiple(launcher, **changes):
                 for name, case in self.cases.items():
-                    how = (case.activation, case.slope, case.first_positive, case.include, True, True, True)
                     with emulated(self.capability, edit_ptx=fault.edit_ptx if fault else None):
-                        outputs = launcher.forward(*self.inputs(case), *how)
+                        outputs = launcher.forward(case.problem(self.inputs(case)), ALL)
                     yield {f"{name} {k}": t for k, t in zip(("J", "L", "ga", "gb", "gw"), outputs, strict=True)}
 
 
@@ -310,9 +312,10 @@ class AdditiveScores(_Checked):
 
     @staticmethod
     def outputs(module: Any, case: AdditiveCase, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        inputs, how = [t.to(dtype) for t in _Additive.inputs(case)], (case.activation, case.slope)
+        a, b, w = (t.to(dtype) for t in _Additive.inputs(case))
+        problem = AdditiveProblem(a, b, w, case.activation, case.slope)
         grad = (torch.randn(case.n, case.m, generator=torch.Generator().manual_seed(1)) / case.m).to(dtype)
-        return [module.forward(*inputs, *how), *module.backward(grad, *inputs, *how, True, True, True)]
+        return [module.forward(problem), *module.backward(grad, problem, ALL)]
 
     def run(self, fault: Fault | None) -> Iterator[dict[str, Tensor]]:
         with faulty_modules("additive_scores", fault) as launcher:
@@ -361,9 +364,8 @@ class AdditiveCuda(_Additive):
             unit.write_text(_only_relu(unit.read_text()))
             with patch.object(plans, "CSRC", sources), patch.object(native, "SCORE_BUDGET", 1):
                 for name, case in self.cases.items():
-                    how = (case.activation, case.slope, case.first_positive, case.include, True, True, True)
                     with plans.emulated(self.arch):
-                        outputs = native.forward(*self.inputs(case), *how)
+                        outputs = native.forward(case.problem(self.inputs(case)), ALL)
                     yield {f"{name} {k}": t for k, t in zip(("J", "L", "ga", "gb", "gw"), outputs, strict=True)}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import cibr_kernels as ck
 from cibr_kernels.losses.cibr import TERMS
-from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
+from cibr_kernels.primitives.additive.activations import ACTIVATIONS
 
 N, D, DV, DT = 32, 8, 6, 5
 

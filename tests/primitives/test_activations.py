@@ -17,7 +17,7 @@ from cases import each_isa
 from torch import Tensor
 
 from cibr_kernels import testing
-from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
+from cibr_kernels.primitives.additive.activations import ACTIVATIONS
 from cibr_kernels.primitives.additive.scores.op import additive_scores
 from cibr_kernels.primitives.additive.shifts.op import additive_shifts
 

@@ -11,8 +11,8 @@ import cibr_kernels as ck
 from cibr_kernels.information.dot_moments.op import dot_moments
 from cibr_kernels.information.estimators import BOUNDS
 from cibr_kernels.losses.clip.op import rectangular_clip_loss
+from cibr_kernels.primitives.additive.activations import ACTIVATIONS
 from cibr_kernels.primitives.additive.moments.op import additive_moments
-from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
 from cibr_kernels.primitives.additive.scores.op import additive_scores
 
 WEIGHTS = [(1.0, -1.0), (0.0, 1.0), (1.0, 0.0), (-0.3, 2.1)]

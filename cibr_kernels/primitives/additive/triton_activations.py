@@ -1,6 +1,6 @@
 """Activations and their slopes for Triton kernels: phi(t) and phi'(t), float32, as csrc/additive/activations.h.
 
-Names are those of `additive_moments.reference.ACTIVATIONS`; `slope` is leaky_relu's negative slope and elu's alpha.
+Names are those of `additive.activations.ACTIVATIONS`; `slope` is leaky_relu's negative slope and elu's alpha.
 Powers and quotients are the approximate ones (2 ulp; exp2 flushes subnormals and so needs no guards); where one would
 cancel (elu, tanh, softplus near 0) a polynomial keeps the digits: a critic with small pre-activations loses nothing.
 """

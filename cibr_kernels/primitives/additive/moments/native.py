@@ -5,14 +5,13 @@ On the CPU a and b are read in their dtype and widened a tile at a time; scores,
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from cibr_kernels.dispatch import backends, cuda_call
 from cibr_kernels.dispatch.native_call import DTYPES, call
-from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
+from cibr_kernels.primitives.additive.native import problem_fields, unlike_dtypes
+from cibr_kernels.primitives.additive.problem import MomentsProblem, Needs
 
 SCORE_BUDGET = 256 << 20  # bytes of scores that the CUDA kernels keep at a time; more rows than fit take several panels
 
@@ -21,48 +20,27 @@ def unsupported(*tensors: Tensor) -> str | None:
     """Float32, bfloat16 and float16; on the CPU a and b must share one."""
     if cuda_call.takes(*tensors):
         return cuda_call.unsupported(*tensors)
-    if tensors[0].dtype != tensors[1].dtype:
-        return f"the C++ kernel takes a and b of one dtype, got {tensors[0].dtype} and {tensors[1].dtype}"
-    return backends.native_unsupported(*tensors)
+    return unlike_dtypes(*tensors) or backends.native_unsupported(*tensors)
 
 
-def forward(
-    a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, first_positive: int, include_diagonal: bool,
-    need_a: bool, need_b: bool, need_w: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def forward(problem: MomentsProblem, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> J (), L () float32 and the gradients of L: (n, h), (m, h), (h,) as their inputs, each empty unless needed."""
+    a, w = problem.a, problem.w
+    (n, m, h), (need_a, need_b, need_w) = problem.sizes, needs
     moments = torch.empty(2, dtype=torch.float32, device=a.device)
-    ga, gb, gw = (
-        torch.empty_like(t) if need else t.new_empty(0) for t, need in ((a, need_a), (b, need_b), (w, need_w))
-    )
-    fields: dict[str, Any] = dict(  # noqa: C408
-        a=a,
-        b=b,
-        n=a.shape[0],
-        m=b.shape[0],
-        h=a.shape[1],
-        first_positive=first_positive,
-        include_diagonal=include_diagonal,
-        activation=list(ACTIVATIONS).index(activation),
-        slope=slope,
-        need_a=need_a,
-        need_b=need_b,
-        need_w=need_w,
-        moments=moments,
-        ga=ga,
-        gb=gb,
-    )
+    ga, gb, gw = problem.gradients(needs)
+    fields = problem_fields(problem) | {
+        "first_positive": problem.first_positive, "include_diagonal": problem.include_diagonal, "need_a": need_a,
+        "need_b": need_b, "need_w": need_w, "moments": moments, "ga": ga, "gb": gb,
+    }  # fmt: skip
     if cuda_call.takes(a):
-        found = cuda_call.target(a.device)
-        cuda_call.call(
-            "additive_moments", "AdditiveMomentsCuda", **fields, w=w, gw=gw, dtype=DTYPES[a.dtype],
-            w_dtype=DTYPES[w.dtype], processors=found.processors, score_budget=SCORE_BUDGET,
-        )  # fmt: skip
+        processors = cuda_call.target(a.device).processors
+        types = {"dtype": DTYPES[a.dtype], "w_dtype": DTYPES[w.dtype]}
+        machine = {"processors": processors, "score_budget": SCORE_BUDGET}
+        cuda_call.call("additive_moments", "AdditiveMomentsCuda", **fields, w=w, gw=gw, **types, **machine)
     else:
         wide_gw = gw.float()
-        call(
-            "additive_moments", "AdditiveMoments", a.numel() * b.shape[0], **fields, w=w.float(), gw=wide_gw,
-            features_dtype=DTYPES[a.dtype],
-        )  # fmt: skip
+        types = {"features_dtype": DTYPES[a.dtype]}
+        call("additive_moments", "AdditiveMoments", n * m * h, **fields, w=w.float(), gw=wide_gw, **types)
         gw = wide_gw.to(w.dtype)
     return moments[0].clone(), moments[1].clone(), ga, gb, gw

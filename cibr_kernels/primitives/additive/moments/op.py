@@ -15,7 +15,8 @@ from torch import Tensor
 
 from cibr_kernels.dispatch import backends
 from cibr_kernels.dispatch.library import operator, or_zeros
-from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
+from cibr_kernels.primitives.additive.activations import ACTIVATIONS
+from cibr_kernels.primitives.additive.problem import MomentsProblem
 
 SERVES = "an estimate with a concat critic"
 
@@ -53,10 +54,8 @@ def additive_moments_forward(
     need_a: bool, need_b: bool, need_w: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> J (), L () and the gradients of L: (n, h), (m, h), (h,), each empty unless needed."""
-    return backends.run(
-        "additive_moments", "forward", backend, (a, b, w), a, b, w, activation, slope, first_positive, include_diagonal,
-        need_a, need_b, need_w,
-    )  # fmt: skip
+    problem = MomentsProblem(a, b, w, activation, slope, first_positive, include_diagonal)
+    return backends.run("additive_moments", "forward", backend, problem.tensors, problem, (need_a, need_b, need_w))
 
 
 @additive_moments_forward.register_fake

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from cibr_kernels.dispatch import triton_call
 from cibr_kernels.dispatch.triton_call import unsupported as unsupported
+from cibr_kernels.numerics import ceil_div, round_up
+from cibr_kernels.primitives.additive.problem import MomentsProblem, Needs
 
 PANEL_BYTES = 256 << 20
 KINKED = ("relu", "leaky_relu")  # phi = t phi': gw comes free with ga and gb
@@ -39,12 +41,9 @@ class Config:
 CONFIGS = {"kinked": Config(4, 4, 4), "smooth": Config(8, 1, 1)}  # no spills on sm_80/90/100/120, gfx942, gfx1100
 
 
-def forward(
-    a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, first_positive: int, include_diagonal: bool,
-    need_a: bool, need_b: bool, need_w: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def forward(problem: MomentsProblem, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> J (), L () float32 and the gradients of L: (n, h), (m, h), (h,) as their inputs, each empty unless needed."""
-    sweep = _Sweep(a, b, w, activation, slope, first_positive, include_diagonal, need_a, need_b, need_w)
+    sweep = Sweep(problem, needs)
     sweep.pack()
     for panel in range(sweep.panels):
         sweep.scores(panel)
@@ -54,46 +53,32 @@ def forward(
     return sweep.j, sweep.el, *sweep.finish()
 
 
-class _Sweep:
+class Sweep:
     """The buffers of one call, sized by shapes alone, and its launches."""
 
-    def __init__(
-        self,
-        a: Tensor,
-        b: Tensor,
-        w: Tensor,
-        activation: str,
-        slope: float,
-        first_positive: int,
-        include_diagonal: bool,
-        need_a: bool,
-        need_b: bool,
-        need_w: bool,
-    ) -> None:
-        self.inputs = {"a": a, "b": b, "w": w}
-        (self.n, self.h), self.m = a.shape, b.shape[0]
-        self.activation, self.slope, self.first_positive, self.include = (
-            activation,
-            slope,
-            first_positive,
-            include_diagonal,
-        )
-        self.need_a, self.need_b, self.need_w = need_a, need_b, need_w
-        kinked = activation in KINKED
+    def __init__(self, problem: MomentsProblem, needs: Needs) -> None:
+        self.problem, self.needs = problem, needs
+        self.n, self.m, self.h = problem.sizes
+        need_a, need_b, need_w = needs
+        kinked = problem.activation in KINKED
         self.config = config = CONFIGS["kinked" if kinked else "smooth"]
         self.side_a = need_a or need_w  # the sums over columns, with gw for the smooth activations
         self.side_b = need_b or (need_w and kinked)  # the sums over rows
         self.own_weights = need_w and not kinked
 
         block = config.block
-        self.n_padded, self.m_padded, self.h_padded = _up(self.n, PAD), _up(self.m, PAD), _up(self.h, PAD)
+        self.n_padded, self.m_padded, self.h_padded = (
+            round_up(self.n, PAD),
+            round_up(self.m, PAD),
+            round_up(self.h, PAD),
+        )
         self.rows = _panel_rows(self.n, self.m_padded, self.side_a + self.side_b, block)
-        self.panels = _cdiv(self.n, self.rows)
+        self.panels = ceil_div(self.n, self.rows)
         self.blocks_a, self.blocks_b, self.blocks_h = (
-            _cdiv(self.n, block), _cdiv(self.m, block), _cdiv(self.h, config.block_h),
+            ceil_div(self.n, block), ceil_div(self.m, block), ceil_div(self.h, config.block_h),
         )  # fmt: skip
-        blocks_panel = _cdiv(self.rows, block)
-        processors = triton_call.target(a.device).processors
+        blocks_panel = ceil_div(self.rows, block)
+        processors = triton_call.target(problem.a.device).processors
         self.splits_a = _splits(blocks_panel * self.blocks_h, self.m, processors, config)
         self.splits_b = _splits(self.blocks_b * self.blocks_h, self.rows, processors, config)
 
@@ -114,18 +99,26 @@ class _Sweep:
         self.uw = new(self.blocks_a * self.splits_a * self.h if self.own_weights else 0)
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.inputs["a"].device)
+        return torch.empty(shape, dtype=dtype, device=self.problem.a.device)
 
     def pack(self) -> None:
         """Transposes in float32, for loads of neighbouring columns, and looks for numbers that are not finite."""
         sizes = {"n": self.n, "m": self.m, "width": self.h, "n_padded": self.n_padded, "m_padded": self.m_padded}
-        arguments = {**self.inputs, **self.packed, "bad": self.bad, "typical": self.typical, **sizes}
+        arguments = {
+            "a": self.problem.a,
+            "b": self.problem.b,
+            "w": self.problem.w,
+            **self.packed,
+            "bad": self.bad,
+            "typical": self.typical,
+            **sizes,
+        }
         triton_call.launch(_kernels().pack, self.pack_grid, arguments, {"BLOCK_R": PAD, "BLOCK_H": PAD}, num_warps=8)
 
     def scores(self, panel: int) -> None:
         """S of the panel's pairs, or only what J and L need of them, and the running sum of exponentials."""
-        first, end = self._rows_of(panel)
-        tiles = _cdiv(end - first, self.config.block) * self.blocks_b
+        first, end = self.rows_of(panel)
+        tiles = ceil_div(end - first, self.config.block) * self.blocks_b
         sums = {"positives": self.positives, "tops": self.tops, "totals": self.totals}
         triton_call.launch(
             _kernels().scores,
@@ -137,15 +130,15 @@ class _Sweep:
                 "first": first,
                 "end": end,
                 "m": self.m,
-                "first_positive": self.first_positive,
-                "width_padded": _up(self.h, self.config.unroll),
+                "first_positive": self.problem.first_positive,
+                "width_padded": round_up(self.h, self.config.unroll),
                 "n_padded": self.n_padded,
                 "m_padded": self.m_padded,
-                "slope": self.slope,
+                "slope": self.problem.slope,
             },
             {
-                "ACTIVATION": self.activation,
-                "INCLUDE": self.include,
+                "ACTIVATION": self.problem.activation,
+                "INCLUDE": self.problem.include_diagonal,
                 "KEEP": self.side_a or self.side_b,
                 "BLOCK_I": self.config.block,
                 "BLOCK_J": self.config.block,
@@ -154,7 +147,7 @@ class _Sweep:
             },
             num_warps=self.config.num_warps,
         )
-        pairs = self.n * self.m - (0 if self.include else self.n)
+        pairs = self.n * self.m - (0 if self.problem.include_diagonal else self.n)
         triton_call.launch(
             _kernels().merge, (1,),
             {**sums, "run": self.run, "panel": panel, "tiles": tiles, "n": self.n, "bad": self.bad,
@@ -165,8 +158,8 @@ class _Sweep:
 
     def weigh(self, panel: int) -> None:
         """S of the panel's pairs to their weights, in the panel's unit, in both orders where both are needed."""
-        first, end = self._rows_of(panel)
-        block, stride = self.config.block, _up(end - first, self.config.block)
+        first, end = self.rows_of(panel)
+        block, stride = self.config.block, round_up(end - first, self.config.block)
         triton_call.launch(
             _kernels().weigh, (stride // block * (self.m_padded // block),),
             {"s": self.s, "s_transposed": self.s_transposed, "run": self.run, "panel": panel, "rows_padded": stride,
@@ -176,21 +169,21 @@ class _Sweep:
 
     def gradients(self, panel: int) -> None:
         """Adds the panel's pairs to the unscaled gradients."""
-        first, end = self._rows_of(panel)
-        block, stride = self.config.block, _up(end - first, self.config.block)
+        first, end = self.rows_of(panel)
+        block, stride = self.config.block, round_up(end - first, self.config.block)
         state = {"run": self.run, "panel": panel}
-        here = self.inputs["a"][first:end]
+        here = self.problem.a[first:end]
         if self.side_a:
             self._gradient(
                 self.splits_a,
-                {"x": here, "y": self.inputs["b"], "e": self.s_transposed, "u": self.ua[first * self.h :], **state,
+                {"x": here, "y": self.problem.b, "e": self.s_transposed, "u": self.ua[first * self.h :], **state,
                  "first_block": first // block, "stride": stride, "u_stride": self.n * self.h},
                 {"ADD": False, "WEIGHTS": self.own_weights},
             )  # fmt: skip
         if self.side_b:
             self._gradient(
                 self.splits_b,
-                {"x": self.inputs["b"], "y": here, "e": self.s, "u": self.ub, **state, "first_block": 0,
+                {"x": self.problem.b, "y": here, "e": self.s, "u": self.ub, **state, "first_block": 0,
                  "stride": self.m_padded, "u_stride": self.m * self.h},
                 {"ADD": panel > 0, "WEIGHTS": False},
             )  # fmt: skip
@@ -198,35 +191,32 @@ class _Sweep:
     def _gradient(self, splits: int, arguments: dict[str, Any], constants: dict[str, Any]) -> None:
         rows, others = arguments["x"].shape[0], arguments["y"].shape[0]
         triton_call.launch(
-            _kernels().gradient, (_cdiv(rows, self.config.block), self.blocks_h, splits),
-            {**arguments, "uw": self.uw, "rows": rows, "others": others, "width": self.h, "slope": self.slope},
-            {**constants, "ACTIVATION": self.activation, "SPLITS": splits, "BLOCK_R": self.config.block,
+            _kernels().gradient, (ceil_div(rows, self.config.block), self.blocks_h, splits),
+            {**arguments, "uw": self.uw, "rows": rows, "others": others, "width": self.h, "slope": self.problem.slope},
+            {**constants, "ACTIVATION": self.problem.activation, "SPLITS": splits, "BLOCK_R": self.config.block,
              "BLOCK_H": self.config.block_h, "UNROLL": self.config.unroll_gradient},
             num_warps=self.config.num_warps,
         )  # fmt: skip
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of L, scaled and in their dtypes."""
-        a, b, w = self.inputs.values()
-        ga, gb, gw = (
-            torch.empty_like(t) if need else t.new_empty(0)
-            for t, need in ((a, self.need_a), (b, self.need_b), (w, self.need_w))
-        )
+        (a, b, _), (need_a, need_b, need_w) = self.problem.tensors, self.needs
+        ga, gb, gw = self.problem.gradients(self.needs)
         if not (self.side_a or self.side_b):
             return ga, gb, gw
         blocks = self.blocks_a * self.side_a + self.blocks_b * self.side_b
-        partials = self._new(blocks, self.h) if self.need_w else self._new(0)
+        partials = self._new(blocks, self.h) if need_w else self._new(0)
         triton_call.launch(
             _kernels().finish, (blocks, self.blocks_h),
             {"a": a, "b": b, "ua": self.ua, "ub": self.ub, "uw": self.uw, "ga": ga, "gb": gb, "partials": partials,
              "w_packed": self.packed["w_packed"], "typical": self.typical, "run": self.run, "panels": self.panels,
              "panel_rows": self.rows, "n": self.n, "m": self.m, "width": self.h, "width_padded": self.h_padded},
-            {"SPLITS_A": self.splits_a, "SPLITS_B": self.splits_b, "SIDE_A": self.side_a, "NEED_A": self.need_a,
-             "NEED_B": self.need_b, "FREE_WEIGHTS": self.need_w and not self.own_weights,
+            {"SPLITS_A": self.splits_a, "SPLITS_B": self.splits_b, "SIDE_A": self.side_a, "NEED_A": need_a,
+             "NEED_B": need_b, "FREE_WEIGHTS": need_w and not self.own_weights,
              "OWN_WEIGHTS": self.own_weights, "BLOCK_R": self.config.block, "BLOCK_H": self.config.block_h},
             num_warps=8,
         )  # fmt: skip
-        if self.need_w:
+        if need_w:
             summed = self.blocks_a if self.own_weights else blocks
             triton_call.launch(
                 _kernels().reduce, (self.blocks_h,),
@@ -235,7 +225,7 @@ class _Sweep:
             )  # fmt: skip
         return ga, gb, gw
 
-    def _rows_of(self, panel: int) -> tuple[int, int]:
+    def rows_of(self, panel: int) -> tuple[int, int]:
         return panel * self.rows, min((panel + 1) * self.rows, self.n)
 
 
@@ -249,14 +239,6 @@ def _panel_rows(n: int, m_padded: int, copies: int, block: int) -> int:
 def _splits(blocks: int, others: int, processors: int, config: Config) -> int:
     """Pieces of a gradient's sum over `others` rows: more where the blocks alone would leave processors idle."""
     return max(1, min(config.most_splits, 4 * processors // blocks, others // (2 * config.block)))
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _up(a: int, b: int) -> int:
-    return _cdiv(a, b) * b
 
 
 def _kernels() -> ModuleType:

@@ -9,41 +9,32 @@ from torch import Tensor
 
 from cibr_kernels.dispatch import backends
 from cibr_kernels.dispatch.native_call import DTYPES, call
-from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
+from cibr_kernels.primitives.additive.native import problem_fields, unlike_dtypes
+from cibr_kernels.primitives.additive.problem import AdditiveProblem, Needs
 
 
 def unsupported(*tensors: Tensor) -> str | None:
     """Float32, bfloat16 and float16 on the CPU; a and b must share one."""
-    if tensors[0].dtype != tensors[1].dtype:
-        return f"the C++ kernel takes a and b of one dtype, got {tensors[0].dtype} and {tensors[1].dtype}"
-    return backends.native_unsupported(*tensors)
+    return unlike_dtypes(*tensors) or backends.native_unsupported(*tensors)
 
 
-def _problem(a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float) -> dict[str, Any]:
-    return {
-        "work": a.numel() * b.shape[0],
-        "a": a, "b": b, "w": w.float(), "n": a.shape[0], "m": b.shape[0], "h": a.shape[1],
-        "features_dtype": DTYPES[a.dtype],
-        "activation": list(ACTIVATIONS).index(activation), "slope": slope,
-    }  # fmt: skip
-
-
-def forward(a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float) -> Tensor:
+def forward(problem: AdditiveProblem) -> Tensor:
     """-> S (n, m) float32."""
-    scores = a.new_empty((a.shape[0], b.shape[0]), dtype=torch.float32)
-    call("additive_scores_forward", "AdditiveScores", **_problem(a, b, w, activation, slope), scores=scores)
+    n, m, _ = problem.sizes
+    scores = problem.a.new_empty((n, m), dtype=torch.float32)
+    _call("additive_scores_forward", problem, scores=scores)
     return scores
 
 
-def backward(
-    grad: Tensor, a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, need_a: bool, need_b: bool,
-    need_w: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def backward(grad: Tensor, problem: AdditiveProblem, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
     """grad (n, m) -> da (n, h), db (m, h), dw (h,), each empty unless needed."""
-    da, db = (torch.empty_like(t) if need else t.new_empty(0) for t, need in ((a, need_a), (b, need_b)))
-    dw = torch.empty_like(w, dtype=torch.float32) if need_w else w.new_empty(0)
-    call(
-        "additive_scores_backward", "AdditiveScores", **_problem(a, b, w, activation, slope), grad=grad, ga=da, gb=db,
-        gw=dw,
-    )  # fmt: skip
-    return da, db, dw.to(w.dtype)
+    da, db, _ = problem.gradients(needs)
+    *_, dw = problem.gradients(needs, torch.float32)
+    _call("additive_scores_backward", problem, grad=grad, ga=da, gb=db, gw=dw)
+    return da, db, dw.to(problem.w.dtype)
+
+
+def _call(kernel: str, problem: AdditiveProblem, **fields: Any) -> None:
+    n, m, h = problem.sizes
+    fields |= {"w": problem.w.float(), "features_dtype": DTYPES[problem.a.dtype]}
+    call(kernel, "AdditiveScores", n * m * h, **problem_fields(problem), **fields)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cibr_kernels.dispatch import backends
 from cibr_kernels.dispatch.library import operator
+from cibr_kernels.primitives.additive.problem import AdditiveProblem
 
 SERVES = "an estimate with a concat critic"
 
@@ -37,7 +38,8 @@ def additive_scores(
 @operator(SERVES)
 def additive_scores_forward(a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, backend: str) -> Tensor:
     """-> scores (n, m)."""
-    return backends.run("additive_scores", "forward", backend, (a, b, w), a, b, w, activation, slope)
+    problem = AdditiveProblem(a, b, w, activation, slope)
+    return backends.run("additive_scores", "forward", backend, problem.tensors, problem)
 
 
 @additive_scores_forward.register_fake
@@ -52,9 +54,9 @@ def additive_scores_backward(
     need_w: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """grad (n, m) -> da (n, h), db (m, h), dw (h,) as their inputs, each empty unless needed."""
-    return backends.run(
-        "additive_scores", "backward", backend, (a, b, w), grad, a, b, w, activation, slope, need_a, need_b, need_w
-    )
+    problem = AdditiveProblem(a, b, w, activation, slope)
+    needs = need_a, need_b, need_w
+    return backends.run("additive_scores", "backward", backend, problem.tensors, grad, problem, needs)
 
 
 @additive_scores_backward.register_fake

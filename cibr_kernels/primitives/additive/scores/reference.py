@@ -5,15 +5,16 @@ S_ij = sum_h w_h phi(a_ih + b_jh)
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
+from cibr_kernels.numerics import promote
+from cibr_kernels.primitives.additive.activations import ACTIVATIONS
+from cibr_kernels.primitives.additive.problem import AdditiveProblem, Needs
 
 
 def additive_scores(a: Tensor, b: Tensor, w: Tensor, activation: str = "relu", slope: float = 0.01) -> Tensor:
     """a (n, h), b (m, h), w (h,) -> S (n, m), differentiable in all three."""
-    a, b, w = (t if t.dtype == torch.float64 else t.float() for t in (a, b, w))
+    a, b, w = map(promote, (a, b, w))
     return ACTIVATIONS[activation][0](a[:, None] + b[None], slope) @ w
 
 
@@ -21,20 +22,21 @@ def unsupported(*tensors: Tensor) -> str | None:
     return None
 
 
-def forward(a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float) -> Tensor:
+def forward(problem: AdditiveProblem) -> Tensor:
     """-> S (n, m)."""
-    return additive_scores(a, b, w, activation, slope)
+    return additive_scores(*problem.tensors, problem.activation, problem.slope)
 
 
-def backward(
-    grad: Tensor, a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, need_a: bool, need_b: bool,
-    need_w: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def backward(grad: Tensor, problem: AdditiveProblem, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
     """grad (n, m) -> da (n, h), db (m, h), dw (h,), each empty unless needed."""
-    phi, phi_slope = ACTIVATIONS[activation]
-    t = a.to(grad.dtype)[:, None] + b.to(grad.dtype)[None]  # (n, m, h)
-    weighted = grad[:, :, None] * phi_slope(t, slope)
-    da = (weighted.sum(1) * w).to(a.dtype) if need_a else a.new_empty(0)
-    db = (weighted.sum(0) * w).to(b.dtype) if need_b else b.new_empty(0)
-    dw = (grad[:, :, None] * phi(t, slope)).sum((0, 1)).to(w.dtype) if need_w else w.new_empty(0)
+    need_a, need_b, need_w = needs
+    t = problem.a.to(grad.dtype)[:, None] + problem.b.to(grad.dtype)[None]  # (n, m, h)
+    weighted = grad[:, :, None] * problem.phi.derivative(t, problem.slope)
+    da, db, dw = problem.gradients(needs)
+    if need_a:
+        da.copy_(weighted.sum(1) * problem.w)
+    if need_b:
+        db.copy_(weighted.sum(0) * problem.w)
+    if need_w:
+        dw.copy_((grad[:, :, None] * problem.phi.value(t, problem.slope)).sum((0, 1)))
     return da, db, dw

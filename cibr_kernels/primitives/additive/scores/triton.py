@@ -16,14 +16,16 @@ from torch import Tensor
 
 from cibr_kernels.dispatch import triton_call
 from cibr_kernels.dispatch.triton_call import unsupported as unsupported
+from cibr_kernels.numerics import ceil_div, round_up
 from cibr_kernels.primitives.additive.moments import triton as moments
+from cibr_kernels.primitives.additive.problem import AdditiveProblem, MomentsProblem, Needs
 
 
-def forward(a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float) -> Tensor:
+def forward(problem: AdditiveProblem) -> Tensor:
     """-> S (n, m), float32; a row that is not finite has NaN, all of S if w is not."""
-    (n, h), m = a.shape, b.shape[0]
-    config = moments.CONFIGS["kinked" if activation in moments.KINKED else "smooth"]
-    n_padded, m_padded, h_padded = (moments._up(size, moments.PAD) for size in (n, m, h))
+    (n, m, h), (a, b, w) = problem.sizes, problem.tensors
+    config = moments.CONFIGS["kinked" if problem.activation in moments.KINKED else "smooth"]
+    n_padded, m_padded, h_padded = (round_up(size, moments.PAD) for size in (n, m, h))
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=a.device)
@@ -39,28 +41,27 @@ def forward(a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float) -> T
         num_warps=8,
     )  # fmt: skip
     triton_call.launch(
-        _kernels().scores, (moments._cdiv(n, config.block) * moments._cdiv(m, config.block),),
-        {**packed, "out": out, **sizes, "width_padded": moments._up(h, config.unroll), "slope": slope},
-        {"ACTIVATION": activation, "BLOCK_I": config.block, "BLOCK_J": config.block, "UNROLL": config.unroll,
+        _kernels().scores, (ceil_div(n, config.block) * ceil_div(m, config.block),),
+        {**packed, "out": out, **sizes, "width_padded": round_up(h, config.unroll), "slope": problem.slope},
+        {"ACTIVATION": problem.activation, "BLOCK_I": config.block, "BLOCK_J": config.block, "UNROLL": config.unroll,
          "GROUP": 8},
         num_warps=config.num_warps,
     )  # fmt: skip
     return out
 
 
-def backward(
-    grad: Tensor, a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, need_a: bool, need_b: bool,
-    need_w: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def backward(grad: Tensor, problem: AdditiveProblem, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
     """grad (n, m) float32 -> da (n, h), db (m, h), dw (h,), each empty unless needed; NaN for any number not finite."""
-    sweep = moments._Sweep(a, b, w, activation, slope, 0, True, need_a, need_b, need_w)
+    a, b, w = problem.tensors
+    every_pair = MomentsProblem(a, b, w, problem.activation, problem.slope, first_positive=0, include_diagonal=True)
+    sweep = moments.Sweep(every_pair, needs)
     sweep.pack()
     block, tiles_j = sweep.config.block, sweep.m_padded // sweep.config.block
     wrong = torch.empty(sweep.blocks_a * tiles_j, dtype=torch.float32, device=a.device)
     sweep.run.zero_()  # every panel has the same unit
     for panel in range(sweep.panels):
-        first, end = sweep._rows_of(panel)
-        stride = moments._up(end - first, block)
+        first, end = sweep.rows_of(panel)
+        stride = round_up(end - first, block)
         triton_call.launch(
             _kernels().spread, (stride // block * tiles_j,),
             {"grad": grad[first:end], "s": sweep.s, "s_transposed": sweep.s_transposed,

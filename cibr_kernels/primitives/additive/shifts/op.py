@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cibr_kernels.dispatch import backends
 from cibr_kernels.dispatch.library import operator
+from cibr_kernels.primitives.additive.problem import ShiftsProblem
 
 SERVES = "an estimate with a concat critic and k partners"
 
@@ -42,7 +43,8 @@ def additive_shifts_forward(
     a: Tensor, b: Tensor, w: Tensor, first: int, k: int, activation: str, slope: float, backend: str
 ) -> Tensor:
     """-> scores (k, n)."""
-    return backends.run("additive_shifts", "forward", backend, (a, b, w), a, b, w, first, k, activation, slope)
+    problem = ShiftsProblem(a, b, w, activation, slope, first, k)
+    return backends.run("additive_shifts", "forward", backend, problem.tensors, problem)
 
 
 @additive_shifts_forward.register_fake
@@ -57,10 +59,9 @@ def additive_shifts_backward(
     need_a: bool, need_b: bool, need_w: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """grad (k, n) -> da (n, h), db (m, h), dw (h,) as their inputs, each empty unless needed."""
-    return backends.run(
-        "additive_shifts", "backward", backend, (a, b, w), grad, a, b, w, first, k, activation, slope,
-        need_a, need_b, need_w,
-    )  # fmt: skip
+    problem = ShiftsProblem(a, b, w, activation, slope, first, k)
+    needs = need_a, need_b, need_w
+    return backends.run("additive_shifts", "backward", backend, problem.tensors, grad, problem, needs)
 
 
 @additive_shifts_backward.register_fake

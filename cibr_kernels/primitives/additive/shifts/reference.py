@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
+from cibr_kernels.numerics import promote
+from cibr_kernels.primitives.additive.activations import ACTIVATIONS
+from cibr_kernels.primitives.additive.problem import Needs, ShiftsProblem
 
 
 def partners(n: int, m: int, first: int, k: int, device: torch.device) -> Tensor:
@@ -21,7 +23,7 @@ def additive_shifts(
     a: Tensor, b: Tensor, w: Tensor, k: int, first: int = 1, activation: str = "relu", slope: float = 0.01
 ) -> Tensor:
     """a (n, h), b (m, h), w (h,) -> scores (k, n), differentiable in all three; float32 for half-precision inputs."""
-    a, b, w = (t if t.dtype == torch.float64 else t.float() for t in (a, b, w))
+    a, b, w = map(promote, (a, b, w))
     t = a + b[partners(a.shape[0], b.shape[0], first, k, a.device)]
     return (ACTIVATIONS[activation][0](t, slope) * w).sum(-1)
 
@@ -30,24 +32,23 @@ def unsupported(*tensors: Tensor) -> str | None:
     return None
 
 
-def forward(a: Tensor, b: Tensor, w: Tensor, first: int, k: int, activation: str, slope: float) -> Tensor:
+def forward(problem: ShiftsProblem) -> Tensor:
     """-> scores (k, n)."""
-    return additive_shifts(a, b, w, k, first, activation, slope)
+    return additive_shifts(*problem.tensors, problem.k, problem.first, problem.activation, problem.slope)
 
 
-def backward(
-    grad: Tensor, a: Tensor, b: Tensor, w: Tensor, first: int, k: int, activation: str, slope: float,
-    need_a: bool, need_b: bool, need_w: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def backward(grad: Tensor, problem: ShiftsProblem, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
     """grad (k, n) -> da (n, h), db (m, h), dw (h,) as their inputs, each empty unless needed."""
-    phi, phi_slope = ACTIVATIONS[activation]
-    wide = [x if x.dtype == torch.float64 else x.float() for x in (a, b, w)]
-    index = partners(a.shape[0], b.shape[0], first, k, a.device)
-    t = wide[0] + wide[1][index]  # (k, n, h)
-    per_pair = grad[..., None] * wide[2] * phi_slope(t, slope)
-    da = per_pair.sum(0).to(a.dtype) if need_a else a.new_empty(0)
-    db = b.new_empty(0)
+    need_a, need_b, need_w = needs
+    (n, m, _), (a, b, w) = problem.sizes, map(promote, problem.tensors)
+    index = partners(n, m, problem.first, problem.k, a.device)
+    t = a + b[index]  # (k, n, h)
+    per_pair = grad[..., None] * w * problem.phi.derivative(t, problem.slope)
+    da, db, dw = problem.gradients(needs)
+    if need_a:
+        da.copy_(per_pair.sum(0))
     if need_b:
-        db = torch.zeros_like(wide[1]).index_add(0, index.flatten(), per_pair.flatten(0, 1)).to(b.dtype)
-    dw = (grad[..., None] * phi(t, slope)).sum((0, 1)).to(w.dtype) if need_w else w.new_empty(0)
+        db.copy_(torch.zeros_like(b).index_add(0, index.flatten(), per_pair.flatten(0, 1)))
+    if need_w:
+        dw.copy_((grad[..., None] * problem.phi.value(t, problem.slope)).sum((0, 1)))
     return da, db, dw

@@ -13,41 +13,39 @@ from torch import Tensor
 
 from cibr_kernels.dispatch import triton_call
 from cibr_kernels.dispatch.triton_call import unsupported as unsupported
+from cibr_kernels.numerics import ceil_div
+from cibr_kernels.primitives.additive.problem import Needs, ShiftsProblem
 
 TILE = {"BLOCK_R": 16, "BLOCK_H": 128}  # no spills on sm_80/90/100/120, gfx942, gfx1100
 MOST_SHIFTS = 65535  # of a launch: a grid's second dimension
 
 
-def forward(a: Tensor, b: Tensor, w: Tensor, first: int, k: int, activation: str, slope: float) -> Tensor:
+def forward(problem: ShiftsProblem) -> Tensor:
     """-> scores (k, n), float32."""
-    (n, h), m = a.shape, b.shape[0]
+    (n, m, h), (a, b, w), k = problem.sizes, problem.tensors, problem.k
     out = torch.empty((k, n), dtype=torch.float32, device=a.device)
     for done in range(0, k, MOST_SHIFTS):
         here = out[done : done + MOST_SHIFTS]
         triton_call.launch(
-            _kernels().scores, (_cdiv(n, TILE["BLOCK_R"]), here.shape[0]),
-            {"a": a, "b": b, "w": w, "out": here, "n": n, "m": m, "width": h, "first": first + done, "slope": slope},
-            {"ACTIVATION": activation, **TILE},
+            _kernels().scores, (ceil_div(n, TILE["BLOCK_R"]), here.shape[0]),
+            {"a": a, "b": b, "w": w, "out": here, "n": n, "m": m, "width": h, "first": problem.first + done,
+             "slope": problem.slope},
+            {"ACTIVATION": problem.activation, **TILE},
         )  # fmt: skip
     return out
 
 
-def backward(
-    grad: Tensor, a: Tensor, b: Tensor, w: Tensor, first: int, k: int, activation: str, slope: float,
-    need_a: bool, need_b: bool, need_w: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def backward(grad: Tensor, problem: ShiftsProblem, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
     """grad (k, n) float32 -> da (n, h), db (m, h), dw (h,) as their inputs, each empty unless needed."""
-    (n, h), m = a.shape, b.shape[0]
-    da, db, dw = (
-        torch.empty_like(t) if need else t.new_empty(0) for t, need in ((a, need_a), (b, need_b), (w, need_w))
-    )
-    blocks, blocks_h = _cdiv(n, TILE["BLOCK_R"]), _cdiv(h, TILE["BLOCK_H"])
+    (n, m, h), (a, b, w), (need_a, need_b, need_w) = problem.sizes, problem.tensors, needs
+    da, db, dw = problem.gradients(needs)
+    blocks, blocks_h = ceil_div(n, TILE["BLOCK_R"]), ceil_div(h, TILE["BLOCK_H"])
     partials = torch.empty((blocks, h) if need_w else 0, dtype=torch.float32, device=a.device)
     shared = {
-        "w": w, "grad": grad, "partials": partials, "n": n, "m": m, "width": h, "first": first, "shifts": k,
-        "slope": slope,
+        "w": w, "grad": grad, "partials": partials, "n": n, "m": m, "width": h, "first": problem.first,
+        "shifts": problem.k, "slope": problem.slope,
     }  # fmt: skip
-    constants = {"ACTIVATION": activation, **TILE}
+    constants = {"ACTIVATION": problem.activation, **TILE}
     if need_a or need_w:
         triton_call.launch(
             _kernels().gradient, (blocks, blocks_h),
@@ -56,7 +54,7 @@ def backward(
         )  # fmt: skip
     if need_b:
         triton_call.launch(
-            _kernels().gradient, (_cdiv(m, TILE["BLOCK_R"]), blocks_h),
+            _kernels().gradient, (ceil_div(m, TILE["BLOCK_R"]), blocks_h),
             {"x": b, "y": a, "dx": db, "rows": m, "others": n, **shared},
             {"OF_B": True, "WEIGHTS": False, "STORE": True, **constants},
         )  # fmt: skip
@@ -65,10 +63,6 @@ def backward(
             _kernels().reduce, (blocks_h,), {"partials": partials, "out": dw, "blocks": blocks, "width": h}, TILE
         )
     return da, db, dw
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _kernels() -> ModuleType:

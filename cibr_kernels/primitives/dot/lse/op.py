@@ -21,6 +21,7 @@ from torch import Tensor
 from cibr_kernels import checks
 from cibr_kernels.dispatch import backends, library, native_call
 from cibr_kernels.dispatch.library import operator, or_zeros
+from cibr_kernels.primitives.dot.problem import LseGradients, LseProblem, LseSums
 
 SERVES = "clip_loss, or an estimate with a separable critic"
 
@@ -93,11 +94,9 @@ def dot_lse_forward(
     the backend's own backward wants.
     """
     checks.positive("logit_scale", scale)
+    problem = LseProblem(x, y, scale, row_ids, col_ids, first_positive, mask_positives)
     stash = _stash(x, y, budget, backend, native_call.scratch if x.device.type == "cpu" else torch.empty)
-    outputs = backends.run(
-        "dot_lse", "forward", backend, (x, y), x, y, scale, row_ids, col_ids, first_positive, mask_positives, need_cols,
-        need_max, stash,
-    )  # fmt: skip
+    outputs = backends.run("dot_lse", "forward", backend, (x, y), problem, need_cols, need_max, stash)
     return *outputs, stash
 
 
@@ -138,29 +137,10 @@ def dot_lse_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dx (n, d), dy (m, d), each empty unless needed, and dscale ()."""
-    return backends.run(
-        "dot_lse",
-        "backward",
-        backend,
-        (x, y),
-        g_rows.contiguous(),
-        g_cols.contiguous(),
-        g_positives.contiguous(),
-        x,
-        y,
-        scale,
-        row_ids,
-        col_ids,
-        rows,
-        cols,
-        positives,
-        stash_shift,
-        stash,
-        first_positive,
-        mask_positives,
-        need_dx,
-        need_dy,
-    )
+    problem = LseProblem(x, y, scale, row_ids, col_ids, first_positive, mask_positives)
+    sums = LseSums(rows, cols, positives, stash_shift, stash)
+    gradients = LseGradients(g_rows.contiguous(), g_cols.contiguous(), g_positives.contiguous())
+    return backends.run("dot_lse", "backward", backend, (x, y), problem, sums, gradients, need_dx, need_dy)
 
 
 @dot_lse_backward.register_fake

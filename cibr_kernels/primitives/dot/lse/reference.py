@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cibr_kernels.numerics import promote
+from cibr_kernels.primitives.dot.problem import LseGradients, LseProblem, LseSums
 
 NONE = float("-inf")
 
@@ -71,32 +72,30 @@ def stash_shape(n: int, m: int, dtype: torch.dtype) -> tuple[tuple[int, ...], to
     return (0,), dtype
 
 
-def forward(
-    x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int,
-    mask_positives: bool, need_cols: bool, need_max: bool, stash: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def forward(problem: LseProblem, need_cols: bool, need_max: bool, stash: Tensor) -> tuple[Tensor, ...]:
     """-> rows (n,), cols (m,) or (0,), positives (n,), maxima of both or (0,), stash shift () (NaN: no stash)."""
+    p = problem
     rows, cols, positives, *maxima = dot_lse(
-        x, y, scale, row_ids, col_ids, first_positive, mask_positives, need_cols, need_max
+        p.x, p.y, p.scale, p.row_ids, p.col_ids, p.first_positive, p.mask_positives, need_cols, need_max
     )
     row_max, col_max = (t.clone() for t in maxima) if need_max else (rows.new_empty(0), rows.new_empty(0))
-    return rows, cols, positives.clone(), row_max, col_max, torch.full_like(scale, float("nan"), dtype=rows.dtype)
+    no_shift = torch.full_like(p.scale, float("nan"), dtype=rows.dtype)
+    return rows, cols, positives.clone(), row_max, col_max, no_shift
 
 
 def backward(
-    g_rows: Tensor, g_cols: Tensor, g_positives: Tensor, x: Tensor, y: Tensor, scale: Tensor,
-    row_ids: Tensor | None, col_ids: Tensor | None, rows: Tensor, cols: Tensor, positives: Tensor,
-    stash_shift: Tensor, stash: Tensor, first_positive: int, mask_positives: bool, need_dx: bool, need_dy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    problem: LseProblem, sums: LseSums, gradients: LseGradients, need_dx: bool, need_dy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """-> dx (n, d), dy (m, d), each empty unless needed, dscale ()."""
-    n, m = len(x), len(y)
+    (n, m, _), x, y, scale = problem.sizes, problem.x, problem.y, problem.scale
     cosines = promote(x) @ promote(y).T
-    masked = is_masked(n, m, row_ids, col_ids, first_positive, mask_positives, x.device)
+    masked = is_masked(n, m, problem.row_ids, problem.col_ids, problem.first_positive, problem.mask_positives, x.device)
     logits = (scale * cosines).masked_fill(masked, NONE)
-    g = (logits - rows.masked_fill(rows == NONE, 0.0)[:, None]).exp() * g_rows[:, None]
+    rows, cols = (t.masked_fill(t == NONE, 0.0) for t in (sums.rows, sums.cols))
+    g = (logits - rows[:, None]).exp() * gradients.rows[:, None]
     if cols.numel():
-        g += (logits - cols.masked_fill(cols == NONE, 0.0)).exp() * g_cols
-    g.diagonal(first_positive)[:n] += g_positives
+        g += (logits - cols).exp() * gradients.cols
+    g.diagonal(problem.first_positive)[:n] += gradients.positives
     dx = (scale * (g @ promote(y))).to(x.dtype) if need_dx else x.new_empty(0)
     dy = (scale * (g.T @ promote(x))).to(y.dtype) if need_dy else y.new_empty(0)
     return dx, dy, (g * cosines).sum().to(scale.dtype)

@@ -20,7 +20,7 @@ Workspace in bytes, with 128 x 128 tiles:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from torch import Tensor
 from cibr_kernels.dispatch import triton_call
 from cibr_kernels.dispatch.triton_call import unsupported  # noqa: F401
 from cibr_kernels.primitives.dot.lse.triton_configs import OWNED, Tiles, blocks, target_name
+from cibr_kernels.primitives.dot.problem import LseGradients, LseProblem, LseSums
 
 BLOCK_R = 16  # rows of features that a program of an elementwise kernel takes
 BLOCK_L = 128  # elements of (n,) and (m,)
@@ -61,31 +62,29 @@ LEAST_ROWS = 2048
 
 def rows_of_panel(most: int, most_bytes: int, n: int, m: int, itemsize: int) -> int:
     """Rows of P (rows, m), a multiple of 128 or n."""
-    return min(n, most, max(LEAST_ROWS, most_bytes // (itemsize * _pitch(m)) // 128 * 128))
+    return min(n, most, max(LEAST_ROWS, most_bytes // (itemsize * pitch(m)) // 128 * 128))
 
 
 def stash_shape(n: int, m: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
     """(n, m rounded up to 16): bfloat16 for bfloat16 features only, elsewhere it would cost 1e-3 in the gradients."""
-    return (n, _pitch(m)), torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    return (n, pitch(m)), torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def forward(
-    x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int,
-    mask_positives: bool, need_cols: bool, need_max: bool, stash: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def forward(problem: LseProblem, need_cols: bool, need_max: bool, stash: Tensor) -> tuple[Tensor, ...]:
     """-> rows (n,), cols (m,) or (0,), positives (n,), row and column maxima or (0,), stash shift (); fills the stash.
 
     The stash shift is that of the exponentials, stashed or not: NaN where there is none, in the online mode.
     """
     from cibr_kernels.primitives.dot.lse import triton_forward as kernels
 
-    x, y, pairs = _aligned(x), _aligned(y), _Pairs.of(row_ids, col_ids, first_positive, mask_positives)
-    n, d, m = x.shape[0], x.shape[1], y.shape[0]
+    problem = _aligned_problem(problem)
+    (n, m, d), x, y, scale = problem.sizes, problem.x, problem.y, problem.scale
+    pairs = _pairs(problem)
     new = scale.new_empty
     rows, cols, positives, stash_shift = new(n), new(m if need_cols else 0), new(n), new(())
-    mode, shift_log2 = _choose_mode(x, y, scale, first_positive, positives)
+    mode, shift_log2 = _choose_mode(problem, positives)
     height = min(panels.forward_rows, n)
-    tiles, online = Tiles.of("scores", x, strips=not (need_max or pairs.grouped)), Tiles.of("online", x)
+    tiles, online = Tiles.of("scores", x, strips=not (need_max or problem.grouped)), Tiles.of("online", x)
     strip = tiles.strip_tiles(height, m) * tiles.config.block_m  # rows of a program
     online_strip = 4 * online.config.block_m
     most_tiles = max(blocks(m, t.config.block_n) for t in (tiles, online))
@@ -97,28 +96,28 @@ def forward(
     totals = {"row_max": new(n), "row_sum": rows, "col_max": new(cols.shape), "col_sum": cols}
     vectors = blocks(n, BLOCK_L) + blocks(cols.numel(), BLOCK_L)
     finish = {
-        "mode": mode, "shift_log2": shift_log2, **pairs.args, "row_max": totals["row_max"], "rows": rows,
+        "mode": mode, "shift_log2": shift_log2, **pairs[0], "row_max": totals["row_max"], "rows": rows,
         "col_max": totals["col_max"], "cols": cols, "positives": positives, "stash_shift": stash_shift, "n": n,
         "m": m, "row_blocks": blocks(n, BLOCK_L),
     }  # fmt: skip
 
     for wanted, t, strip_rows in ((kernels.FIXED, tiles, strip), (kernels.ONLINE, online, online_strip)):
         wanted, col_tiles = wanted.value, blocks(m, t.config.block_n)
-        operands, constants = t.operands(x, y), {**pairs.constants, "COLS": need_cols, **t.constants}
+        operands, constants = t.operands(x, y), {**pairs[1], "COLS": need_cols, **t.constants}
         for first in range(0, n, height):
             end = min(first + height, n)
             strips = blocks(end - first, strip_rows)
-            problem = {
-                **operands, "scale": scale, "mode": mode, **pairs.args, **sums, "first_row": first, "n": end, "m": m,
+            arguments = {
+                **operands, "scale": scale, "mode": mode, **pairs[0], **sums, "first_row": first, "n": end, "m": m,
                 "d": d, "panel": height, "strips": strips, "strip_tiles": strip_rows // t.config.block_m,
             }  # fmt: skip
             if t is tiles:
-                problem |= {**kept, "shift_log2": shift_log2, "stash": t.output(stash[first:end]), "pitch": _pitch(m)}
+                arguments |= {**kept, "shift_log2": shift_log2, "stash": t.output(stash[first:end]), "pitch": pitch(m)}
                 choices = {"MAX": need_max, "STASH": stash.numel() > 0, "STRIPS": t.strips, **constants}
-                triton_call.launch(kernels.scores_kernel, (strips * col_tiles,), problem, choices, **t.options)
+                triton_call.launch(kernels.scores_kernel, (strips * col_tiles,), arguments, choices, **t.options)
             else:
                 grid = (min(strips * col_tiles, t.few),)
-                triton_call.launch(kernels.online_scores_kernel, grid, problem | maxima, constants, **t.options)
+                triton_call.launch(kernels.online_scores_kernel, grid, arguments | maxima, constants, **t.options)
             parts = {f"part_{name}": part for name, part in (sums | maxima).items()}
             triton_call.launch(
                 kernels.fold_kernel, (blocks(end - first, BLOCK_F) + blocks(cols.numel(), BLOCK_F),),
@@ -128,57 +127,50 @@ def forward(
             )  # fmt: skip
         triton_call.launch(
             kernels.finish_kernel, (vectors,), finish,
-            {"WANTED": wanted, **pairs.constants, "MAX": need_max, "BLOCK_T": BLOCK_T, "BLOCK_L": BLOCK_L},
+            {"WANTED": wanted, **pairs[1], "MAX": need_max, "BLOCK_T": BLOCK_T, "BLOCK_L": BLOCK_L},
         )  # fmt: skip
     found = (totals["row_max"], totals["col_max"]) if need_max else (new(0), new(0))
     return rows, cols, positives, *found, stash_shift
 
 
 def backward(
-    g_rows: Tensor, g_cols: Tensor, g_positives: Tensor, x: Tensor, y: Tensor, scale: Tensor,
-    row_ids: Tensor | None, col_ids: Tensor | None, rows: Tensor, cols: Tensor, positives: Tensor,
-    stash_shift: Tensor, stash: Tensor, first_positive: int, mask_positives: bool, need_dx: bool, need_dy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    problem: LseProblem, sums: LseSums, gradients: LseGradients, need_dx: bool, need_dy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """-> dx (n, d), dy (m, d), each empty unless needed, dscale ()."""
-    if not (_is_aligned(x) and _is_aligned(y)):
-        dx, dy, dscale = backward(
-            g_rows, g_cols, g_positives, _aligned(x), _aligned(y), scale, row_ids, col_ids, rows, cols, positives,
-            stash_shift, stash, first_positive, mask_positives, need_dx, need_dy,
-        )  # fmt: skip
-        d = x.shape[1]
+    if not (is_aligned(problem.x) and is_aligned(problem.y)):
+        dx, dy, dscale = backward(_aligned_problem(problem), sums, gradients, need_dx, need_dy)
+        d = problem.x.shape[1]
         return dx[:, :d].contiguous() if need_dx else dx, dy[:, :d].contiguous() if need_dy else dy, dscale
-    n, d, m = x.shape[0], x.shape[1], y.shape[0]
-    new = scale.new_empty
-    pairs = _Pairs.of(row_ids, col_ids, first_positive, mask_positives)
+    (n, m, d), x, y, scale = problem.sizes, problem.x, problem.y, problem.scale
+    new, stash, first_positive = scale.new_empty, sums.stash, problem.first_positive
     with_dx = need_dx or not need_dy  # dscale needs one of the two
-    weights = _Weights.of(g_rows, g_cols, rows, cols, stash_shift)
+    weights = _Weights.of(gradients, sums)
     dx = torch.empty_like(x) if with_dx else x.new_empty(0)
     dy = torch.empty_like(y) if need_dy else y.new_empty(0)
     along_x, along_y = new(blocks(n, BLOCK_R) if with_dx else 0), new(blocks(m, BLOCK_R) if need_dy else 0)
-    finish_x: dict[str, Any] = {"g_positives": g_positives, "scale": scale, "exponent": weights.exponent}
+    finish_x: dict[str, Any] = {"g_positives": gradients.positives, "scale": scale, "exponent": weights.exponent}
     finish_y = {**finish_x, "shift": -first_positive, "g_shift": -first_positive}
     if stash.numel() == 0 and x.element_size() == 2 and d <= panels.owned_width:
-        flipped = _Weights(weights.v, weights.u, weights.cols2, weights.rows2, weights.exponent, stash_shift)
         if with_dx:
-            sums = _owned_gradient(x, y, scale, weights, pairs)
-            _features_gradient(sums, x, y, dx, along_x, **finish_x, shift=first_positive, g_shift=0)
+            owned = _owned_gradient(problem, weights)
+            features_gradient(owned, x, y, dx, along_x, **finish_x, shift=first_positive, g_shift=0)
         if need_dy:
-            sums = _owned_gradient(y, x, scale, flipped, pairs.flipped())
-            _features_gradient(sums, y, x, dy, along_y, **finish_y)
-        return dx if need_dx else x.new_empty(0), dy, _total(along_x if with_dx else along_y)
+            owned = _owned_gradient(problem.transposed, weights.transposed)
+            features_gradient(owned, y, x, dy, along_y, **finish_y)
+        return dx if need_dx else x.new_empty(0), dy, total(along_x if with_dx else along_y)
 
     height = rows_of_panel(panels.backward_rows, panels.backward_bytes, n, m, x.element_size())
-    panel = x.new_empty((height, _pitch(m)))
+    panel = x.new_empty((height, pitch(m)))
     dx_sums, dy_sums = new((height, d) if with_dx else 0), new((m, d) if need_dy else 0)
-    make_panel = _panels(x, y, scale, weights, stash, pairs)
+    make_panel = _panels(problem, weights, stash)
     for first in range(0, n, height):
         end = min(first + height, n)
         make_panel(panel, first, end)
         p = panel[: end - first, :m]
         if with_dx:
-            _multiply_into(dx_sums[: end - first], p, y, accumulate=False)
-            finish_x["g_positives"] = g_positives[first:end]
-            _features_gradient(
+            multiply_into(dx_sums[: end - first], p, y, accumulate=False)
+            finish_x["g_positives"] = gradients.positives[first:end]
+            features_gradient(
                 dx_sums,
                 x[first:end],
                 y,
@@ -189,36 +181,50 @@ def backward(
                 g_shift=0,
             )
         if need_dy:
-            _multiply_into(dy_sums, p.T, x[first:end], accumulate=first > 0)
+            multiply_into(dy_sums, p.T, x[first:end], accumulate=first > 0)
     if need_dy:
-        _features_gradient(dy_sums, y, x, dy, along_y, **finish_y)
-    return dx if need_dx else x.new_empty(0), dy, _total(along_x if with_dx else along_y)
+        features_gradient(dy_sums, y, x, dy, along_y, **finish_y)
+    return dx if need_dx else x.new_empty(0), dy, total(along_x if with_dx else along_y)
 
 
-def _is_aligned(t: Tensor) -> bool:
+def is_aligned(t: Tensor) -> bool:
     """TMA, vectors of 16 bytes and the vendor's matmuls want rows that start at 16 bytes, tiles want whole steps."""
     return t.shape[1] % ALIGNMENT == 0 and int(t.storage_offset()) * t.element_size() % 16 == 0
 
 
-def _aligned(t: Tensor) -> Tensor:
+def aligned(t: Tensor) -> Tensor:
     """t, or a copy of it, widened with zeros."""
-    if _is_aligned(t):
+    if is_aligned(t):
         return t
     return F.pad(t, (0, -t.shape[1] % ALIGNMENT)) if t.shape[1] % ALIGNMENT else t.clone()
 
 
-def _choose_mode(x: Tensor, y: Tensor, scale: Tensor, first_positive: int, positives: Tensor) -> tuple[Tensor, Tensor]:
+def _aligned_problem(problem: LseProblem) -> LseProblem:
+    """The same with features as `aligned`, ids contiguous."""
+    ids = (None if t is None else t.contiguous() for t in (problem.row_ids, problem.col_ids))
+    row_ids, col_ids = ids
+    return replace(problem, x=aligned(problem.x), y=aligned(problem.y), row_ids=row_ids, col_ids=col_ids)
+
+
+def _pairs(problem: LseProblem) -> tuple[dict[str, Any], dict[str, bool]]:
+    """Which pairs take part in the sums: a kernel's arguments, and its constants."""
+    ids = {"row_ids": problem.row_ids, "col_ids": problem.col_ids, "first_positive": problem.first_positive}
+    return ids, {"MASK": problem.mask_positives, "IDS": problem.grouped}
+
+
+def _choose_mode(problem: LseProblem, positives: Tensor) -> tuple[Tensor, Tensor]:
     """-> mode () int32, shift_log2 () float32; writes positives (n,)."""
     from cibr_kernels.primitives.dot.lse import triton_forward as kernels
 
-    x_blocks, y_blocks = blocks(x.shape[0], BLOCK_R), blocks(y.shape[0], BLOCK_R)
+    (n, m, d), x, y, scale = problem.sizes, problem.x, problem.y, problem.scale
+    x_blocks, y_blocks = blocks(n, BLOCK_R), blocks(m, BLOCK_R)
     largest, shift_log2 = scale.new_empty(x_blocks + y_blocks), scale.new_empty(())
     mode = torch.empty((), dtype=torch.int32, device=x.device)
     triton_call.launch(
         kernels.statistics_kernel, (x_blocks + y_blocks,),
-        {"x": x, "y": y, "scale": scale, "positives": positives, "largest": largest, "n": x.shape[0], "m": y.shape[0],
-         "d": x.shape[1], "first_positive": first_positive, "x_blocks": x_blocks},
-        {"BLOCK_R": BLOCK_R, "BLOCK_D": _features_block(x)},
+        {"x": x, "y": y, "scale": scale, "positives": positives, "largest": largest, "n": n, "m": m,
+         "d": d, "first_positive": problem.first_positive, "x_blocks": x_blocks},
+        {"BLOCK_R": BLOCK_R, "BLOCK_D": features_block(x)},
     )  # fmt: skip
     triton_call.launch(
         kernels.choose_kernel, (1,),
@@ -227,38 +233,6 @@ def _choose_mode(x: Tensor, y: Tensor, scale: Tensor, first_positive: int, posit
         {"BLOCK": 1024},
     )  # fmt: skip
     return mode, shift_log2
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """Which pairs take part in the sums, and how kernels are told."""
-
-    row_ids: Tensor | None  # (n,) int64: pairs with equal ids take no part
-    col_ids: Tensor | None  # (m,) int64
-    first_positive: int  # row i's positive is column i + first_positive
-    mask_positives: bool
-
-    @staticmethod
-    def of(row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int, mask_positives: bool) -> _Pairs:
-        if row_ids is None or col_ids is None:
-            return _Pairs(None, None, first_positive, mask_positives)
-        return _Pairs(row_ids.contiguous(), col_ids.contiguous(), first_positive, mask_positives)
-
-    def flipped(self) -> _Pairs:
-        """Those of the transpose."""
-        return _Pairs(self.col_ids, self.row_ids, -self.first_positive, self.mask_positives)
-
-    @property
-    def grouped(self) -> bool:
-        return self.row_ids is not None
-
-    @property
-    def args(self) -> dict[str, Any]:
-        return {"row_ids": self.row_ids, "col_ids": self.col_ids, "first_positive": self.first_positive}
-
-    @property
-    def constants(self) -> dict[str, bool]:
-        return {"MASK": self.mask_positives, "IDS": self.grouped}
 
 
 @dataclass(frozen=True)
@@ -273,31 +247,36 @@ class _Weights:
     stash_shift: Tensor  # ()
 
     @staticmethod
-    def of(g_rows: Tensor, g_cols: Tensor, rows: Tensor, cols: Tensor, stash_shift: Tensor) -> _Weights:
+    def of(g: LseGradients, sums: LseSums) -> _Weights:
         from cibr_kernels.primitives.dot.lse import triton_backward as kernels
 
-        n, m, new = rows.numel(), cols.numel(), rows.new_empty
-        w = _Weights(new(n), new(m), new(n), new(m), new(()), stash_shift)
-        gradients = {"g_rows": g_rows, "g_cols": g_cols, "exponent": w.exponent, "n": n, "m": m}
+        n, m, new = sums.rows.numel(), sums.cols.numel(), sums.rows.new_empty
+        w = _Weights(new(n), new(m), new(n), new(m), new(()), sums.stash_shift)
+        gradients = {"g_rows": g.rows, "g_cols": g.cols, "exponent": w.exponent, "n": n, "m": m}
         triton_call.launch(kernels.exponent_kernel, (1,), gradients, {"BLOCK": 4096}, num_warps=8)
         triton_call.launch(
             kernels.weights_kernel, (blocks(n, BLOCK_L) + blocks(m, BLOCK_L),),
-            {**gradients, "rows": rows, "cols": cols, "u": w.u, "v": w.v, "rows2": w.rows2, "cols2": w.cols2,
-             "stash_shift": stash_shift, "row_blocks": blocks(n, BLOCK_L)},
+            {**gradients, "rows": sums.rows, "cols": sums.cols, "u": w.u, "v": w.v, "rows2": w.rows2, "cols2": w.cols2,
+             "stash_shift": sums.stash_shift, "row_blocks": blocks(n, BLOCK_L)},
             {"BLOCK_L": BLOCK_L},
         )  # fmt: skip
         return w
 
+    @property
+    def transposed(self) -> _Weights:
+        return replace(self, u=self.v, v=self.u, rows2=self.cols2, cols2=self.rows2)
 
-def _panels(x: Tensor, y: Tensor, scale: Tensor, w: _Weights, stash: Tensor, pairs: _Pairs) -> Any:
+
+def _panels(problem: LseProblem, w: _Weights, stash: Tensor) -> Any:
     """-> f(panel, first, end), which writes P of rows [first, end) to panel (at least end - first, pitch)."""
     from cibr_kernels.primitives.dot.lse import triton_backward as kernels
 
-    m, pitch = y.shape[0], _pitch(y.shape[0])
-    tiles, online = Tiles.of("gradient", x, strips=not pairs.grouped), Tiles.of("online", x)
-    constants: dict[str, Any] = {**pairs.constants, "COLS": w.v.numel() > 0}
-    weights = {"stash_shift": w.stash_shift, "u": w.u, "v": w.v, "m": m, "pitch": pitch}
-    scores = {**weights, "scale": scale, "d": x.shape[1], **pairs.args}
+    (_, m, d), x, y = problem.sizes, problem.x, problem.y
+    row_pitch, (ids, choices) = pitch(m), _pairs(problem)
+    tiles, online = Tiles.of("gradient", x, strips=not problem.grouped), Tiles.of("online", x)
+    constants: dict[str, Any] = {**choices, "COLS": w.v.numel() > 0}
+    weights = {"stash_shift": w.stash_shift, "u": w.u, "v": w.v, "m": m, "pitch": row_pitch}
+    scores = {**weights, "scale": problem.scale, "d": d, **ids}
 
     def make(panel: Tensor, first: int, end: int) -> None:
         """From the stash or from the features; online where the mode is that."""
@@ -305,7 +284,7 @@ def _panels(x: Tensor, y: Tensor, scale: Tensor, w: _Weights, stash: Tensor, pai
         out = panel[: end - first]
         if stash.numel():
             triton_call.launch(
-                kernels.unstash_kernel, (blocks(end - first, 32), blocks(pitch, 256)),
+                kernels.unstash_kernel, (blocks(end - first, 32), blocks(row_pitch, 256)),
                 {**weights, **place, "e": stash[first:end], "p": out},
                 {"COLS": constants["COLS"], "BLOCK_M": 32, "BLOCK_N": 256}, num_warps=8,
             )  # fmt: skip
@@ -327,25 +306,25 @@ def _panels(x: Tensor, y: Tensor, scale: Tensor, w: _Weights, stash: Tensor, pai
     return make
 
 
-def _owned_gradient(own: Tensor, partner: Tensor, scale: Tensor, w: _Weights, pairs: _Pairs) -> Tensor:
-    """-> P partner (rows, d) float32; u of the weights and rows of the pairs are own's, v and columns partner's."""
+def _owned_gradient(problem: LseProblem, w: _Weights) -> Tensor:
+    """-> P y (n, d) float32."""
     from cibr_kernels.primitives.dot.lse import triton_backward as kernels
 
-    config, (rows, d) = OWNED[target_name(own.device)], own.shape
-    sums = scale.new_empty(own.shape)
+    config, (n, m, d), x = OWNED[target_name(problem.x.device)], problem.sizes, problem.x
+    sums, (_, choices) = problem.scale.new_empty(x.shape), _pairs(problem)
     triton_call.launch(
-        kernels.owned_gradient_kernel, (blocks(rows, config.block_m),),
-        {"own": own, "partner": partner, "scale": scale, "stash_shift": w.stash_shift, "own_ids": pairs.row_ids,
-         "partner_ids": pairs.col_ids, "a": w.u, "b": w.v, "a2": w.rows2, "b2": w.cols2, "sums": sums, "rows": rows,
-         "partners": partner.shape[0], "d": d, "first_positive": pairs.first_positive},
-        {**pairs.constants, "OWN_WEIGHT": w.u.numel() > 0, "PARTNER_WEIGHT": w.v.numel() > 0, "BLOCK_M": config.block_m,
+        kernels.owned_gradient_kernel, (blocks(n, config.block_m),),
+        {"own": x, "partner": problem.y, "scale": problem.scale, "stash_shift": w.stash_shift,
+         "own_ids": problem.row_ids, "partner_ids": problem.col_ids, "a": w.u, "b": w.v,
+         "a2": w.rows2, "b2": w.cols2, "sums": sums, "rows": n, "partners": m, "d": d, "first_positive": problem.first_positive},
+        {**choices, "OWN_WEIGHT": w.u.numel() > 0, "PARTNER_WEIGHT": w.v.numel() > 0, "BLOCK_M": config.block_m,
          "BLOCK_N": config.block_n, "BLOCK_D": max(16, 1 << (d - 1).bit_length())},
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return sums
 
 
-def _features_gradient(
+def features_gradient(
     sums: Tensor, own: Tensor, partner: Tensor, out: Tensor, along: Tensor, *, g_positives: Tensor, scale: Tensor,
     exponent: Tensor, shift: int, g_shift: int,
 ) -> None:  # fmt: skip
@@ -357,11 +336,11 @@ def _features_gradient(
         {"sums": sums, "own": own, "partner": partner, "g_positives": g_positives, "scale": scale,
          "exponent": exponent, "out": out, "along": along, "rows": own.shape[0], "partners": partner.shape[0],
          "d": own.shape[1], "shift": shift, "g_shift": g_shift},
-        {"BLOCK_R": BLOCK_R, "BLOCK_D": _features_block(own)},
+        {"BLOCK_R": BLOCK_R, "BLOCK_D": features_block(own)},
     )  # fmt: skip
 
 
-def _multiply_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
+def multiply_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
     """out = a b, or out += a b, in float32 whatever the operands' dtype.
 
     Where PyTorch cannot return float32 from half precision (before 2.8, on the CPU, and on ROCm of old) the operands
@@ -371,7 +350,7 @@ def _multiply_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> No
     if a.dtype == torch.float32:
         torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
     elif refuses or (torch.version.hip and not ADDS_TO_FLOAT32):
-        _multiply_into(out, a.float(), b.float(), accumulate=accumulate)
+        multiply_into(out, a.float(), b.float(), accumulate=accumulate)
     elif not accumulate:
         torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
     elif ADDS_TO_FLOAT32:
@@ -380,7 +359,7 @@ def _multiply_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> No
         out += torch.ops.aten.mm.dtype(a, b, torch.float32)
 
 
-def _total(parts: Tensor) -> Tensor:
+def total(parts: Tensor) -> Tensor:
     from cibr_kernels.primitives.dot.lse import triton_backward as kernels
 
     out = parts.new_empty(())
@@ -390,11 +369,11 @@ def _total(parts: Tensor) -> Tensor:
     return out
 
 
-def _features_block(t: Tensor) -> int:
+def features_block(t: Tensor) -> int:
     """Features at a time in elementwise kernels: a power of two (256 crashes Triton 3.8 for gfx1100)."""
     return min(128, 1 << (t.shape[1] - 1).bit_length())
 
 
-def _pitch(m: int) -> int:
+def pitch(m: int) -> int:
     """Columns in memory of an (n, m) matrix: rows stay aligned to 16 bytes and more."""
     return blocks(m, 16) * 16

@@ -19,6 +19,7 @@ from torch import Tensor
 from cibr_kernels import checks
 from cibr_kernels.dispatch import backends
 from cibr_kernels.dispatch.library import operator, or_zeros
+from cibr_kernels.primitives.dot.problem import SoftplusProblem
 
 SERVES = "siglip_loss, or a js or smile estimate with a separable critic"
 
@@ -82,16 +83,13 @@ def dot_softplus_sums(
 
 
 def _run(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_weights: Tensor | None, col_weights: Tensor | None,
-    row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int, attract: bool, need_cols: bool, need_dx: bool,
+    problem: SoftplusProblem, row_weights: Tensor | None, col_weights: Tensor | None, need_cols: bool, need_dx: bool,
     need_dy: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> rows, cols, dx, dy, dscale, dbias."""
-    checks.positive("logit_scale", scale)
-    return backends.run(
-        "dot_softplus", "forward", backend, (x, y), x, y, scale, bias, row_weights, col_weights, row_ids, col_ids,
-        first_positive, attract, need_cols, need_dx, need_dy,
-    )  # fmt: skip
+    checks.positive("logit_scale", problem.scale)
+    tensors, weights = (problem.x, problem.y), (row_weights, col_weights)
+    return backends.run("dot_softplus", "forward", backend, tensors, problem, *weights, need_cols, need_dx, need_dy)
 
 
 @operator(SERVES)
@@ -103,21 +101,10 @@ def dot_softplus_total(
     """-> total (), rows (n,), cols (m,) or (0,), and total's gradients: dx, dy, each empty unless needed, dscale (),
     dbias ()."""
     needs = need_dx or need_dy
+    problem = SoftplusProblem(x, y, scale, row_ids, col_ids, first_positive, bias, attract)
+    g_rows, g_cols = (row_weights, col_weights) if needs else (None, None)
     rows, cols, dx, dy, dscale, dbias = _run(
-        x,
-        y,
-        scale,
-        bias,
-        row_weights if needs else None,
-        col_weights if needs else None,
-        row_ids,
-        col_ids,
-        first_positive,
-        attract,
-        col_weights is not None,
-        need_dx,
-        need_dy,
-        backend,
+        problem, g_rows, g_cols, col_weights is not None, need_dx, need_dy, backend
     )
     total = (rows.double() * row_weights).sum()
     if col_weights is not None:
@@ -184,10 +171,9 @@ def dot_softplus_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """-> rows (n,), cols (m,) or (0,)."""
-    outputs = _run(
-        x, y, scale, bias, None, None, row_ids, col_ids, first_positive, attract, need_cols, False, False, backend
-    )  # fmt: skip
-    return outputs[:2]
+    problem = SoftplusProblem(x, y, scale, row_ids, col_ids, first_positive, bias, attract)
+    rows, cols, *_ = _run(problem, None, None, need_cols, False, False, backend)
+    return rows, cols
 
 
 @dot_softplus_forward.register_fake
@@ -202,22 +188,9 @@ def dot_softplus_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx (n, d), dy (m, d), each empty unless needed, dscale (), dbias ()."""
     col_weights = g_cols.contiguous() if g_cols.numel() else None
-    _, _, dx, dy, dscale, dbias = _run(
-        x,
-        y,
-        scale,
-        bias,
-        g_rows.contiguous(),
-        col_weights,
-        row_ids,
-        col_ids,
-        first_positive,
-        attract,
-        False,
-        need_dx,
-        need_dy,
-        backend,
-    )
+    problem = SoftplusProblem(x, y, scale, row_ids, col_ids, first_positive, bias, attract)
+    weights = g_rows.contiguous(), col_weights
+    _, _, dx, dy, dscale, dbias = _run(problem, *weights, False, need_dx, need_dy, backend)
     return dx, dy, dscale, dbias
 
 

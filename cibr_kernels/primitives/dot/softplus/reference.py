@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cibr_kernels.numerics import promote
 from cibr_kernels.primitives.dot.lse.reference import is_positive
+from cibr_kernels.primitives.dot.problem import SoftplusProblem
 
 
 def dot_softplus(
@@ -47,8 +48,7 @@ def unsupported(*tensors: Tensor) -> str | None:
 
 
 def forward(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_weights: Tensor | None, col_weights: Tensor | None,
-    row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int, attract: bool, need_cols: bool, need_dx: bool,
+    problem: SoftplusProblem, row_weights: Tensor | None, col_weights: Tensor | None, need_cols: bool, need_dx: bool,
     need_dy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> rows (n,), cols (m,) or (0,), dx (n, d), dy (m, d), each empty unless needed, dscale (), dbias ().
@@ -56,13 +56,15 @@ def forward(
     The gradients are those of sum_i row_weights_i rows_i + sum_j col_weights_j cols_j; without col_weights, of the
     first sum; without either, there are none: dscale and dbias are 0.
     """
-    rows, cols = dot_softplus(x, y, scale, bias, row_ids, col_ids, first_positive, attract)
+    x, y, scale, bias = problem.x, problem.y, problem.scale, problem.bias
+    pairs = problem.row_ids, problem.col_ids, problem.first_positive, problem.attract
+    rows, cols = dot_softplus(x, y, scale, bias, *pairs)
     cols = cols if need_cols else cols[:0].clone()
     dx, dy, zero = x.new_empty(0), y.new_empty(0), torch.zeros_like(scale)
     if row_weights is None:
         return rows, cols, dx, dy, zero, zero.clone()
     cosines = promote(x) @ promote(y).T
-    sign, kept = _signs(len(x), len(y), row_ids, col_ids, first_positive, attract, cosines)
+    sign, kept = _signs(len(x), len(y), *pairs, cosines)
     weights = row_weights[:, None] if col_weights is None else row_weights[:, None] + col_weights
     g = sign * kept * (sign * (scale * cosines + bias)).sigmoid() * weights
     if need_dx:

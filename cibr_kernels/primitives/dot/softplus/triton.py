@@ -25,14 +25,15 @@ from cibr_kernels.dispatch import triton_call
 from cibr_kernels.dispatch.triton_call import unsupported  # noqa: F401
 from cibr_kernels.primitives.dot.lse.triton import (
     BLOCK_R,
-    _aligned,
-    _features_gradient,
-    _multiply_into,
-    _pitch,
-    _total,
+    aligned,
+    features_gradient,
+    multiply_into,
+    pitch,
     rows_of_panel,
+    total,
 )  # fmt: skip
 from cibr_kernels.primitives.dot.lse.triton_configs import Config, Tiles, blocks, target_name
+from cibr_kernels.primitives.dot.problem import SoftplusProblem
 
 BLOCK_T, BLOCK_L = 32, 32  # a fold: sums of tiles at a time, rows or columns of a program
 BLOCK_P = 4096  # features that a program of poison_kernel looks at
@@ -60,8 +61,7 @@ panels = Panels()
 
 
 def forward(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_weights: Tensor | None, col_weights: Tensor | None,
-    row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int, attract: bool, need_cols: bool, need_dx: bool,
+    problem: SoftplusProblem, row_weights: Tensor | None, col_weights: Tensor | None, need_cols: bool, need_dx: bool,
     need_dy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> rows (n,), cols (m,) or (0,), dx (n, d), dy (m, d), each empty unless needed, dscale (), dbias ().
@@ -70,12 +70,12 @@ def forward(
     """
     from cibr_kernels.primitives.dot.softplus import triton_kernels as kernels
 
-    n, m, width = x.shape[0], y.shape[0], x.shape[1]
-    x, y = _aligned(x), _aligned(y)
-    new, d, pitch = scale.new_empty, x.shape[1], _pitch(m)
+    (n, m, width), scale = problem.sizes, problem.scale
+    x, y = aligned(problem.x), aligned(problem.y)
+    new, d, row_pitch = scale.new_empty, x.shape[1], pitch(m)
     gradient = row_weights is not None
     with_dx, with_dy = gradient and (need_dx or not need_dy), gradient and need_dy  # dscale needs one of the two
-    tiles = _tiles(x) if gradient or row_ids is not None else Tiles.of("scores", x)
+    tiles = _tiles(x) if gradient or problem.grouped else Tiles.of("scores", x)
     height = min(panels.rows, n)
     if gradient:
         height = rows_of_panel(panels.gradient_rows, panels.gradient_bytes, n, m, x.element_size())
@@ -91,16 +91,17 @@ def forward(
     dx, dy = torch.empty_like(x) if with_dx else x.new_empty(0), torch.empty_like(y) if with_dy else y.new_empty(0)
     dx_sums, dy_sums = new((height, d) if with_dx else 0), new((m, d) if with_dy else 0)
     along_x, along_y = new(blocks(n, BLOCK_R) if with_dx else 0), new(blocks(m, BLOCK_R) if with_dy else 0)
-    panel = x.new_empty((height, pitch) if gradient else 0)
+    panel = x.new_empty((height, row_pitch) if gradient else 0)
     exponent = new(()) if row_weights is None else _exponent(row_weights, col_weights)  # read with weights only
-    problem: dict[str, Any] = {
-        **tiles.operands(x, y), "row_ids": _contiguous(row_ids), "col_ids": _contiguous(col_ids), "scale": scale,
-        "bias": bias, "poison": _poison(x, y), "g_rows": _contiguous(row_weights), "g_cols": _contiguous(col_weights),
+    arguments: dict[str, Any] = {
+        **tiles.operands(x, y), "row_ids": _contiguous(problem.row_ids), "col_ids": _contiguous(problem.col_ids),
+        "scale": scale, "bias": problem.bias, "poison": _poison(x, y), "g_rows": _contiguous(row_weights),
+        "g_cols": _contiguous(col_weights),
         "exponent": exponent, "row_sum": part_rows, "col_sum": part_cols[1:], "totals": totals, "m": m, "d": d,
-        "first_positive": first_positive, "pitch": pitch,
+        "first_positive": problem.first_positive, "pitch": row_pitch,
     }  # fmt: skip
     constants = {
-        **tiles.constants, "IDS": row_ids is not None, "ATTRACT": attract and row_ids is not None, "COLS": need_cols,
+        **tiles.constants, "IDS": problem.grouped, "ATTRACT": problem.attract and problem.grouped, "COLS": need_cols,
         "GRADIENT": gradient, "COL_WEIGHTS": col_weights is not None, "STRIPS": tiles.strips,
     }  # fmt: skip
 
@@ -108,7 +109,7 @@ def forward(
         first, end = k * height, k * height + count
         triton_call.launch(
             kernels.softplus_kernel, (strips[k] * col_tiles,),
-            {**problem, "p": tiles.output(panel[:count]), "first_row": first, "n": end, "rows": count,
+            {**arguments, "p": tiles.output(panel[:count]), "first_row": first, "n": end, "rows": count,
              "strips": strips[k], "strip_tiles": strip_tiles[k], "first_part": sum(strips[:k]) * col_tiles},
             constants, **tiles.options,
         )  # fmt: skip
@@ -116,10 +117,10 @@ def forward(
         if need_cols:
             _fold(part_cols, cols if end == n else part_cols[0], 1 + strips[k])
         if with_dx:
-            _multiply_into(dx_sums[:count], panel[:count, :m], y, accumulate=False)
+            multiply_into(dx_sums[:count], panel[:count, :m], y, accumulate=False)
             _scale(dx_sums, x[first:end], dx[first:end], along_x[first // BLOCK_R :], scale, exponent)
         if with_dy:
-            _multiply_into(dy_sums, panel[:count, :m].T, x[first:end], accumulate=k > 0)
+            multiply_into(dy_sums, panel[:count, :m].T, x[first:end], accumulate=k > 0)
     if with_dy:
         _scale(dy_sums, y, dy, along_y, scale, exponent)
     if not gradient:
@@ -127,7 +128,7 @@ def forward(
     dx, dy = (
         g[:, :width].contiguous() if need else g.new_empty(0) for g, need in ((dx, need_dx), (dy, with_dy))
     )  # fmt: skip
-    return rows, cols, dx, dy, _total(along_x if with_dx else along_y), _total(totals)
+    return rows, cols, dx, dy, total(along_x if with_dx else along_y), total(totals)
 
 
 def _tiles(x: Tensor) -> Tiles:
@@ -140,7 +141,7 @@ def _tiles(x: Tensor) -> Tiles:
 
 def _scale(sums: Tensor, own: Tensor, out: Tensor, along: Tensor, scale: Tensor, exponent: Tensor) -> None:
     """out = scale 2^-exponent sums, in its dtype, and along = parts of <own, out> / scale; there are no positives."""
-    _features_gradient(
+    features_gradient(
         sums, own, own[:0], out, along, g_positives=scale, scale=scale, exponent=exponent, shift=0, g_shift=0
     )
 
@@ -167,7 +168,7 @@ def _poison(x: Tensor, y: Tensor) -> Tensor:
         {"x": x, "y": y, "parts": parts, "x_count": x.numel(), "y_count": y.numel(), "x_blocks": x_blocks},
         {"BLOCK": BLOCK_P},
     )  # fmt: skip
-    return _total(parts)
+    return total(parts)
 
 
 def _exponent(row_weights: Tensor, col_weights: Tensor | None) -> Tensor:
