@@ -94,9 +94,10 @@ def test_panels(small_tiles):
 def test_only_what_is_asked_for(activation, small_tiles):
     grad, a, b, w = torch.randn(37, 70), *inputs(*RAGGED)
     with emulated(90):
-        full = backend.backward(grad, a, b, w, activation, 0.0, *ALL)
+        problem = AdditiveProblem(a, b, w, activation, 0.0)
+        full = backend.backward(grad, problem, ALL)
         for needs in ((True, False, False), (False, True, False), (False, False, True)):
-            some = backend.backward(grad, a, b, w, activation, 0.0, *needs)
+            some = backend.backward(grad, problem, needs)
             for got, all_of_it, need in zip(some, full, needs, strict=True):
                 if need:
                     torch.testing.assert_close(got, all_of_it, rtol=1e-6, atol=1e-6)

@@ -12,6 +12,7 @@ from cases import DTYPES
 from executor import emulated
 
 from cibr_kernels.primitives.additive.activations import ACTIVATIONS
+from cibr_kernels.primitives.additive.problem import ShiftsProblem
 from cibr_kernels.primitives.additive.shifts import triton as backend
 
 CASES = [(37, 37, 40, 0, 7), (20, 27, 65, 0, 8), (16, 16, 16, 1, 3), (33, 33, 33, 30, 6)]  # n, m, h, first, k
@@ -58,7 +59,7 @@ def test_nan_reaches_the_scores_it_takes_part_in():
     i = torch.arange(6)
     for activation in ("relu", "elu"):
         with emulated(90):
-            scores = backend.forward(a, b, w, 1, 2, activation, 1.0)
+            scores = backend.forward(ShiftsProblem(a, b, w, activation, 1.0, 1, 2))
         assert torch.equal(scores.isnan(), torch.stack([(i + s) % 6 == 2 for s in (1, 2)]))
 
 
@@ -67,7 +68,8 @@ def test_only_what_is_asked_for(needs, small_tiles):
     a, b, w = inputs(20, 27, 65)
     grad = torch.randn(8, 20)
     with emulated(90):
-        full = backend.backward(grad, a, b, w, 0, 8, "relu", 0.0, True, True, True)
-        some = backend.backward(grad, a, b, w, 0, 8, "relu", 0.0, *needs)
+        problem = ShiftsProblem(a, b, w, "relu", 0.0, 0, 8)
+        full = backend.backward(grad, problem, (True, True, True))
+        some = backend.backward(grad, problem, needs)
     for got, all_of_it, need in zip(some, full, needs, strict=True):
         assert torch.equal(got, all_of_it) if need else got.shape == (0,)

@@ -13,7 +13,9 @@ from executor import emulated
 
 from cibr_kernels.primitives.additive.activations import ACTIVATIONS
 from cibr_kernels.primitives.additive.moments import triton as backend
+from cibr_kernels.primitives.additive.problem import MomentsProblem
 
+ALL = True, True, True  # gradients
 GPUS = (80, 90, 100, 120)
 RAGGED, WHOLE = (37, 70, 17, 21), (32, 48, 0, 32)  # n, m, first_positive, h: with blocks of 16, ends or none
 ONE_PANEL = ["pack", "scores", "merge", "weigh", "gradient", "gradient", "finish", "reduce"]
@@ -82,9 +84,10 @@ def test_sums_in_pieces_where_blocks_are_few(small_tiles):
 def test_only_what_is_asked_for(small_tiles):
     a, b, w = inputs(37, 70, 21)
     with emulated(90) as gpu:
-        full = backend.forward(a, b, w, "relu", 0.0, 17, False, True, True, True)
+        problem = MomentsProblem(a, b, w, "relu", 0.0, 17, False)
+        full = backend.forward(problem, ALL)
         for needs in ((True, False, False), (False, True, False), (False, False, True), (False, False, False)):
-            some = backend.forward(a, b, w, "relu", 0.0, 17, False, *needs)
+            some = backend.forward(problem, needs)
             for got, all_of_it, need in zip(some, full, (True, True, *needs), strict=True):
                 if need:
                     torch.testing.assert_close(got, all_of_it, rtol=1e-6, atol=1e-6)
@@ -96,7 +99,7 @@ def test_only_what_is_asked_for(small_tiles):
 def test_the_same_bits_twice(small_tiles):
     a, b, w = inputs(37, 70, 21)
     with emulated(90):
-        runs = [backend.forward(a, b, w, "relu", 0.0, 17, False, True, True, True) for _ in range(2)]
+        runs = [backend.forward(MomentsProblem(a, b, w, "relu", 0.0, 17, False), ALL) for _ in range(2)]
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
 
@@ -107,5 +110,5 @@ def test_one_bad_number_reaches_everything(where, bad, small_tiles):
     tensors = {"a": a, "b": b, "w": w}
     tensors[where].view(-1)[-1] = bad
     with emulated(90):
-        outputs = backend.forward(*tensors.values(), "relu", 0.0, 0, False, True, True, True)
+        outputs = backend.forward(MomentsProblem(*tensors.values(), "relu", 0.0, 0, False), ALL)
     assert all(o.isnan().all() for o in outputs)

@@ -219,23 +219,9 @@ def test_softplus_and_sigmoid_to_their_own_size(bias):
     """Every pair by itself (m = 1), from logits of `bias` - 5 to `bias` + 5."""
     n = 64
     x, y = torch.linspace(-5, 5, n)[:, None], torch.ones(1, 1)
-    inputs = [
-        x,
-        y,
-        torch.tensor(1.0),
-        torch.tensor(bias),
-        torch.ones(n),
-        None,
-        None,
-        None,
-        -1,
-        False,
-        False,
-        True,
-        False,
-    ]
+    whole = SoftplusProblem(x, y, torch.tensor(1.0), None, None, -1, torch.tensor(bias), False)
     with emulated(80):
-        rows, _, dx, *_ = backend.forward(*inputs)
+        rows, _, dx, *_ = backend.forward(whole, torch.ones(n), None, False, True, False)
     t = x[:, 0].double() + bias
     for name, found, expected in (
         ("softplus", rows, torch.logaddexp(t, torch.zeros(()))),

@@ -14,9 +14,10 @@ from cases import leaves, with_gradients
 from torch import Tensor
 
 from cibr_kernels import testing
-from cibr_kernels.primitives.additive.activations import ACTIVATIONS, pair_mask
+from cibr_kernels.primitives.additive.activations import ACTIVATIONS
 from cibr_kernels.primitives.additive.moments.op import additive_moments
 from cibr_kernels.primitives.additive.moments.reference import additive_moments as moments_reference
+from cibr_kernels.primitives.additive.moments.reference import pair_mask
 from cibr_kernels.primitives.additive.scores.op import additive_scores
 from cibr_kernels.primitives.additive.scores.reference import additive_scores as scores_reference
 from cibr_kernels.primitives.additive.shifts.op import additive_shifts
