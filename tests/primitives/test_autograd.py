@@ -160,7 +160,7 @@ def test_double_backward_raises(name, backend, monkeypatch):
     f, make = FUNCTIONS[name]
     inputs = leaves(*make())
     grads = torch.autograd.grad(f(*inputs), inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivatives .* use backend='reference'"):
+    with pytest.raises(RuntimeError, match=r"second derivatives .* use backend='reference'"):
         sum(g.square().sum() for g in grads).backward()
 
 
