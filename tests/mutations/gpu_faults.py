@@ -264,7 +264,7 @@ FAULTS = [
         "pairs counted with the positives",
         "additive",
         LAUNCHER,
-        "pairs = self.n * self.m - (0 if self.include else self.n)",
+        "pairs = self.n * self.m - (0 if self.problem.include_diagonal else self.n)",
         "pairs = self.n * self.m",
     ),
     Fault(
