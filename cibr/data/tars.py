@@ -17,6 +17,7 @@ from cibr.data.listing import MAX_TEXT_BYTES
 
 TEXTS = ("txt", "json", "cls")
 BLOCK = tarfile.BLOCKSIZE
+END = 2 * BLOCK
 
 
 class Place(NamedTuple):
@@ -41,18 +42,23 @@ def members(path: Path, skipped: Skipped) -> Iterator[tarfile.TarInfo]:
     size = path.stat().st_size
     begin = end = 0  # where reading goes on, and where the last member ended
     with path.open("rb") as file:
+
+        def count_damage(after: int) -> bool:
+            if damaged := is_damaged(file, end, after, size):
+                skipped.add("damaged part of a tar", f"{path.name}, {after - end} bytes at {end}")
+            return damaged
+
         while begin < size:
             file.seek(begin)
             try:
                 for member, after in _headers(file):
-                    _count_damage(file, end, member.offset, path, skipped)
+                    count_damage(member.offset)
                     begin = end = after
                     yield member
                 break
             except (tarfile.TarError, ValueError, OverflowError):
                 begin += BLOCK
-        damaged = _count_damage(file, end, size, path, skipped)
-        if 0 <= size - end < 2 * BLOCK and not damaged:
+        if not count_damage(size) and size - end < END:
             skipped.add("tar without its end", path.name)
 
 
@@ -64,14 +70,16 @@ def _headers(file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, int]]:
         yield member, tar.offset
 
 
-def _count_damage(file: IO[bytes], begin: int, end: int, path: Path, skipped: Skipped) -> bool:
-    """Counts what lies between two members, unless it is nothing but zeros, as between joined tars."""
+def is_damaged(file: IO[bytes], begin: int, end: int, size: int) -> bool:
+    """Whether what lies between two members, or after the last, is neither nothing nor the end of a tar.
+
+    An end is two blocks of zeros, padded to a record; after one in the middle another tar may be joined. More zeros are
+    a hole, where something was lost.
+    """
+    if end > begin and (end - begin > END + tarfile.RECORDSIZE or (end < size and end % tarfile.RECORDSIZE)):
+        return True
     file.seek(begin)
-    for at in range(begin, end, 1 << 20):
-        if file.read(min(end - at, 1 << 20)).strip(b"\0"):
-            skipped.add("damaged part of a tar", f"{path.name}, {end - begin} bytes at {begin}")
-            return True
-    return False
+    return bool(file.read(max(0, end - begin)).strip(b"\0"))
 
 
 def split_name(name: str) -> tuple[str, str]:

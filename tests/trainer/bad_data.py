@@ -114,6 +114,20 @@ def garbage(data: bytearray) -> bytearray:
     return data
 
 
+def hole(data: bytearray) -> bytearray:
+    """Zeros over the second pair, as where a disk was full."""
+    begin, end = data.index(b"001.png"), data.index(b"002.png")
+    data[begin:end] = bytes(end - begin)
+    return data
+
+
+def joined(folder: Path) -> str:
+    for k in range(2):
+        write_tar(folder / f"{k}.part", [m for j in range(3) for m in pair(3 * k + j)])
+    (folder / "0.tar").write_bytes((folder / "0.part").read_bytes() + (folder / "1.part").read_bytes())
+    return f"webdataset:{folder}"
+
+
 def huge_pax(data: bytearray) -> bytes:
     """A pax header that claims eight gigabytes, after good pairs."""
     header = tarfile.TarInfo("x")
@@ -230,11 +244,15 @@ CASES = [
     Case("links and devices", tar_of(special("9.png", tarfile.SYMTYPE), special("8.png", tarfile.LNKTYPE),
                                      special("7.png", tarfile.CHRTYPE)), 3, {"tar member that is no plain file": 3}),
     Case("tar cut in a member", damaged(lambda data: data[: data.index(b"004.txt") + 515]), 4,
-         {"tar member cut short": 1, "no caption": 1}),
+         {"tar member cut short": 1, "tar without its end": 1, "no caption": 1}),
     Case("tar cut between members", damaged(lambda data: data[: data.index(b"004.png")]), 4,
          {"tar without its end": 1}),
     Case("flipped bit in a header", damaged(flip_header), 5, {"damaged part of a tar": 1, "no image": 1}),
     Case("garbage in a tar", damaged(garbage), 4, {"damaged part of a tar": 1}),
+    Case("hole of zeros in a tar", damaged(hole), 5, {"damaged part of a tar": 1}),
+    Case("tar padded with zeros", damaged(lambda data: data[: data.index(b"004.png")] + bytes(30_000)), 4,
+         {"damaged part of a tar": 1}),
+    Case("two tars joined", joined, 6),
     Case("pax header of 8 GB", damaged(huge_pax), 6, {"damaged part of a tar": 1}),
     Case("empty tar", empty_folder, refused="no usable sample in"),
     Case("folder without tars", lambda folder: f"webdataset:{folder}", refused="holds no .tar"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tracemalloc
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
+from cibr.data import DataOptions, in_order, open_dataset
 from cibr.data.dataset import SkipSample
 from cibr.data.images import decode
+from cibr.errors import UsageError
 
 
 @pytest.mark.parametrize("case", bad_data.CASES, ids=lambda case: case.name)
@@ -28,6 +31,35 @@ def test_campaign(case: bad_data.Case, tmp_path: Path) -> None:
     assert peak < 32 << 20  # nothing in a data set takes the memory
     written = {path for path in tmp_path.iterdir() if path not in before} - {folder, tmp_path / "cache"}
     assert not written  # nor writes beside it
+
+
+def test_nothing_of_a_damaged_tar_is_lost_unnoticed(tmp_path: Path) -> None:
+    """Two hundred times a bit, a part or the end of a tar is spoilt; whatever is missing then was counted."""
+    bad_data.tar_of(pairs=12)(tmp_path)
+    whole = (tmp_path / "0.tar").read_bytes()
+    lost = 0
+    for seed in range(200):
+        rng = random.Random(seed)
+        data, at, length = bytearray(whole), rng.randrange(len(whole) - 2000), rng.randint(1, 3000)
+        kind = rng.choice(["bit", "noise", "zeros", "cut"])
+        if kind == "bit":
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == "cut":
+            del data[at:]
+        else:
+            data[at : at + length] = rng.randbytes(length) if kind == "noise" else bytes(length)
+        (tmp_path / "0.tar").write_bytes(data)
+        options = DataOptions(data=f"webdataset:{tmp_path}", workers=0)
+        try:
+            dataset = open_dataset(options)
+        except UsageError as error:
+            assert "no usable sample" in str(error)
+            continue
+        found = [batch["index"] for batch in in_order(dataset, options, batch_size=12, transform=bad_data.size)]
+        if sum(map(len, found)) < 12:
+            lost += 1
+            assert dataset.skipped.total, (seed, kind, at)
+    assert lost > 100
 
 
 def test_the_names_of_bad_cases_are_distinct() -> None:
