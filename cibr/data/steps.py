@@ -55,10 +55,10 @@ class Steps(Items[Made]):
         images: list[Tensor] = []
         captions: list[Any] = []
         taken: list[int] = []
+        numbers = random_numbers(self.order.seed, step, rows).tolist()
         with own_random_state() as seed:
-            for place, first in enumerate(rows.tolist()):
+            for place, (first, number) in enumerate(zip(rows.tolist(), numbers, strict=True)):
                 row, image = self._readable(step, place, first)
-                number = int(random_numbers(self.order.seed, step, np.array([row]))[0])
                 captions.append(self.dataset.draw(row, number))
                 seed(number)
                 images.append(self.transform(image) if self.transform is not None else image)

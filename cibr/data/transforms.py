@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,18 +58,23 @@ def redraw(image: Image.Image) -> Image.Image:
     Zoom of 2/3 to 1.18 (vendors leave different margins), turns of 0.15 radians, shifts of 7.5 % either way.
     Recolouring mixes the channels with rows that sum to 1, so white stays white and grey stays grey.
     """
-    rng = np.random.default_rng(int(torch.randint(2**62, ())))
     width, height = image.size
-    zoom, turn = rng.uniform(0.85, 1.5), rng.uniform(-0.15, 0.15)
-    mirror = rng.choice([-1.0, 1.0])
-    shift_x, shift_y = rng.uniform(-0.075, 0.075, 2) * image.size
-    linear = zoom * np.array([[mirror * np.cos(turn), -np.sin(turn)], [mirror * np.sin(turn), np.cos(turn)]])
-    middle = np.array([width / 2, height / 2])
-    offset = middle - linear @ middle + (shift_x, shift_y)
-    placed = (linear[0, 0], linear[0, 1], offset[0], linear[1, 0], linear[1, 1], offset[1])
-    image = image.transform(image.size, Image.Transform.AFFINE, placed, Image.Resampling.BILINEAR, fillcolor="white")
-    if rng.integers(2):
-        mix = torch.lerp(torch.eye(3), torch.from_numpy(rng.dirichlet(np.ones(3), 3)).float(), float(rng.uniform()))
-        rows = torch.cat([mix, torch.zeros(3, 1)], dim=1).flatten()
-        image = image.convert("RGB", tuple(rows.tolist()))
-    return image
+    zoom, turn, mirror = random.uniform(0.85, 1.5), random.uniform(-0.15, 0.15), random.choice((-1, 1))
+    cos, sin = zoom * math.cos(turn), zoom * math.sin(turn)
+    to_x, to_y = (mirror * cos, -sin), (mirror * sin, cos)  # from a place on the new page to one on the old
+    middle = (width / 2, height / 2)
+    left = middle[0] * (1 + random.uniform(-0.15, 0.15)) - to_x[0] * middle[0] - to_x[1] * middle[1]
+    top = middle[1] * (1 + random.uniform(-0.15, 0.15)) - to_y[0] * middle[0] - to_y[1] * middle[1]
+    data = (*to_x, left, *to_y, top)
+    image = image.transform(image.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR, fillcolor="white")
+    return image.convert("RGB", recolouring(random.random())) if random.random() < 0.5 else image
+
+
+def recolouring(strength: float) -> tuple[float, ...]:
+    """Pillow's matrix (12 numbers) from the identity, at 0, to rows from the uniform distribution of three shares."""
+    matrix: list[float] = []
+    for channel in range(3):
+        shares = [random.expovariate(1) for _ in range(3)]
+        matrix += [strength * share / sum(shares) + (1 - strength) * (k == channel) for k, share in enumerate(shares)]
+        matrix.append(0.0)
+    return tuple(matrix)
