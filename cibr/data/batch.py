@@ -14,6 +14,7 @@ import itertools
 import os
 import signal
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,17 +58,18 @@ class Batches:
     def start(self, step: int, part: slice | None = None) -> Iterator[Batch]:
         """The batches of `step`, `step` + 1, ... without end; of each the rows `part`.
 
-        Raises UsageError when no sample can be read.
+        Raises UsageError when no sample can be read, or a worker dies.
         """
-        for made in self._loader(step, part or slice(None)):
-            for name, reason in set(made.bad) - self._seen:
-                self._seen.add((name, reason))
-                self.skipped.add(reason, name)
-            if made.error is not None:
-                raise UsageError(made.error)
-            if not self.options.mask_duplicates:
-                del made.batch["group_ids"]
-            yield made.batch
+        with dead_workers_in_words():
+            for made in self._loader(step, part or slice(None)):
+                for name, reason in set(made.bad) - self._seen:
+                    self._seen.add((name, reason))
+                    self.skipped.add(reason, name)
+                if made.error is not None:
+                    raise UsageError(made.error)
+                if not self.options.mask_duplicates:
+                    del made.batch["group_ids"]
+                yield made.batch
 
     def _loader(self, step: int, part: slice) -> DataLoader:
         workers, prefetch = default_workers(self.dataset, self.options), self.options.prefetch
@@ -99,11 +101,12 @@ def in_order(
     What cannot be read is counted in `dataset.skipped`.
     """
     parts = (range(first, min(first + batch_size, len(dataset))) for first in range(0, len(dataset), batch_size))
-    for made in loader(Rows(dataset, transform), parts, default_workers(dataset, options), options.prefetch):
-        for name, reason in made.bad:
-            dataset.skipped.add(reason, name)
-        if made.batch:
-            yield made.batch
+    with dead_workers_in_words():
+        for made in loader(Rows(dataset, transform), parts, default_workers(dataset, options), options.prefetch):
+            for name, reason in made.bad:
+                dataset.skipped.add(reason, name)
+            if made.batch:
+                yield made.batch
 
 
 def default_workers(dataset: Dataset, options: DataOptions) -> int:
@@ -129,6 +132,18 @@ def loader(items: Any, sampler: Iterable[Any] | None, workers: int, prefetch: in
         worker_init_fn=leave_signals_to_the_parent,
         generator=torch.Generator(),  # its own: the global state is part of what a resumed run restores
     )
+
+
+@contextmanager
+def dead_workers_in_words() -> Iterator[None]:
+    """Raises UsageError in the block if a worker dies, of too little memory or a decoder's fault."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        words = f"a process that makes batches died ({error}); fewer --workers and --prefetch take less memory"
+        raise UsageError(words) from error
 
 
 def leave_signals_to_the_parent(worker: int) -> None:

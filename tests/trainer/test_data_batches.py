@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
+import signal
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -114,6 +117,30 @@ def test_what_cannot_be_read_is_replaced_and_counted_once(workers: int) -> None:
     assert made.skipped.counts == {"a bad one": 3} and made.skipped.first["a bad one"][:3] in ("002", "005", "011")
     part = next(batches(Numbers(24, bad)).start(4, slice(2, 7)))
     assert same(part, {key: value[2:7] for key, value in taken[4].items()})
+
+
+class Deadly(Numbers):
+    """Row 5 ends the process that reads it, as a fault in a decoder would."""
+
+    def image(self, index: int) -> Image.Image:
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().image(index)
+
+
+def test_a_worker_that_dies_ends_in_words() -> None:
+    with pytest.raises(UsageError, match=r"batches died \(DataLoader worker .*\); fewer --workers"):
+        next(batches(Deadly(24), workers=1, batch_size=24).start(0))
+
+
+def test_workers_leave_signals_to_the_parent() -> None:
+    stream = batches(Numbers(24), workers=1).start(0)
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(worker.pid, number)
+    assert len(take(stream, 20)) == 20
 
 
 @pytest.mark.parametrize("workers", [0, 1])
