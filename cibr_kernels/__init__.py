@@ -9,7 +9,7 @@ Importing this pulls in torch and nothing heavier.
 import torch  # noqa: F401  (before the compiled module: torch's wheel carries the OpenMP runtime they share)
 
 from cibr_kernels import distributed, nn
-from cibr_kernels.dispatch import backends
+from cibr_kernels.dispatch import backends, flops
 from cibr_kernels.dispatch.backends import native_available
 from cibr_kernels.information.estimators import (
     bound,
@@ -46,3 +46,4 @@ __all__ = [
 ]
 
 backends.warn_if_missing()
+flops.install()

@@ -32,3 +32,11 @@ def ceil_div(a: int, b: int) -> int:
 def round_up(a: int, b: int) -> int:
     """The least multiple of b that is at least a."""
     return ceil_div(a, b) * b
+
+
+def early_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of gradients that are made in the forward: float32 for float16, else the features'.
+
+    A loss scale multiplies them in the backward, after float16 would have lost those below 6e-8.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype

@@ -16,6 +16,7 @@ from torch.autograd.function import Function, once_differentiable
 from cibr_kernels.distributed.collectives import exchange, gather
 from cibr_kernels.distributed.ring import Hop
 from cibr_kernels.distributed.shards import Shards
+from cibr_kernels.numerics import early_dtype
 from cibr_kernels.primitives.dot.softplus.op import dot_softplus, dot_softplus_sums, dot_softplus_total
 
 
@@ -103,12 +104,14 @@ class _Ring(Function):
                 (shard,) = ahead.wait()
         if behind is not None:
             (dy,) = behind.wait()
-        ctx.save_for_backward(dx.to(x.dtype), dy.to(y.dtype), dscale.to(scale.dtype), dbias.to(scale.dtype))
+        made = early_dtype(x.dtype)
+        ctx.dtypes = x.dtype, y.dtype, scale.dtype, bias.dtype
+        ctx.save_for_backward(dx.to(made), dy.to(made), dscale.to(scale.dtype), dbias.to(scale.dtype))
         return total.to(scale.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """() -> the gradients of x (n, d), y (n, d), scale () and bias (), None unless needed."""
-        grads = (t * g if need else None for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False))
-        return *grads, *(None,) * 7
+        grads = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
+        return *((t * g).to(dtype) if need else None for t, dtype, need in grads), *(None,) * 7

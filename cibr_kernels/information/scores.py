@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cibr_kernels.dispatch.library import operator, or_zeros
 from cibr_kernels.information.panels import log_sum_clamped, panel_rows, row_sums
-from cibr_kernels.numerics import softplus
+from cibr_kernels.numerics import early_dtype, softplus
 from cibr_kernels.primitives.additive.scores.op import (
     additive_scores,
     additive_scores_backward,
@@ -57,6 +57,8 @@ def additive_contrast(
         return _reference(a, b, w, bias, kind, clamp, activation, slope, first_positive, include_diagonal)
     grad = torch.is_grad_enabled()
     needs = [grad and t.requires_grad for t in (a, b, w, bias)]
+    if any(needs):
+        a, b, w = (t.to(early_dtype(t.dtype)) for t in (a, b, w))
     a, b, w = a.contiguous(), b.contiguous(), w.contiguous()
     rows = panel_rows(b.shape[0] * TEMPORARIES * max(a.itemsize, 4), a.shape[0], LEAST_ROWS)
     loss, positives, clamped, *_ = additive_contrast_forward(

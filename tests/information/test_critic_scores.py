@@ -194,7 +194,7 @@ def test_additive_contrast_gradcheck_and_opcheck(kind, include):
 
     assert torch.autograd.gradcheck(loss, inputs)
     grads = torch.autograd.grad(loss(*inputs), inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match="backward through cibr_kernels"):
+    with pytest.raises(RuntimeError, match="second derivatives"):
         sum(g.square().sum() for g in grads).backward()
     arguments = (*inputs, kind, 2.0, "tanh", 0.01, 2, include, 16, True, True, True, True, "auto")
     torch.library.opcheck(torch.ops.cibr_kernels.additive_contrast_forward.default, arguments)

@@ -7,12 +7,18 @@ from torch import Tensor
 
 from cibr_kernels.dispatch.backends import native_unsupported as unsupported  # noqa: F401
 from cibr_kernels.dispatch.native_call import DTYPES, call, scratch_like
+from cibr_kernels.numerics import early_dtype
 
 
 def forward(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, need_dx: bool, need_dy: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """-> loss (), dx (n, d), dy (n, d), each None unless needed, dscale () and dbias () with them."""
+    """-> loss (), dx (n, d), dy (n, d), each None unless needed, dscale () and dbias () with them.
+
+    The gradients are float32 for float16.
+    """
+    if need_dx or need_dy:
+        x, y = (t.to(early_dtype(t.dtype)) for t in (x, y))
     n, d = x.shape
     dx, dy = scratch_like(x) if need_dx else None, scratch_like(y) if need_dy else None
     loss = torch.empty_like(scale)

@@ -45,7 +45,9 @@ def log_mean_exp(
         mask = mask.contiguous()
     log_ema = None if ema is None else checks.scalar("ema", ema, scores)
     el = log_mean_exp_forward(scores.contiguous(), mask, backend)
-    return el if log_ema is None else ema_corrected(el, log_ema)
+    if log_ema is None:
+        return el.clone() if el.requires_grad else el  # el is kept for the backward, the caller's may change in place
+    return ema_corrected(el, log_ema)
 
 
 def ema_corrected(el: Tensor, log_ema: Tensor) -> Tensor:

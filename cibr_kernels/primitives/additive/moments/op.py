@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cibr_kernels.dispatch import backends
 from cibr_kernels.dispatch.library import operator, or_zeros
+from cibr_kernels.numerics import early_dtype
 from cibr_kernels.primitives.additive.activations import ACTIVATIONS
 from cibr_kernels.primitives.additive.problem import MomentsProblem
 
@@ -38,6 +39,8 @@ def additive_moments(
     """
     grad = torch.is_grad_enabled()
     needs = [grad and t.requires_grad for t in (a, b, w)]
+    if any(needs):
+        a, b, w = (t.to(early_dtype(t.dtype)) for t in (a, b, w))
     a, b, w = a.contiguous(), b.contiguous(), w.contiguous()
     j, el, *_ = additive_moments_forward(a, b, w, activation, slope, first_positive, include_diagonal, *needs, backend)
     return j, el

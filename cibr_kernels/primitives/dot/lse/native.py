@@ -56,7 +56,7 @@ def backward(
     problem: LseProblem, sums: LseSums, gradients: LseGradients, need_dx: bool, need_dy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dx (n, d), dy (m, d), each empty unless needed, dscale ()."""
-    dx, dy, dscale = feature_gradients(problem, need_dx, need_dy)
+    dx, dy, dscale = feature_gradients(problem, problem.x.dtype, need_dx, need_dy)
     _run(
         "dot_lse_backward", "DotBackward", problem, sums.stash, row_lse=sums.rows, row_weight=gradients.rows,
         col_lse=sums.cols, col_weight=gradients.cols, positive_grad=gradients.positives,
@@ -65,11 +65,13 @@ def backward(
     return dx, dy, dscale
 
 
-def feature_gradients(problem: DotProblem, need_dx: bool, need_dy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for dx (n, d), dy (m, d), each empty unless needed, and zeros for dscale ()."""
+def feature_gradients(
+    problem: DotProblem, dtype: torch.dtype, need_dx: bool, need_dy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for dx (n, d), dy (m, d) of `dtype`, each empty unless needed, and zeros for dscale ()."""
     x, y = problem.x, problem.y
-    dx = scratch(x.shape if need_dx else (0,), x.dtype, x.device)
-    dy = scratch(y.shape if need_dy else (0,), y.dtype, y.device)
+    dx = scratch(x.shape if need_dx else (0,), dtype, x.device)
+    dy = scratch(y.shape if need_dy else (0,), dtype, y.device)
     return dx, dy, torch.zeros_like(problem.scale)
 
 

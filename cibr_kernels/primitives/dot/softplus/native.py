@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from cibr_kernels.dispatch.backends import native_unsupported as unsupported  # noqa: F401
 from cibr_kernels.dispatch.native_call import call
+from cibr_kernels.numerics import early_dtype
 from cibr_kernels.primitives.dot.lse.native import feature_gradients, problem_fields
 from cibr_kernels.primitives.dot.problem import SoftplusProblem
 
@@ -17,11 +20,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> rows (n,), cols (m,) or (0,), dx (n, d), dy (m, d), each empty unless needed, dscale (), dbias ().
 
-    Row weights are given where dx or dy is needed.
+    Row weights are given where dx or dy is needed; both are float32 for float16.
     """
+    made = early_dtype(problem.x.dtype)
+    if need_dx or need_dy:
+        problem = replace(problem, x=problem.x.to(made), y=problem.y.to(made))
     n, m, d = problem.sizes
     rows, cols = problem.scale.new_empty(n), problem.scale.new_empty(m if need_cols else 0)
-    dx, dy, dscale = feature_gradients(problem, need_dx, need_dy)
+    dx, dy, dscale = feature_gradients(problem, made, need_dx, need_dy)
     dbias = torch.zeros_like(problem.bias)
     call(
         "dot_softplus", "DotSoftplus", n * m * d, **problem_fields(problem), bias=problem.bias.item(),

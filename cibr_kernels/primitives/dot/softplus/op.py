@@ -13,12 +13,16 @@ known before: 1 + 3 passes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cibr_kernels import checks
 from cibr_kernels.dispatch import backends
 from cibr_kernels.dispatch.library import operator, or_zeros
+from cibr_kernels.numerics import early_dtype
 from cibr_kernels.primitives.dot.problem import SoftplusProblem
 
 SERVES = "siglip_loss, or a js or smile estimate with a separable critic"
@@ -98,8 +102,8 @@ def dot_softplus_total(
     row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int, attract: bool, need_dx: bool, need_dy: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> total (), rows (n,), cols (m,) or (0,), and total's gradients: dx, dy, each empty unless needed, dscale (),
-    dbias ()."""
+    """-> total (), rows (n,), cols (m,) or (0,), and total's gradients: dx, dy, each empty unless needed, in
+    `early_dtype`, dscale (), dbias ()."""
     needs = need_dx or need_dy
     problem = SoftplusProblem(x, y, scale, row_ids, col_ids, first_positive, bias, attract)
     g_rows, g_cols = (row_weights, col_weights) if needs else (None, None)
@@ -116,9 +120,9 @@ def dot_softplus_total(
 def _(
     x, y, scale, bias, row_weights, col_weights, row_ids, col_ids, first_positive, attract, need_dx, need_dy, backend
 ):
-    new = scale.new_empty
-    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
-    dy = torch.empty_like(y) if need_dy else y.new_empty(0)
+    new, made = scale.new_empty, early_dtype(x.dtype)
+    dx = x.new_empty(x.shape if need_dx else 0, dtype=made)
+    dy = y.new_empty(y.shape if need_dy else 0, dtype=made)
     return new(()), new((x.shape[0],)), new((0 if col_weights is None else y.shape[0],)), dx, dy, new(()), new(())
 
 
@@ -127,16 +131,25 @@ def dot_softplus_scale(
     g: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_weights: Tensor, col_weights: Tensor | None,
     gradients: list[Tensor], needed: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """g () times each of total's gradients, empty unless needed.
+    """g () times each of total's gradients, in the dtype of its tensor, empty unless needed.
 
     It takes what they were made of, so that a second derivative is refused instead of forgotten.
     """
-    return [t * g if need else t.new_empty(0) for t, need in zip(gradients, needed, strict=True)]
+    return [(t * g).to(dtype) if need else t.new_empty(0) for t, dtype, need in _scaled(x, y, gradients, needed)]
+
+
+def _scaled(x: Tensor, y: Tensor, gradients: list[Tensor], needed: list[bool]) -> Iterator[tuple[Any, ...]]:
+    """Each of total's gradients, its dtype in the end, and whether it is needed."""
+    dtypes = [x.dtype, y.dtype, *(t.dtype for t in gradients[2:])]
+    return zip(gradients, dtypes, needed, strict=True)
 
 
 @dot_softplus_scale.register_fake
 def _(g, x, y, scale, bias, row_weights, col_weights, gradients, needed):
-    return [torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(gradients, needed, strict=True)]
+    return [
+        torch.empty_like(t, dtype=dtype) if need else t.new_empty(0)
+        for t, dtype, need in _scaled(x, y, gradients, needed)
+    ]
 
 
 def _setup_total(ctx, inputs, output) -> None:
@@ -191,7 +204,7 @@ def dot_softplus_backward(
     problem = SoftplusProblem(x, y, scale, row_ids, col_ids, first_positive, bias, attract)
     weights = g_rows.contiguous(), col_weights
     _, _, dx, dy, dscale, dbias = _run(problem, *weights, False, need_dx, need_dy, backend)
-    return dx, dy, dscale, dbias
+    return dx.to(x.dtype), dy.to(y.dtype), dscale, dbias
 
 
 @dot_softplus_backward.register_fake

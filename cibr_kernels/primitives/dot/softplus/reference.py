@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cibr_kernels.numerics import promote
+from cibr_kernels.numerics import early_dtype, promote
 from cibr_kernels.primitives.dot.lse.reference import is_positive
 from cibr_kernels.primitives.dot.problem import SoftplusProblem
 
@@ -54,13 +54,15 @@ def forward(
     """-> rows (n,), cols (m,) or (0,), dx (n, d), dy (m, d), each empty unless needed, dscale (), dbias ().
 
     The gradients are those of sum_i row_weights_i rows_i + sum_j col_weights_j cols_j; without col_weights, of the
-    first sum; without either, there are none: dscale and dbias are 0.
+    first sum; without either, there are none: dscale and dbias are 0.  dx and dy are float32 for float16.
     """
     x, y, scale, bias = problem.x, problem.y, problem.scale, problem.bias
     pairs = problem.row_ids, problem.col_ids, problem.first_positive, problem.attract
     rows, cols = dot_softplus(x, y, scale, bias, *pairs)
     cols = cols if need_cols else cols[:0].clone()
-    dx, dy, zero = x.new_empty(0), y.new_empty(0), torch.zeros_like(scale)
+    made = early_dtype(x.dtype)
+    dx, dy = x.new_empty(0, dtype=made), y.new_empty(0, dtype=made)
+    zero = torch.zeros_like(scale)
     if row_weights is None:
         return rows, cols, dx, dy, zero, zero.clone()
     cosines = promote(x) @ promote(y).T
@@ -68,7 +70,7 @@ def forward(
     weights = row_weights[:, None] if col_weights is None else row_weights[:, None] + col_weights
     g = sign * kept * (sign * (scale * cosines + bias)).sigmoid() * weights
     if need_dx:
-        dx = (scale * (g @ promote(y))).to(x.dtype)
+        dx = (scale * (g @ promote(y))).to(made)
     if need_dy:
-        dy = (scale * (g.T @ promote(x))).to(y.dtype)
+        dy = (scale * (g.T @ promote(x))).to(made)
     return rows, cols, dx, dy, (g * cosines).sum().to(scale.dtype), g.sum().to(scale.dtype)

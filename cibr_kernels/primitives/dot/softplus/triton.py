@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cibr_kernels.dispatch import triton_call
 from cibr_kernels.dispatch.triton_call import unsupported  # noqa: F401
+from cibr_kernels.numerics import early_dtype
 from cibr_kernels.primitives.dot.lse.triton import (
     BLOCK_R,
     aligned,
@@ -65,6 +66,7 @@ def forward(
     need_dy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> rows (n,), cols (m,) or (0,), dx (n, d), dy (m, d), each empty unless needed, dscale (), dbias ().
+    dx and dy are float32 for float16.
 
     Without row_weights there are no gradients: dscale and dbias are 0.  What is not finite makes all NaN.
     """
@@ -88,7 +90,9 @@ def forward(
     part_rows, part_cols = new(col_tiles * height), new((1 + max(strips), cols.numel()))
     part_cols[0].zero_()  # the panels before
     totals = new(sum(strips) * col_tiles if gradient else 0)
-    dx, dy = torch.empty_like(x) if with_dx else x.new_empty(0), torch.empty_like(y) if with_dy else y.new_empty(0)
+    made = early_dtype(x.dtype)
+    dx = x.new_empty(x.shape if with_dx else 0, dtype=made)
+    dy = y.new_empty(y.shape if with_dy else 0, dtype=made)
     dx_sums, dy_sums = new((height, d) if with_dx else 0), new((m, d) if with_dy else 0)
     along_x, along_y = new(blocks(n, BLOCK_R) if with_dx else 0), new(blocks(m, BLOCK_R) if with_dy else 0)
     panel = x.new_empty((height, row_pitch) if gradient else 0)
