@@ -1,5 +1,6 @@
 // For each CUDA kernel f: f_cuda(params) launches it, f_cuda_workspace(params) is its workspace in bytes, and
 // f_cuda_plan(params) is what it would launch, for tests that execute the same launches in an emulator.
+// cuda_refusal(device) says why none can run there, "" when they can.
 #include "cuda_bindings.h"
 
 #include "common/fields.h"
@@ -59,6 +60,7 @@ void bind(py::module_& m, const std::string& name, int (*launch)(const P&), int6
 
 void bind_cuda(py::module_& m) {
   m.attr("has_cuda") = true;
+  m.def("cuda_refusal", &cuda::refusal);
   {
     using P = cuda::AdditiveMoments;
     py::class_<P, AdditiveMoments> c(m, "AdditiveMomentsCuda");

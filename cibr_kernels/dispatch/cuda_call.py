@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,8 @@ from cibr_kernels.dispatch.triton_call import Gpu, Target
 class Executor(Protocol):
     def target(self, device: torch.device) -> Target: ...
 
+    def refusal(self, device: torch.device) -> str: ...
+
     def launch(self, kernel: str, params: Any, tensors: list[Tensor]) -> None: ...
 
 
@@ -29,6 +32,12 @@ class Device:
     @staticmethod
     def target(device: torch.device) -> Target:
         return Gpu.target(device)
+
+    @staticmethod
+    @lru_cache
+    def refusal(device: torch.device) -> str:
+        """Why the module cannot run there, "" when it can: the driver may be older than what it was built with."""
+        return str(backends.compiled().cuda_refusal(device.index))
 
     @staticmethod
     def launch(kernel: str, params: Any, tensors: list[Tensor]) -> None:
@@ -74,6 +83,8 @@ def unsupported(*tensors: Tensor) -> str | None:
             return "the CUDA C++ kernels run on NVIDIA devices"
         if t.device.type == "cuda" and Gpu.target(t.device).capability < 80:
             return f"the CUDA kernels need compute capability 8.0 or newer, got {Gpu.target(t.device).capability / 10}"
+        if t.device.type == "cuda" and (refusal := _executor.refusal(t.device)):
+            return f"the CUDA C++ kernels cannot run on {t.device}: {refusal}"
     return None
 
 

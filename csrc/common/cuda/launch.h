@@ -35,6 +35,9 @@ struct Plan {
 // "no kernel image is available ... (cudaErrorNoKernelImageForDevice)"
 std::string error_text(int error);
 
+// Why the kernels of this module cannot run on a device, such as a driver older than the runtime; empty when they can.
+std::string refusal(int device);
+
 // Cuts a buffer into aligned sections.  With a null base it only counts.
 class Workspace {
  public:

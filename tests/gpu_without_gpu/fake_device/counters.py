@@ -49,6 +49,10 @@ class Counters:
 
         class Plan(cuda_call.Device):
             @staticmethod
+            def refusal(device: torch.device) -> str:
+                return ""
+
+            @staticmethod
             def launch(kernel: str, params: Any, tensors: list[torch.Tensor]) -> None:
                 params.device, params.stream = tensors[0].device.index, 0
                 launches, _ = getattr(backends.compiled(), f"{kernel}_cuda_plan")(params)
