@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cibr_kernels as ck
+from bench import optional_peers
 from bench.registry import SCALE
 
 Tensors = dict[str, Any]  # by name; "critic" is a module
@@ -165,6 +166,12 @@ def open_clip(case: GpuCase) -> Loss:
     return lambda t: loss(t["x"], t["z"], t["scale"].to(t["x"].dtype))
 
 
+def torch_chunked(case: GpuCase) -> Loss:
+    """PyTorch's linear_cross_entropy, two calls: float32 logits and sums, a loss in the features' dtype."""
+    loss = optional_peers.torch_chunked()
+    return lambda t: loss(t["x"], t["z"], t["scale"])
+
+
 def inf_cl(case: GpuCase) -> Loss:
     """Its two directions, with the mean outside: cal_inf_loss needs a process group for a scale with a gradient."""
     from inf_cl import cal_flash_loss
@@ -212,6 +219,7 @@ IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
     ("clip_loss", "eager"): Implementation(eager, lambda c: _matrices(c, 3, 4)),
     ("clip_loss", "compiled"): Implementation(compiled, lambda c: _matrices(c, 1, 2)),
     ("clip_loss", "open_clip"): Implementation(open_clip, lambda c: _matrices(c, 1, 4)),
+    ("clip_loss", "torch-chunked"): Implementation(torch_chunked),
     ("clip_loss", "inf_cl"): Implementation(inf_cl),
     ("clip_loss", "memeff"): Implementation(memeff),
     ("siglip_loss", "fused"): Implementation(fused),

@@ -206,6 +206,10 @@ IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
     ("clip_loss", "max-autotune"): Implementation(
         lambda: _compiled("max-autotune"), _passes(1, 2), lambda c: _logits(c, 4, 6), INDUCTOR, True
     ),
+    # chunks of logits and of float32 gradients; its gradients are made in the forward
+    ("clip_loss", "torch-chunked"): Implementation(
+        optional_peers.build_torch_chunked, _passes(2, 4), lambda c: _logits(c, 1, 1)
+    ),
     ("clip_loss", "cut-cross-entropy"): Implementation(
         optional_peers.build_cut_cross_entropy, _passes(2, 4), lambda c: _logits(c, 4, 6), INDUCTOR, True
     ),

@@ -99,6 +99,8 @@ def _clip_cases() -> list[Case]:
         for dtype in ("float32", "bfloat16"):
             for backward in (True, False):
                 baselines: tuple[str, ...] = ("open_clip", "one-logits") if n <= 4096 else ("open_clip",)
+                if backward and n >= 4096:
+                    baselines += ("torch-chunked",)
                 if backward and n == 4096:  # one size: a compilation takes as long as the row
                     baselines += ("compiled",)
                     baselines += ("max-autotune", "cut-cross-entropy") if dtype == "float32" else ("float32-logits",)
