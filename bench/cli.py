@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,121 +15,111 @@ from bench import processes
 
 QUICK_SECONDS, QUICK_STOP = 45, 56  # --quick must end within 60: no case starts after 45 s, none goes on after 56
 BUDGET, QUICK_BUDGET = 6.0, 1.0  # seconds of timing per case
+SLOW_TO_START = ("compiled", "max-autotune", "cut-cross-entropy")  # a compilation takes a third of --quick's time
+EXPERIMENTS = {
+    "toy": "the CIBR penalty where its optimum is known",
+    "mi": "estimates of mutual information beside the truth",
+    "variance": "why all pairs: the spread of log-mean-exp",
+    "curve": "the forward of clip_loss up to N = 131072",
+    "scale": "bytes and gradients on real ranks, and what many GPUs would do",
+}
+PICTURES = ("mi", "variance", "curve")
+FILES = ("toy", *PICTURES)  # with --json
 
 
-def commands() -> dict[str, Callable[[argparse.Namespace], int]]:
-    """What is not a table of CPU cases, by name."""
+def parser() -> argparse.ArgumentParser:
+    """Subcommands; without one, `cases` is meant: `main` puts it there."""
+    top = argparse.ArgumentParser(prog="python bench/", description="The fused ops against their peers, and more.")
+    sub = top.add_subparsers(dest="command", required=True)
 
-    def run_toy(args: argparse.Namespace) -> int:
-        from bench import toy
+    cases = sub.add_parser("cases", help="the table of the CPU; what runs without a command")
+    cases.add_argument("names", nargs="*", help="cases by name or the beginning of one; see --list")
+    cases.add_argument("--all", action="store_true", help="the extra cases too: every width and tier, slow peers")
+    cases.add_argument("--quick", action="store_true", help="a few cases, at most 60 s")
+    cases.add_argument("--list", action="store_true", help="print the names and stop")
+    _files(cases, plot="draw time and memory against N")
 
-        return toy.main(args.json)
+    gpu = sub.add_parser("gpu", help="the same on the GPU of this machine, or without one")
+    gpu.add_argument("names", nargs="*", help="the beginnings of cases' names")
+    how = gpu.add_mutually_exclusive_group()
+    how.add_argument("--predict", action="store_true", help="without a GPU, from what compilers make")
+    how.add_argument("--host", action="store_true", help="launches, memory and host instructions, without a GPU")
+    gpu.add_argument("--search", action="store_true", help="look for better configurations than the tables'")
+    gpu.add_argument("--update", action="store_true", help="--host: record the counts")
+    _files(gpu)
 
-    def run_gpu(args: argparse.Namespace) -> int:
-        from bench import gpu, host
+    for name, about in EXPERIMENTS.items():
+        experiment = sub.add_parser(name, help=about)
+        experiment.add_argument("--quick", action="store_true", help="fewer seeds, rows or repeats")
+        if name in FILES:
+            _files(experiment, plot="draw the picture" if name in PICTURES else "")
+    sub.add_parser("picture", help="the README's, from a record").add_argument("--plot", type=Path, metavar="FILE.png")
+    counts = sub.add_parser("instructions", help="of the C++ kernels, under valgrind, against their record")
+    counts.add_argument("--update", action="store_true", help="record the counts")
+    return top
 
-        if args.host:
-            return host.main(args.names[1:], update=args.update)
-        return gpu.main(args.json, predict=args.predict, search=args.search, only=args.names[1:])
 
-    def run_scale(args: argparse.Namespace) -> int:
-        from bench import scale
-
-        return scale.main(args)
-
-    def run_mi(args: argparse.Namespace) -> int:
-        from bench import mi
-
-        return mi.main(args.json, args.plot, quick=args.quick)
-
-    def run_variance(args: argparse.Namespace) -> int:
-        from bench import variance
-
-        return variance.main(args.json, args.plot, quick=args.quick)
-
-    def run_curve(args: argparse.Namespace) -> int:
-        from bench import curve
-
-        return curve.main(args.json, args.plot, quick=args.quick)
-
-    def run_picture(args: argparse.Namespace) -> int:
-        from bench import picture
-
-        return picture.main(args.plot)
-
-    def run_instructions(args: argparse.Namespace) -> int:
-        from bench import instructions
-
-        return instructions.main(update=args.update)
-
-    return {
-        "instructions": run_instructions,
-        "curve": run_curve,
-        "picture": run_picture,
-        "toy": run_toy,
-        "gpu": run_gpu,
-        "scale": run_scale,
-        "mi": run_mi,
-        "variance": run_variance,
-    }
+def _files(command: argparse.ArgumentParser, plot: str = "") -> None:
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the machine and every number")
+    if plot:
+        command.add_argument("--plot", type=Path, metavar="FILE.png", help=plot)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """-> exit status: 0; 1 when an implementation disagrees with the fused op; 2 for a bad command line."""
     began = time.monotonic()
-    parser = argparse.ArgumentParser(
-        prog="python bench/", description="The fused ops against their eager peers: time, peak memory, agreement."
-    )
-    parser.add_argument("names", nargs="*", help="cases by name or the beginning of one, or a command; see --list")
-    parser.add_argument("--all", action="store_true", help="the extra cases too: every width and tier, slow peers")
-    parser.add_argument(
-        "--quick", action="store_true", help="a few cases, at most 60 s; curve, mi, variance: fewer rows, seeds"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the machine and every number")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw time and memory against N, or the command's picture"
-    )
-    parser.add_argument("--list", action="store_true", help="print the names and stop")
-    parser.add_argument("--update", action="store_true", help="instructions, gpu --host: record the counts")
-    parser.add_argument("--predict", action="store_true", help="gpu: predict, without a GPU, from what compilers make")
-    parser.add_argument("--host", action="store_true", help="gpu: launches, memory and host instructions, without one")
-    parser.add_argument("--search", action="store_true", help="gpu: look for better configurations than the tables'")
-    args = parser.parse_args(argv)
-    known = commands()
-    of_gpu = args.predict or args.search or args.host
-    if of_gpu and not args.names:
-        args.names = ["gpu"]
-    command = args.names[0] if args.names and args.names[0] in known else None
-    if of_gpu and command != "gpu":
-        parser.error("--predict, --search and --host belong to gpu: python bench/ gpu --predict")
-    if args.update and command != "instructions" and not args.host:
-        parser.error("--update belongs to instructions and gpu --host: python bench/ instructions --update")
-    if not command and not args.list:
+    words = list(sys.argv[1:] if argv is None else argv)
+    commands = ("cases", "gpu", *EXPERIMENTS, "picture", "instructions")
+    if not words or words[0] not in (*commands, "-h", "--help"):
+        words.insert(0, "cases")
+    top = parser()
+    args = top.parse_args(words)
+    if args.command == "cases":
+        return _cases(args, top, commands, began)
+    if args.command == "gpu":
+        if args.update and not args.host:
+            top.error("gpu --update belongs to gpu --host")
+        from bench import gpu
+        from bench.guards import host
+
+        if args.host:
+            return host.main(args.names, update=args.update)
+        return gpu.main(args.json, predict=args.predict, search=args.search, only=args.names)
+    if args.command == "picture":
+        from bench import picture
+
+        return picture.main(args.plot)
+    if args.command == "instructions":
+        from bench.guards import instructions
+
+        return instructions.main(update=args.update)
+    from bench.experiments import frame
+
+    experiment = importlib.import_module(f"bench.experiments.{args.command}").run
+    return frame.conduct(experiment, args.quick, getattr(args, "json", None), getattr(args, "plot", None))
+
+
+def _cases(args: argparse.Namespace, top: argparse.ArgumentParser, commands: Sequence[str], began: float) -> int:
+    if not args.list:
         processes.start_server()
 
     from bench.registry import CASES, chosen
 
     if args.list:
-        print("\n".join([*(f"{c.name}{'  (extra)' if c.extra else ''}" for c in CASES), *known]))
+        print("\n".join([*(f"{c.name}{'  (extra)' if c.extra else ''}" for c in CASES), *commands[1:]]))
         return 0
-    if command == "gpu":
-        return known[command](args)
     for name in args.names:
-        if name in known and len(args.names) > 1:
-            parser.error(f"{name} runs alone")
-        if name not in known and not any(case.name.startswith(name) for case in CASES):
+        if name in commands:
+            top.error(f"{name} runs alone")
+        if not any(case.name.startswith(name) for case in CASES):
             plain = [c.name for c in CASES if not c.extra]
-            parser.error(f"no case is called {name!r}; known are {', '.join([*plain, *known])} and more: --list")
-    if command:
-        return known[command](args)
-
+            top.error(f"no case is called {name!r}; known are {', '.join([*plain, *commands[1:]])} and more: --list")
     cases = chosen(CASES, args.names, everything=args.all, quick=args.quick)
-    if args.quick:  # a compilation takes a third of the time there is
-        slow = ("compiled", "max-autotune", "cut-cross-entropy")
-        cases = [replace(c, baselines=tuple(b for b in c.baselines if b not in slow)) for c in cases]
+    if args.quick:
+        cases = [replace(c, baselines=tuple(b for b in c.baselines if b not in SLOW_TO_START)) for c in cases]
         cases.sort(key=lambda case: case.n)  # what is left out for time is large
     if not cases:
-        parser.error(f"--quick has none of {', '.join(args.names)}")
+        top.error(f"--quick has none of {', '.join(args.names)}")
     return run(cases, args, began)
 
 

@@ -7,8 +7,6 @@ Memory: the allocator's peak of one run beyond its inputs.  Agreement: loss and 
 from __future__ import annotations
 
 import gc
-import json
-import os
 import re
 import subprocess
 import sys
@@ -22,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bench import gpu_cases
+from bench import gpu_cases, report
 from bench.gpu_cases import IMPLEMENTATIONS, GpuCase, Loss, Tensors
 from bench.measure import Gradients, Timed, agrees, difference, turns
 from bench.peers import gigabytes
@@ -201,7 +199,7 @@ def table(result: Result, predicted: Mapping[tuple[str, str], float] = MappingPr
     return "\n".join(lines)
 
 
-def predictions(gpu: str, file: Path = RESULTS / "gpu-predictions.txt") -> dict[tuple[str, str], float]:
+def recorded_predictions(gpu: str, file: Path = RESULTS / "gpu-predictions.txt") -> dict[tuple[str, str], float]:
     """PREDICTED milliseconds for a GPU, by case and implementation; an H200 has an H100's processors."""
     name = "H100" if "H200" in gpu else gpu
     found: dict[tuple[str, str], float] = {}
@@ -249,17 +247,18 @@ def _driver() -> str:
 def write(folder: Path, about: dict[str, str], results: Sequence[Result]) -> tuple[Path, Path]:
     """gpu-<device>.txt and .json in `folder`, each written beside itself and renamed."""
     stem = "gpu-" + re.sub(r"[^A-Za-z0-9]+", "-", about["gpu"]).strip("-").lower()
-    expected = predictions(about["gpu"])
+    expected = recorded_predictions(about["gpu"])
     text = "\n".join(f"{key:>13}: {value}" for key, value in about.items())
     text += "\n\n" + "\n\n".join(table(result, expected) for result in results) + "\n"
-    rows = [{**asdict(result), "name": result.case.name} for result in results]
-    data = json.dumps({"machine": about, "results": rows}, indent=1) + "\n"
     paths = folder / f"{stem}.txt", folder / f"{stem}.json"
-    for path, content in zip(paths, (text, data), strict=True):
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(content)
-        os.replace(partial, path)
+    with report.whole(paths[0]) as partial:
+        partial.write_text(text)
+    report.write(paths[1], {"machine": about, "results": as_json(results)})
     return paths
+
+
+def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
+    return [{**asdict(result), "name": result.case.name} for result in results]
 
 
 def main(file: Path | None = None, *, predict: bool = False, search: bool = False, only: Sequence[str] = ()) -> int:
@@ -277,16 +276,16 @@ def main(file: Path | None = None, *, predict: bool = False, search: bool = Fals
     device, about = Cuda(), describe(torch.cuda.get_device_name())
     print("\n".join(f"{key:>13}: {value}" for key, value in about.items()) + "\n", flush=True)
     if search:
-        from bench import gpu_search
+        from bench.static.search import measured
 
-        return gpu_search.measured(device, cases)
-    results, expected = [], predictions(about["gpu"])
+        return measured(device, cases)
+    results, expected = [], recorded_predictions(about["gpu"])
     for case in cases:
         results.append(measure(case, device, gpu_cases.implementations(case)))
         print(table(results[-1], expected) + "\n", flush=True)
     print("wrote " + ", ".join(map(str, write(RESULTS, about, results))))
     if file:
-        file.write_text(json.dumps([{**asdict(r), "name": r.case.name} for r in results], indent=1) + "\n")
+        report.write(file, as_json(results))
     wrong = [f"{r.case.name} {row.implementation}" for r in results for row in r.rows if row.wrong]
     if wrong:
         print(f"WRONG RESULTS: {', '.join(wrong)}", file=sys.stderr)
@@ -299,11 +298,12 @@ def _predict(file: Path | None, cases: Sequence[GpuCase], search: bool) -> int:
     except ImportError:
         print("bench gpu --predict compiles the Triton kernels: pip install triton", file=sys.stderr)
         return 2
-    from bench import gpu_predictions, gpu_search
+    from bench.static import predictions
+    from bench.static.search import predicted
 
     if search:
-        return gpu_search.predicted(cases)
-    rows = gpu_predictions.main(cases)
+        return predicted(cases)
+    rows = predictions.main(cases)
     if file:
-        file.write_text(json.dumps(gpu_predictions.as_json(rows), indent=1) + "\n")
+        report.write(file, predictions.as_json(rows))
     return 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,17 @@ def write_json(path: Path, machine: dict[str, Any], results: Sequence[Result], e
     write(path, {"machine": machine, "results": rows, **extra})
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    """As JSON, written beside the file and renamed onto it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+def write(path: Path, content: dict[str, Any] | list[Any]) -> None:
+    """As JSON."""
+    with whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """The path to write to, beside `path`, onto which it is renamed at the end."""
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    yield partial
     os.replace(partial, path)
 
 
@@ -117,4 +125,5 @@ def plot(path: Path, machine: dict[str, Any], results: Sequence[Result]) -> None
         memory_axis.set_xlabel("N")
         time_axis.legend(fontsize="small")
     figure.suptitle(f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}")
-    figure.savefig(path, dpi=130)
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=130)

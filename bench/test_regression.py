@@ -13,7 +13,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench import ratios, report
+from bench import report
+from bench.guards import ratios
 from bench.registry import Case
 from cibr_kernels.dispatch import backends
 

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cli, gpu, gpu_cases, gpu_search
+from bench import cli, gpu, gpu_cases
 from bench.gpu_cases import CASES, IMPLEMENTATIONS, GpuCase, Implementation
 from bench.measure import Timed, difference, turns
+from bench.static import search
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -139,9 +140,9 @@ def test_the_table_gives_ratios_and_flops():
 
 
 def test_predictions_are_those_of_the_same_processor():
-    found = gpu.predictions("NVIDIA H100 80GB HBM3")
-    assert found == gpu.predictions("NVIDIA H200") and found != gpu.predictions("NVIDIA B200") != {}
-    assert found["clip_loss-train-65536x512", "fused"] > 10 and gpu.predictions("NVIDIA L4") == {}
+    found = gpu.recorded_predictions("NVIDIA H100 80GB HBM3")
+    assert found == gpu.recorded_predictions("NVIDIA H200") and found != gpu.recorded_predictions("NVIDIA B200") != {}
+    assert found["clip_loss-train-65536x512", "fused"] > 10 and gpu.recorded_predictions("NVIDIA L4") == {}
 
 
 def test_steps_of_small_batches_are_timed_in_a_graph_too():
@@ -155,7 +156,7 @@ def test_results_are_named_after_the_device(tmp_path):
     text, data = gpu.write(tmp_path, about, [result])
     assert text.name == "gpu-nvidia-h100-80gb-hbm3.txt" and "NVIDIA H100" in text.read_text()
     assert json.loads(data.read_text())["results"][0]["rows"][0]["seconds"] == [0.5]
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.partial*"))
 
 
 def test_cases_have_names_and_implementations():
@@ -179,7 +180,7 @@ def test_an_unknown_case_lists_the_known(capsys):
     assert "clip_los5" in (err := capsys.readouterr().err) and CASES[0].name in err
 
 
-def test_search_alone_means_gpu(monkeypatch):
+def test_search_and_predict_go_together(monkeypatch):
     seen = {}
 
     def measure(*args, **options) -> int:
@@ -187,17 +188,19 @@ def test_search_alone_means_gpu(monkeypatch):
         return 0
 
     monkeypatch.setattr("bench.gpu.main", measure)
-    assert cli.main(["--search"]) == 0
-    assert seen["search"] and not seen["predict"]
+    assert cli.main(["gpu", "--predict", "--search"]) == 0
+    assert seen["search"] and seen["predict"]
 
 
 @pytest.mark.parametrize(
-    "arguments", [["scale", "--predict"], ["toy", "--predict"], ["clip_loss", "--search"]], ids=" ".join
+    "arguments",
+    [["scale", "--predict"], ["toy", "--plot"], ["clip_loss", "--search"], ["gpu", "--predict", "--host"]],
+    ids=" ".join,
 )
-def test_flags_of_gpu_are_refused_elsewhere(arguments, capsys):
+def test_a_command_refuses_the_flags_of_others(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
-    assert stop.value.code == 2 and "belong to gpu" in capsys.readouterr().err
+    assert stop.value.code == 2 and arguments[-1] in capsys.readouterr().err
 
 
 def test_predictions_without_triton_say_what_to_install(capsys, monkeypatch):
@@ -209,12 +212,12 @@ def test_predictions_without_triton_say_what_to_install(capsys, monkeypatch):
 @pytest.mark.slow
 def test_predictions_are_called_that_and_count_the_passes(tmp_path, capsys, monkeypatch):
     pytest.importorskip("triton")
-    from bench import gpu_predictions
+    from bench.static import predictions
     from bench.static.gpus import GPUS
 
     cases = [GpuCase("clip_loss", 4096, 512), GpuCase("clip_loss", 4096, 512, backward=False)]
     monkeypatch.setattr(gpu_cases, "CASES", cases)
-    monkeypatch.setattr(gpu_predictions.main, "__defaults__", (cases, (90,)))
+    monkeypatch.setattr(predictions.main, "__defaults__", (cases, (90,)))
     assert cli.main(["gpu", "--predict", "--json", str(tmp_path / "p.json")]) == 0
     out = capsys.readouterr().out
     assert out.startswith("PREDICTIONS, not measurements") and "PREDICTED ms" in out and GPUS[90].name in out
@@ -234,7 +237,7 @@ class Tile:
 
 
 def test_neighbours_are_one_step_away_and_stay_in_range():
-    found = set(gpu_search.neighbours(Tile(256, 2, 2)))
+    found = set(search.neighbours(Tile(256, 2, 2)))
     assert found == {Tile(128, 2, 2), Tile(256, 4, 2), Tile(256, 2, 3)}
 
 
@@ -244,14 +247,14 @@ def test_the_search_climbs_to_the_best_and_never_takes_what_does_not_run():
             return math.inf
         return abs(math.log2(tile.block_m) - 7) + abs(tile.num_stages - 3) + abs(tile.num_warps - 8)
 
-    best, tried = gpu_search.climb(Tile(), seconds)
+    best, tried = search.climb(Tile(), seconds)
     assert best == Tile(128, 8, 3) and tried[best] == 0
     assert all(tried[t] == math.inf for t in tried if t.block_m * t.num_stages > 500)
 
 
 def test_the_search_puts_the_table_back(monkeypatch):
     pytest.importorskip("triton")
-    choice = gpu_search.Choice("sm_90", 2, "gradient")
+    choice = search.Choice("sm_90", 2, "gradient")
     before, seen = choice.get(), []
 
     def seconds() -> float:
@@ -260,7 +263,7 @@ def test_the_search_puts_the_table_back(monkeypatch):
             raise RuntimeError("out of shared memory")
         return 1.0 / len(seen)
 
-    text = gpu_search.search(choice, seconds, "case")
+    text = search.search(choice, seconds, "case")
     assert choice.get() == before and len(set(seen)) == len(seen) > 2
     assert "faster: " in text and str(seen[1]) not in text.partition("faster")[2]
     assert text.endswith("\n  1 do not run, the last for RuntimeError: out of shared memory")
@@ -268,12 +271,12 @@ def test_the_search_puts_the_table_back(monkeypatch):
 
 def test_a_launcher_that_fails_with_the_tables_entry_is_an_error():
     pytest.importorskip("triton")
-    choice = gpu_search.Choice("sm_90", 2, "gradient")
+    choice = search.Choice("sm_90", 2, "gradient")
     before = choice.get()
 
     def seconds() -> float:
         raise RuntimeError("no such kernel")
 
     with pytest.raises(RuntimeError, match="no such kernel"):
-        gpu_search.search(choice, seconds, "case")
+        search.search(choice, seconds, "case")
     assert choice.get() == before

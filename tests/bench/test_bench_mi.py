@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import cibr_kernels as ck
-from bench import cli, mi, mi_estimate, mi_tasks, variance
-from bench.mi import Result, Row
-from bench.mi_estimate import Job, Recipe
+from bench import cli
+from bench.experiments import mi, mi_estimate, mi_tasks, variance
+from bench.experiments.mi import Result, Row
+from bench.experiments.mi_estimate import Job, Recipe
 
 X, Z = ("x",), ("z",)
 BMI = {model.name: model for model in mi_tasks.bmi_models()}
@@ -255,15 +256,15 @@ def test_mi_from_the_command_line(tiny, tmp_path, monkeypatch, capsys):
     written = json.loads((tmp_path / "mi.json").read_text())
     assert [row["row"]["label"] for row in written["rows"]] == [row.label for row in tiny]
     assert all(len(row["dv"]) == 1 and math.isfinite(row["dv"][0]) for row in written["rows"])
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.partial*"))
     assert (tmp_path / "mi.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_mi_succeeds_where_demands_are_met(tiny, monkeypatch, capsys):
+def test_mi_succeeds_where_demands_are_met(tiny, monkeypatch):
     exact = [Result(row, (row.truth, row.truth), (row.truth, row.truth)) for row in tiny]
     monkeypatch.setattr(mi, "measure", lambda rows, seeds, workers: (exact, 0.0))
-    assert mi.main(quick=True, workers=1) == 0
-    assert "FAIL" not in capsys.readouterr().out
+    found = mi.run(quick=True, workers=1)
+    assert found.met and "FAIL" not in found.text
 
 
 def test_processes_and_one_process_read_the_same(tiny):
@@ -330,11 +331,12 @@ def test_variance_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert abs(next(c for c in cells if c["scheme"] == "all pairs" and c["n"] == 256)["mean"]) < 0.02
 
 
-def test_variance_fails_where_all_pairs_spread_more(monkeypatch, capsys):
+def test_variance_fails_where_all_pairs_spread_more(monkeypatch):
     cells = variance.study(8, (1.0,), (64,))
     assert cells[4].scheme == "all pairs"
     worse = [*cells[:4], replace(cells[4], sd=1.0), *cells[5:]]
     assert any("all pairs spread no less than 16 shifts" in line for line in variance.missed(worse))
     assert any("theory" in line for line in variance.missed([*cells[:4], replace(cells[4], sd=1e-3), *cells[5:]]))
     monkeypatch.setattr(variance, "study", lambda repeats: worse)
-    assert variance.main(quick=True) == 1 and "FAIL" in capsys.readouterr().out
+    found = variance.run(quick=True)
+    assert not found.met and "FAIL" in found.text

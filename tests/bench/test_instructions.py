@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench import instructions
+from bench.guards import instructions
 from cibr_kernels.dispatch import backends
 
 RECORDED = {"avx2": {"dot": 1000, "critic": 2000}, "generic": {"dot": 4000}}

@@ -2,11 +2,13 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from bench import toy
+from bench import cli
+from bench.experiments import frame, toy
 
 
 @pytest.fixture(autouse=True)
@@ -62,15 +64,16 @@ def test_penalty_lowers_redundancy_and_a_reversed_one_does_not():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", toy.SEEDS)
+@pytest.mark.parametrize("seed", frame.SEEDS)
 @pytest.mark.parametrize("variant", ["none", "all pairs"])
 def test_only_all_pairs_reach_the_optimum(variant, seed):
     outcome = toy.train(variant, seed)
     assert toy.accepted(outcome), outcome
 
 
-def test_the_command_runs_every_variant_and_says_who_missed(capsys, tmp_path):
-    assert toy.main(tmp_path / "toy.json", seeds=[0], steps=2) == 1
+def test_the_command_runs_every_variant_and_says_who_missed(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "run", partial(toy.run, steps=2))
+    assert cli.main(["toy", "--quick", "--json", str(tmp_path / "toy.json")]) == 1
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2 + len(toy.STARTS) * len(toy.VARIANTS)
     assert [line.split()[0] for line in printed[2:]] == [start for start in toy.STARTS for _ in toy.VARIANTS]

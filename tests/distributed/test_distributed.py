@@ -19,8 +19,8 @@ from ranks import Ranks
 from readme import BLOCKS
 
 import cibr_kernels as ck
-from bench import scale
-from bench import sharded as measured
+from bench.experiments import scale
+from bench.experiments import sharded as measured
 
 F32, F64 = torch.float32, torch.float64
 # relative, in the Euclidean norm; on another processor a rank of one row, whose gradient cancels, had 1.9e-6

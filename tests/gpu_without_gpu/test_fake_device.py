@@ -11,7 +11,7 @@ from pathlib import Path
 import fake_device
 import pytest
 
-from bench import host
+from bench.guards import host
 
 UPDATE = "python bench/ gpu --host --update"
 KNOWN = """

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import gpu_cases, predict
+from bench import gpu_cases
 from bench.gpu_cases import GpuCase
-from bench.static import compiled, record, sass, ttir
+from bench.static import compiled, predict, record, sass, ttir
 from bench.static.gpus import GPUS, blocks_per_processor
 from cibr_kernels.dispatch import triton_call
 

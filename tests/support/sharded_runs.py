@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cibr_kernels as ck
-from bench import sharded as measured
+from bench.experiments import sharded as measured
 from cibr_kernels.distributed import Shards, merge, set_header_check, traffic
 from cibr_kernels.losses.cibr import noisy
 

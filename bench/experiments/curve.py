@@ -6,13 +6,13 @@ recorded, and again while there is time; the vendor's GEMM (a panel of the logit
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench import floor, machine, measure, processes, report
+from bench import floor, machine, measure, processes
+from bench.experiments.frame import Outcome
 from bench.peers import IMPLEMENTATIONS, gigabytes
 from bench.registry import LARGEST, Case, Passes
 
@@ -131,14 +131,8 @@ def plot(path: Path, about: dict[str, str | float], points: Sequence[Point]) -> 
     figure.savefig(path, dpi=110)
 
 
-def main(file: Path | None = None, picture: Path | None = None, quick: bool = False) -> int:
-    """Prints the table; `file` gets it as JSON, `picture` as PNG -> 0."""
-    if picture is not None:
-        try:
-            report.require_matplotlib()
-        except ModuleNotFoundError as error:
-            print(error, file=sys.stderr)
-            return 2
+def run(quick: bool = False) -> Outcome:
+    """The table, printed as it is measured; then the cliffs, of which nothing is demanded."""
     about = machine.describe()
     print("\n".join(f"{key:>13}: {value}" for key, value in about.items()))
     print(f"\nclip_loss forward, D = {WIDTH}; floor: one pass at the vendor GEMM's rate\n{HEADER}", flush=True)
@@ -147,10 +141,6 @@ def main(file: Path | None = None, picture: Path | None = None, quick: bool = Fa
         for n in QUICK_SIZES if quick else SIZES:
             points.append(processes.call(point_child, case_of(n, dtype), BUDGET))
             print(line(points[-1]), flush=True)
-    found = cliffs(points)
-    print("\n".join(f"cliff: {text}" for text in found) if found else f"no cliff: nowhere below {CLIFF:g} of the best")
-    if file is not None:
-        report.write(file, {"machine": about, "points": [asdict(p) for p in points]})
-    if picture is not None:
-        plot(picture, about, points)
-    return 0
+    found = [f"cliff: {text}" for text in cliffs(points)] or [f"no cliff: nowhere below {CLIFF:g} of the best"]
+    numbers = {"machine": about, "points": [asdict(p) for p in points]}
+    return Outcome("\n".join(found), numbers, plot=lambda path: plot(path, about, points))

@@ -12,11 +12,12 @@ Time is simulated: matmul passes at a stated part of the tensor peak, links by a
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import itertools
-import sys
 from dataclasses import dataclass
+
+from bench import machine, processes
+from bench.experiments.frame import Outcome
 
 PEAK, EFFICIENCY = 989.4e12, 0.65  # H100 SXM, dense bfloat16; the part that large matmuls with epilogues reach
 WIDTH, SIZE, WIDE = 768, 2, 4  # features in bfloat16, sums over ranks in float32
@@ -171,7 +172,7 @@ def validation(n: int = 4096, d: int = 512) -> tuple[str, bool]:
     """The formulas against real ranks -> what to print, and whether they agree."""
     import torch
 
-    from bench import sharded
+    from bench.experiments import sharded
 
     lines = [
         f"Validation over gloo, float32, {n} rows of width {d} per rank: bytes by formula, by `traffic()` and as",
@@ -219,7 +220,7 @@ def _table(loss: str, n: int, d: int) -> tuple[list[str], bool]:
     """A line per world and implementation of a loss, and whether the gradients of ours are exact."""
     import torch
 
-    from bench import sharded
+    from bench.experiments import sharded
 
     leaves = sharded.LEAVES[: 2 + len(sharded.NUMBERS[loss])]
     heads = " ".join(f"{what:>8}" for what in leaves)
@@ -246,10 +247,9 @@ def _table(loss: str, n: int, d: int) -> tuple[list[str], bool]:
     return lines, good
 
 
-def main(args: argparse.Namespace) -> int:
-    """Prints the validation, the side by side and the plan -> 1 if a formula or a gradient is wrong."""
-    from bench import machine, processes
-
+def run(quick: bool = False) -> Outcome:
+    """The validation and the side by side, printed as they are measured, then the plan; missed where a formula or a
+    gradient is wrong."""
     processes.start_server()
     about = machine.describe()
     print(
@@ -260,7 +260,5 @@ def main(args: argparse.Namespace) -> int:
         text, good = part()
         agreed &= good
         print(text + "\n", flush=True)
-    print(plan())
-    if not agreed:
-        print("a formula or a gradient is WRONG", file=sys.stderr)
-    return 0 if agreed else 1
+    wrong = "" if agreed else "\na formula or a gradient is WRONG"
+    return Outcome(plan() + wrong, {}, agreed)

@@ -12,7 +12,6 @@ lies in pairs that a batch does not contain.  Rows past that ceiling are printed
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import os
@@ -26,11 +25,11 @@ from pathlib import Path
 
 import torch
 
-from bench import mi_tasks, report
-from bench.mi_estimate import RECIPE, STAIRCASE_RECIPE, Job, Reading, Recipe, estimate
-from bench.mi_tasks import CCMI_WIDTHS, CHAINS, STAIRCASE, Group, Model
+from bench.experiments import mi_tasks
+from bench.experiments.frame import Outcome, seeds
+from bench.experiments.mi_estimate import RECIPE, STAIRCASE_RECIPE, Job, Reading, Recipe, estimate
+from bench.experiments.mi_tasks import CCMI_WIDTHS, CHAINS, STAIRCASE, Group, Model
 
-SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
 BMI = {  # benchmark-mi 0.1.3, run separately with its defaults (best checkpoint of its held-out half): seeds 0 and 1
     "sparse 3x3": {"bmi MINE": (0.975, 0.939), "bmi InfoNCE": (1.012, 1.006)},
     "sparse 5x5": {"bmi MINE": (0.955, 0.915), "bmi InfoNCE": (1.005, 0.972)},
@@ -253,38 +252,29 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def main(file: Path | None = None, picture: Path | None = None, quick: bool = False, workers: int | None = None) -> int:
-    """Prints the table; `file` gets it as JSON, `picture` as PNG -> 1 if a demand is missed, 2 without matplotlib."""
-    if picture is not None:
-        try:
-            report.require_matplotlib()
-        except ModuleNotFoundError as error:
-            print(error, file=sys.stderr)
-            return 2
+def run(quick: bool = False, workers: int | None = None) -> Outcome:
+    """The table; missed where a demand of a row is."""
     began = time.perf_counter()
-    table, seeds = (quick_rows(), QUICK_SEEDS) if quick else (rows(), SEEDS)
+    table, used = quick_rows() if quick else rows(), seeds(quick)
     workers = workers or min(8, processors())
-    results, busy = measure(table, seeds, workers)
-    print(f"held-out information in nats, mean and sd over seeds {', '.join(map(str, seeds))}; last step of training")
-    print(f"recipe of every row: {describe(RECIPE)}; half of the samples held out")
-    print(f"recipe of fresh samples: {describe(STAIRCASE_RECIPE)}; read on {8 * STAIRCASE_RECIPE.batch} others")
-    print("columns as normal scores by ranks of the training half: information cannot grow by it")
-    print(text(results))
+    results, busy = measure(table, used, workers)
     demanded = [all(met for met, _ in result.demands()) for result in results if result.demands()]
     missed = demanded.count(False)
-    print(
-        "\nbmi: benchmark-mi 0.1.3 run separately, seeds 0 and 1 at their best step; CCMI: means that its authors log"
-    )
-    print(f"{missed} of {len(demanded)} rows with demands missed one; '-': nothing is demanded, as past the ceiling")
-    print(f"{time.perf_counter() - began:.0f} s, {busy:.0f} s of work in {workers} processes")
-    if file is not None:
-        partial = file.with_name(file.name + ".partial")
-        content = {"recipe": asdict(RECIPE), "fresh_recipe": asdict(STAIRCASE_RECIPE), "seeds": list(seeds)}
-        partial.write_text(json.dumps({**content, "rows": [asdict(r) for r in results]}, indent=1) + "\n")
-        os.replace(partial, file)
-    if picture is not None:
-        plot(picture, results)
-    return 1 if missed else 0
+    lines = [
+        f"held-out information in nats, mean and sd over seeds {', '.join(map(str, used))}; last step of training",
+        f"recipe of every row: {describe(RECIPE)}; half of the samples held out",
+        f"recipe of fresh samples: {describe(STAIRCASE_RECIPE)}; read on {8 * STAIRCASE_RECIPE.batch} others",
+        "columns as normal scores by ranks of the training half: information cannot grow by it",
+        text(results),
+        "\nbmi: benchmark-mi 0.1.3 run separately, seeds 0 and 1 at their best step; CCMI: means that its authors log",
+        f"{missed} of {len(demanded)} rows with demands missed one; '-': nothing is demanded, as past the ceiling",
+        f"{time.perf_counter() - began:.0f} s, {busy:.0f} s of work in {workers} processes",
+    ]
+    numbers = {
+        "recipe": asdict(RECIPE), "fresh_recipe": asdict(STAIRCASE_RECIPE), "seeds": list(used),
+        "rows": [asdict(result) for result in results],
+    }  # fmt: skip
+    return Outcome("\n".join(lines), numbers, not missed, lambda path: plot(path, results))
 
 
 def describe(recipe: Recipe) -> str:

@@ -6,8 +6,8 @@ Where valgrind is installed a second child counts host instructions under callgr
 the same process: they do not depend on what else the machine does.  Counts are compared with results/host.json;
 after a change that is meant: `python bench/ gpu --host --update`.
 
-    python -m bench.host --counts CASE ...        the child, on the fake device
-    python -m bench.host --instructions CASE ...  the same under callgrind
+    python -m bench.guards.host --counts CASE ...        the child, on the fake device
+    python -m bench.guards.host --instructions CASE ...  the same under callgrind
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
+from bench.guards import RESULTS
 
-ROOT = Path(__file__).parent.parent
-RECORD = Path(__file__).parent / "results" / "host.json"
+ROOT = RESULTS.parents[1]
+RECORD = RESULTS / "host.json"
 FAKE_DEVICE = ROOT / "tests" / "gpu_without_gpu"
 COLUMNS = ("triton", "cpp", "aten", "cublas", "copies", "tensor_maps", "allocations", "waits", "peak_bytes")
 LAUNCHES = COLUMNS[:5]
@@ -126,9 +127,11 @@ def _child(folder: Path, python: list[str], arguments: list[str]) -> str:
         raise Uncountable(f"no fake device: {error}") from None
     environment = fake_device.environment(folder)
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(FAKE_DEVICE)])
-    done = subprocess.run([*python, "-m", "bench.host", *arguments], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*python, "-m", "bench.guards.host", *arguments], env=environment, capture_output=True, text=True
+    )
     if done.returncode:
-        raise RuntimeError(f"bench.host {' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"bench.guards.host {' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
     return done.stdout
 
 

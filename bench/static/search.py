@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from bench import gpu, gpu_cases, gpu_predictions, predict
+from bench import gpu, gpu_cases
 from bench.gpu_cases import GpuCase
-from bench.static import record
+from bench.static import predict, predictions, record
 from bench.static.gpus import GPUS
 
 Config = TypeVar("Config")
@@ -123,16 +123,16 @@ def measured(device: gpu.Device, cases: Sequence[GpuCase]) -> int:
 
 def predicted(cases: Sequence[GpuCase], targets: Sequence[int] = tuple(GPUS)) -> int:
     """The same with predictions in the place of measurements, for every target."""
-    print(gpu_predictions.assumptions())
+    print(predictions.assumptions())
     for capability in targets:
         for case, choice in _choices(f"sm_{capability}", cases):
 
             def seconds(case: GpuCase = case, capability: int = capability) -> float:
-                every = gpu_predictions.record_step(case, "fused", capability)
+                every = predictions.record_step(case, "fused", capability)
                 events = [e for e in every if isinstance(e, record.Launch)]
                 if spills := [e.name for e in events if not predict.compiled(e, capability).fits]:
                     raise RuntimeError(f"{spills[0]} spills or needs more than a processor has")
-                return predict.predict(events, capability, gpu_predictions.MEMORY).total("seconds")
+                return predict.predict(events, capability, predictions.MEMORY).total("seconds")
 
             print(
                 search(choice, seconds, f"PREDICTED {GPUS[capability].name} {case.name}, {choice.kernel}"), flush=True

@@ -1,4 +1,4 @@
-"""What a distributed loss moves, keeps and gets right, measured on real ranks over gloo: evidence for bench/scale.py.
+"""What a distributed loss moves, keeps and gets right, measured on real ranks over gloo: evidence for scale.py.
 
 Bytes are counted where PyTorch dispatches a collective, so the same count serves every implementation; memory is the
 peak of the process beyond what it held before; gradients are compared with one process in float64 after DDP's average.

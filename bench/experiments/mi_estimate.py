@@ -18,8 +18,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 import cibr_kernels as ck
-from bench import mi_tasks
-from bench.mi_tasks import Group
+from bench.experiments import mi_tasks
+from bench.experiments.mi_tasks import Group
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,7 @@ pairs too rare to be in the batch: the spread then falls short of theory.
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 import cibr_kernels as ck
-from bench import mi_tasks, report
+from bench.experiments import mi_tasks
+from bench.experiments.frame import Outcome
 
 D = 20
 INFORMATIONS, SIZES = (1.0, 2.0, 4.0), (64, 256, 1024)
@@ -185,29 +184,18 @@ def plot(path: Path, cells: Sequence[Cell]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main(file: Path | None = None, picture: Path | None = None, quick: bool = False) -> int:
-    """Prints the table; `file` gets it as JSON, `picture` as PNG -> 1 if theory or the order of spreads fails."""
-    if picture is not None:
-        try:
-            report.require_matplotlib()
-        except ModuleNotFoundError as error:
-            print(error, file=sys.stderr)
-            return 2
+def run(quick: bool = False) -> Outcome:
+    """The table; missed where theory or the order of spreads fails."""
     repeats = QUICK_REPEATS if quick else REPEATS
     with torch.no_grad():
         cells = study(repeats)
     wrong = missed(cells)
-    print(
-        f"log-mean-exp of the optimal critic over marginal pairs, truth 0: mean ± sd over {repeats} batches of N rows"
-    )
-    print(table(cells))
-    print("must hold: less spread with more pairs everywhere, and theory's sd to "
-          f"{TOLERANCE:.0%} where it is at most {TRUSTED_SD:g}: {'FAIL' if wrong else 'PASS'}")  # fmt: skip
-    print("".join(f"  {line}\n" for line in wrong), end="")
-    if file is not None:
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text(json.dumps({"repeats": repeats, "cells": [asdict(c) for c in cells]}, indent=1) + "\n")
-        os.replace(partial, file)
-    if picture is not None:
-        plot(picture, cells)
-    return 1 if wrong else 0
+    text = [
+        f"log-mean-exp of the optimal critic over marginal pairs, truth 0: mean ± sd over {repeats} batches of N rows",
+        table(cells),
+        "must hold: less spread with more pairs everywhere, and theory's sd to "
+        f"{TOLERANCE:.0%} where it is at most {TRUSTED_SD:g}: {'FAIL' if wrong else 'PASS'}",
+        *(f"  {line}" for line in wrong),
+    ]
+    numbers = {"repeats": repeats, "cells": [asdict(c) for c in cells]}
+    return Outcome("\n".join(text), numbers, not wrong, lambda path: plot(path, cells))

@@ -18,10 +18,11 @@ import tempfile
 from pathlib import Path
 
 from bench import report
-from bench.instructions_driver import calls
+from bench.guards import RESULTS
+from bench.guards.instructions_driver import calls
 from cibr_kernels.dispatch import backends
 
-RECORD = Path(__file__).parent / "results" / "instructions.json"
+RECORD = RESULTS / "instructions.json"
 DRIVER = Path(__file__).parent / "instructions_driver.py"
 ISAS = ("avx2", "generic")
 MARGIN = 0.02

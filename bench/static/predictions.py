@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 import cibr_kernels as ck
-from bench import gpu, gpu_cases, predict
+from bench import gpu, gpu_cases
 from bench.gpu_cases import PUBLISHED, GpuCase
-from bench.static import record, sass
+from bench.static import predict, record, sass
 from bench.static.gpus import GPUS
 
 PEERS = {"clip_loss": ("open_clip", "eager", "inf_cl", "memeff"), "siglip_loss": ("open_clip", "siglip_kernel")}
@@ -137,7 +137,7 @@ def assumptions() -> str:
     return "\n".join(
         (
             "PREDICTIONS, not measurements: no GPU was used.  Launches, flop and bytes are those of the launchers,",
-            "run on fake tensors; cycles come from the SASS that the compiler makes.  How: bench/predict.py.",
+            "run on fake tensors; cycles come from the SASS that the compiler makes.  How: bench/static/predict.py.",
             f"versions: cibr_kernels {ck.__version__}, torch {torch.__version__}, triton {triton.__version__}, "
             f"ptxas {ptxas[0] if ptxas else '?'}",
             f"assumed:  tensor cores at {tensor} of their peak (ours and the vendor's GEMM), other pipes at "

@@ -17,17 +17,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from bench import machine, measure
 from bench.critic_code import NAMESPACES
+from bench.guards import RESULTS
 from bench.inputs import make_inputs
 from bench.registry import CASES, Case
 from cibr_kernels.dispatch import backends
 
-RECORD = Path(__file__).parent / "results" / "ratios.json"
+RECORD = RESULTS / "ratios.json"
 MARGIN, OTHER_PROCESSOR, ATTEMPTS = 0.75, 0.4, 4
 RECORDED_ATTEMPTS = 5  # the record is their median
 SECONDS, LEAST_ROUNDS = 2.5, 4  # of one attempt

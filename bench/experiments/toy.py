@@ -15,27 +15,24 @@ From the clean start the demands are made; from the noisy one the single shuffle
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import cibr_kernels as ck
+from bench.experiments.frame import Outcome, seeds
 from cibr_kernels.information.moments import Shifts
 from cibr_kernels.losses.cibr import scale_gradient
 
 SHARED, PRIVATE, Z_DIM, HIDDEN, RHO, SIGMA, LAM = 4, 8, 8, 64, 0.95, 0.35, 0.5
 X_DIM = SHARED + PRIVATE
 BATCH, STEPS, LR, CRITIC_LR = 64, 2000, 1e-3, 2e-3
-SEEDS = (0, 1, 2)
 # all of z's power spread evenly over the shared factors: 0.3629 nats
 OPTIMUM = SHARED / 2 * math.log1p((1 - RHO**2) / (SHARED * SIGMA**2))
 
@@ -60,7 +57,7 @@ VARIANTS: dict[str, str | Shifts | None] = {
 
 
 @dataclass(frozen=True)
-class Outcome:
+class End:
     """What a run ended at, in nats, by the closed form and not by an estimate."""
 
     start: str
@@ -95,7 +92,7 @@ def closed_form(weight: Tensor, q_v: Tensor) -> tuple[float, float]:
     return cmi.item(), (total - cmi).item()
 
 
-def train(variant: str, seed: int, steps: int = STEPS, lam: float = LAM, start: str = "clean") -> Outcome:
+def train(variant: str, seed: int, steps: int = STEPS, lam: float = LAM, start: str = "clean") -> End:
     """One run: encoders, score and critics in one backward per step (cibr_loss's gradients, on this task)."""
     began = time.perf_counter()
     torch.manual_seed(seed)
@@ -121,41 +118,44 @@ def train(variant: str, seed: int, steps: int = STEPS, lam: float = LAM, start: 
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    return Outcome(start, variant, seed, *closed_form(w_v, views.q_v), time.perf_counter() - began)
+    return End(start, variant, seed, *closed_form(w_v, views.q_v), time.perf_counter() - began)
 
 
-def accepted(outcome: Outcome) -> bool | None:
+def accepted(end: End) -> bool | None:
     """Whether a run ended where it must; None where nothing is demanded."""
-    if outcome.start != "clean":
+    if end.start != "clean":
         return None
-    if outcome.variant == "all pairs":
-        return outcome.cmi <= 0.43 and outcome.shared > 1.65
-    return outcome.cmi >= 0.60 if outcome.variant == "none" else None
+    if end.variant == "all pairs":
+        return end.cmi <= 0.43 and end.shared > 1.65
+    return end.cmi >= 0.60 if end.variant == "none" else None
 
 
-def main(file: Path | None = None, seeds: Sequence[int] = SEEDS, steps: int = STEPS) -> int:
-    """Prints every variant and seed beside the optimum -> 1 if a run missed its mark, else 0."""
+def run(quick: bool = False, steps: int = STEPS) -> Outcome:
+    """Every variant and seed beside the optimum."""
     from tqdm import tqdm
 
-    runs = [(start, variant, seed) for start in STARTS for variant in VARIANTS for seed in seeds]
+    runs = [(start, variant, seed) for start in STARTS for variant in VARIANTS for seed in seeds(quick)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # 64 x 64 pairs: a second thread costs more than it brings
     try:
-        outcomes = [train(v, seed, steps, start=start) for start, v, seed in tqdm(runs, leave=False, file=sys.stderr)]
+        ends = [train(v, seed, steps, start=start) for start, v, seed in tqdm(runs, leave=False, file=sys.stderr)]
     finally:
         torch.set_num_threads(threads)
-    print(f"closed-form toy, {steps} steps: redundancy I(Zv;Xv|Xt), best possible {OPTIMUM:.4f}, and shared I(Zv;Xt)")
-    print(f"{'task':<7}{'penalty':<13}{'seed':>5}{'redundancy':>12}{'excess':>8}{'shared':>8}{'s':>6}   must be")
+    numbers = {"optimum": OPTIMUM, "runs": [asdict(end) for end in ends]}
+    return Outcome(table(ends, steps), numbers, False not in map(accepted, ends))
+
+
+def table(ends: Sequence[End], steps: int) -> str:
+    lines = [
+        f"closed-form toy, {steps} steps: redundancy I(Zv;Xv|Xt), best possible {OPTIMUM:.4f}, and shared I(Zv;Xt)",
+        f"{'task':<7}{'penalty':<13}{'seed':>5}{'redundancy':>12}{'excess':>8}{'shared':>8}{'s':>6}   must be",
+    ]
     demands = {"none": ">= 0.60", "all pairs": "<= 0.43, shared > 1.65"}
-    for o in outcomes:
-        met = accepted(o)
-        mark = "-" if met is None else f"{'PASS' if met else 'FAIL'} {demands[o.variant]}"
-        print(
-            f"{o.start:<7}{o.variant:<13}{o.seed:>5}{o.cmi:>12.3f}{o.cmi - OPTIMUM:>8.3f}{o.shared:>8.2f}"
-            f"{o.seconds:>6.0f}   {mark}"
+    for end in ends:
+        met = accepted(end)
+        mark = "-" if met is None else f"{'PASS' if met else 'FAIL'} {demands[end.variant]}"
+        lines.append(
+            f"{end.start:<7}{end.variant:<13}{end.seed:>5}{end.cmi:>12.3f}{end.cmi - OPTIMUM:>8.3f}{end.shared:>8.2f}"
+            f"{end.seconds:>6.0f}   {mark}"
         )
-    if file is not None:
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text(json.dumps({"optimum": OPTIMUM, "runs": [asdict(o) for o in outcomes]}, indent=1) + "\n")
-        os.replace(partial, file)
-    return 1 if False in map(accepted, outcomes) else 0
+    return "\n".join(lines)
