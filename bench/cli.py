@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
         if name in FILES:
             _files(experiment, plot="draw the picture" if name in PICTURES else "")
     sub.add_parser("picture", help="the README's, from a record").add_argument("--plot", type=Path, metavar="FILE.png")
+    sub.add_parser("calls", help="how far a call travels inside the package, and other costs of reading it")
     counts = sub.add_parser("instructions", help="of the C++ kernels, under valgrind, against their record")
     counts.add_argument("--update", action="store_true", help="record the counts")
     return top
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """-> exit status: 0; 1 when an implementation disagrees with the fused op; 2 for a bad command line."""
     began = time.monotonic()
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = ("cases", "gpu", *EXPERIMENTS, "picture", "instructions")
+    commands = ("cases", "gpu", *EXPERIMENTS, "picture", "calls", "instructions")
     if not words or words[0] not in (*commands, "-h", "--help"):
         words.insert(0, "cases")
     top = parser()
@@ -89,6 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from bench import picture
 
         return picture.main(args.plot)
+    if args.command == "calls":
+        from bench.guards import calls
+
+        return calls.main()
     if args.command == "instructions":
         from bench.guards import instructions
 

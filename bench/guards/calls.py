@@ -7,6 +7,7 @@ another file than before.  Forward only, on the CPU; C++, PyTorch and comprehens
 from __future__ import annotations
 
 import ast
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,7 @@ def travel(call: Callable[[], Any]) -> tuple[int, int]:
         call()
     finally:
         sys.setprofile(None)
-    return len(entered), sum(a != b for a, b in zip(entered, entered[1:], strict=False))
+    return len(entered), sum(a != b for a, b in itertools.pairwise(entered))
 
 
 def examples() -> dict[str, Callable[[], Any]]:

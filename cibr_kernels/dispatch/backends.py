@@ -2,7 +2,7 @@
 
 A backend is a module `<home of the op>.<name>` (`HOMES`) with functions that take the same arguments in each:
 
-    unsupported(*tensors) -> str | None     the reason it cannot run on these tensors
+    unsupported(*tensors) -> str | None     the reason it cannot run on these tensors; where it has none, the backend's
     forward(...), backward(...)             what the registered operators call, through `run`
     stash_shape(n, m, dtype)                dot_lse only: the shape and dtype of what its forward may keep
 
@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from cibr_kernels.dispatch import triton_call
 
 NAMES: tuple[str, ...] = ("native", "triton", "reference")
 HOMES = {
@@ -95,7 +97,7 @@ def choose(op: str, backend: str, *tensors: Tensor) -> ModuleType:
     refusals = []
     for name in NAMES if backend == "auto" else (backend,):
         module = _module(op, name)
-        reason = module.unsupported(*tensors) if module else "not written for this op"
+        reason = _unsupported(module, name, tensors) if module else "not written for this op"
         if backend == "auto" and name == "reference" and tensors[0].device.type != "cpu":
             reason = "it builds the N x N matrix; ask for it by name to run it on an accelerator"
         if module and reason is None:
@@ -107,7 +109,16 @@ def choose(op: str, backend: str, *tensors: Tensor) -> ModuleType:
 def takes_native(op: str, backend: str, *tensors: Tensor) -> bool:
     """Whether `op`, which may have other ways than a backend, runs its C++ kernel on these tensors."""
     module = _module(op, "native") if backend in ("auto", "native") and "native" in NAMES else None
-    return module is not None and module.unsupported(*tensors) is None
+    return module is not None and _unsupported(module, "native", tensors) is None
+
+
+def _unsupported(module: ModuleType, name: str, tensors: tuple[Tensor, ...]) -> str | None:
+    """Why an op's backend cannot run on these tensors; None when it can."""
+    if hasattr(module, "unsupported"):
+        return module.unsupported(*tensors)
+    if name == "triton":
+        return triton_call.unsupported(*tensors)
+    return native_unsupported(*tensors) if name == "native" else None
 
 
 @lru_cache

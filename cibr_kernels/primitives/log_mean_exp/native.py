@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cibr_kernels.dispatch.backends import native_unsupported as unsupported  # noqa: F401
 from cibr_kernels.dispatch.native_call import DTYPES, call
 
 

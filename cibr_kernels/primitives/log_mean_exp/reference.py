@@ -16,10 +16,6 @@ def log_mean_exp(scores: Tensor, mask: Tensor | None = None) -> Tensor:
     return scores.masked_fill(~mask, float("-inf")).flatten().logsumexp(0) - mask.sum().to(scores.dtype).log()
 
 
-def unsupported(*tensors: Tensor) -> str | None:
-    return None
-
-
 def forward(scores: Tensor, mask: Tensor | None) -> Tensor:
     """-> L ()."""
     return log_mean_exp(scores, mask)

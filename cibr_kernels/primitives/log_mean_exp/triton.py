@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from cibr_kernels.dispatch import triton_call
-from cibr_kernels.dispatch.triton_call import unsupported as unsupported
 
 PIECE = 4096  # scores of one program
 BLOCK = 512  # pieces that the second launch reads at a time

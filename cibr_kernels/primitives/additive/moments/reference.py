@@ -42,10 +42,6 @@ def additive_moments(
     return moments(phi(a[:, None] + b[None], slope) @ w, first_positive, include_diagonal)
 
 
-def unsupported(*tensors: Tensor) -> str | None:
-    return None
-
-
 def forward(problem: MomentsProblem, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> J (), L () and the gradients of L: (n, h), (m, h), (h,), each empty unless needed."""
     need_a, need_b, need_w = needs

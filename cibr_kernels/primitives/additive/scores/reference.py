@@ -18,10 +18,6 @@ def additive_scores(a: Tensor, b: Tensor, w: Tensor, activation: str = "relu", s
     return ACTIVATIONS[activation][0](a[:, None] + b[None], slope) @ w
 
 
-def unsupported(*tensors: Tensor) -> str | None:
-    return None
-
-
 def forward(problem: AdditiveProblem) -> Tensor:
     """-> S (n, m)."""
     return additive_scores(*problem.tensors, problem.activation, problem.slope)

@@ -28,10 +28,6 @@ def additive_shifts(
     return (ACTIVATIONS[activation][0](t, slope) * w).sum(-1)
 
 
-def unsupported(*tensors: Tensor) -> str | None:
-    return None
-
-
 def forward(problem: ShiftsProblem) -> Tensor:
     """-> scores (k, n)."""
     return additive_shifts(*problem.tensors, problem.k, problem.first, problem.activation, problem.slope)

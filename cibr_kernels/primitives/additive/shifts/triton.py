@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from cibr_kernels.dispatch import triton_call
-from cibr_kernels.dispatch.triton_call import unsupported as unsupported
 from cibr_kernels.numerics import ceil_div
 from cibr_kernels.primitives.additive.problem import Needs, ShiftsProblem
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cibr_kernels.dispatch.backends import native_unsupported as unsupported  # noqa: F401
 from cibr_kernels.dispatch.native_call import DTYPES, call, scratch
 from cibr_kernels.primitives.dot.problem import DotProblem, LseGradients, LseProblem, LseSums
 

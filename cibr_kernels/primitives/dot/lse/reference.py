@@ -63,10 +63,6 @@ def _logsumexp(t: Tensor, dim: int) -> Tensor:
     return t.masked_fill(empty, 0.0).logsumexp(dim).masked_fill(empty.squeeze(dim), NONE)
 
 
-def unsupported(*tensors: Tensor) -> str | None:
-    return None
-
-
 def stash_shape(n: int, m: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
     """Nothing is kept: the backward computes the logits again."""
     return (0,), dtype

@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cibr_kernels.dispatch import triton_call
-from cibr_kernels.dispatch.triton_call import unsupported  # noqa: F401
 from cibr_kernels.primitives.dot.lse.triton_configs import OWNED, Tiles, blocks, target_name
 from cibr_kernels.primitives.dot.problem import LseGradients, LseProblem, LseSums
 

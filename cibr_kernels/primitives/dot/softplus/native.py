@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cibr_kernels.dispatch.backends import native_unsupported as unsupported  # noqa: F401
 from cibr_kernels.dispatch.native_call import call
 from cibr_kernels.numerics import early_dtype
 from cibr_kernels.primitives.dot.lse.native import feature_gradients, problem_fields

@@ -43,10 +43,6 @@ def _signs(
     return sign, kept.to(like.dtype)
 
 
-def unsupported(*tensors: Tensor) -> str | None:
-    return None
-
-
 def forward(
     problem: SoftplusProblem, row_weights: Tensor | None, col_weights: Tensor | None, need_cols: bool, need_dx: bool,
     need_dy: bool,

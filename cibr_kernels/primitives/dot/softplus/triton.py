@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from cibr_kernels.dispatch import triton_call
-from cibr_kernels.dispatch.triton_call import unsupported  # noqa: F401
 from cibr_kernels.numerics import early_dtype
 from cibr_kernels.primitives.dot.lse.triton import (
     BLOCK_R,
