@@ -1,88 +1,289 @@
-"""Pictures of a run: its loss and mutual information over time, and a t-SNE of image embeddings coloured by style."""
+"""Pictures of runs from what they logged: several objectives and seeds in one figure, mean and spread.
+
+    curves.png    training and validation loss
+    parts.png     contrastive loss, conditional information on an axis of its own, estimates beside log N
+    recall.png    what was evaluated during training
+    lambda.png    the last evaluation against the weight of the penalty
+    final.png     the last evaluation as bars
+
+Runs that differ in their seed alone are one line with a band. Pictures that need the model are in pictures.py.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cibr.data import load, split
 from cibr.errors import UsageError, missing_extra
-from cibr.evaluate import embed, evaluation_groups
-from cibr.run import checkpoint
+from cibr.evaluate.report import TITLES
 
-LOSSES = ("loss", "contrastive_loss", "image_cmi", "text_cmi")
-ESTIMATES = ("image_own", "image_other", "text_own", "text_other")
+# Okabe and Ito's colours in an order of falling darkness, so that a grey print keeps them apart; lines and marks do too
+COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7")
+LINES = ("-", "--", "-.", ":")
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
+HATCHES = ("", "///", "...", "xxx", "\\\\\\")
+NOT_COMPARED = {"seed", "out", "threads", "device", "save_every", "log_every", "eval_every", "keep", "workers", "wandb"}
+NAMES = {
+    "lam": "λ",
+    "batch_size": "batch",
+    "noise_std": "noise σ",
+    "hold_out": "held out:",
+}
+PARTS = {
+    "contrastive_loss": "contrastive loss (nats)",
+    "image_cmi": "I(Zv; Xv | Xt), estimated (nats)",
+    "text_cmi": "I(Zt; Xt | Xv), estimated (nats)",
+}
+ESTIMATES = {"image_own": "I(Zv; Xv)", "image_other": "I(Zv; Xt)", "text_own": "I(Zt; Xt)", "text_other": "I(Zt; Xv)"}
 
 
-def plot(run: Path, data: Path | None = None, *, tsne: bool = True) -> list[Path]:
-    """Writes `curves.png` and, with `tsne`, `tsne.png` into the run's folder and returns their paths.
+@dataclass(frozen=True)
+class Run:
+    path: Path
+    config: dict[str, Any]
+    log: list[dict[str, float]]  # entries of training
+    evaluations: list[dict[str, float]]  # flat: "step", "loss", "zero_shot/NAME/top1", ...
 
-    The t-SNE shows the unseen concepts of the training vendors and of the vendor held out.
-    """
+    def series(self, name: str, entries: list[dict[str, float]] | None = None) -> dict[int, float]:
+        """step -> value, where the entries (by default of training) have it."""
+        found = self.log if entries is None else entries
+        return {int(entry["step"]): entry[name] for entry in found if name in entry}
+
+
+def read_run(path: Path) -> Run:
+    """Raises UsageError for what is no run or has logged nothing. A half-written last line is left out."""
+    if not (path / "log.jsonl").is_file() or not (path / "config.json").is_file():
+        raise UsageError(f"{path} holds no log.jsonl and config.json; it is not the folder of a run")
+    lines = (path / "log.jsonl").read_text().splitlines(keepends=True)
+    entries = [json.loads(line) for line in lines if line.endswith("\n")]
+    if not entries:
+        raise UsageError(f"{path} has logged nothing yet")
+    evaluations = [{"step": entry["step"], **flat(entry["eval"])} for entry in entries if "eval" in entry]
+    if (path / "evaluation.json").is_file():
+        last = json.loads((path / "evaluation.json").read_text())
+        evaluations.append({"step": last.get("step", entries[-1]["step"]), **flat(last)})
+    return Run(path, json.loads((path / "config.json").read_text()), entries, evaluations)
+
+
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """{"zero_shot": {"pets": {"top1": 5.0}}} -> {"zero_shot/pets/top1": 5.0}; what is no number is left out."""
+    found: dict[str, float] = {}
+    for name, value in nested.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[prefix + name] = value
+    return found
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone, and how they are drawn."""
+
+    label: str
+    runs: list[Run]
+    style: int
+
+    @property
+    def line(self) -> dict[str, Any]:
+        return {"color": COLOURS[self.style % len(COLOURS)], "linestyle": LINES[self.style % len(LINES)]}
+
+    def values(self, name: str, *, evaluated: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Steps (s,) that all runs have, and values (runs, s) there."""
+        series = [run.series(name, run.evaluations if evaluated else None) for run in self.runs]
+        steps = sorted(set.intersection(*(set(one) for one in series)))
+        return np.array(steps), np.array([[one[step] for step in steps] for one in series])
+
+    def last(self, name: str) -> np.ndarray:
+        """The last evaluated value of each run that has one."""
+        series = [run.series(name, run.evaluations) for run in self.runs]
+        return np.array([one[max(one)] for one in series if one])
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """By all options but those that do not matter; labelled by the objective and by what tells the groups apart."""
+    compared = [{k: v for k, v in run.config.items() if k not in NOT_COMPARED} for run in runs]
+    keys = [json.dumps(config, sort_keys=True) for config in compared]
+    configs = dict(zip(keys, compared, strict=True))
+    names = sorted({name for config in configs.values() for name in config} - {"objective"})
+    differing = [n for n in names if len({json.dumps(c.get(n)) for c in configs.values() if n in c}) > 1]
+    groups = []
+    ordered = sorted(configs.items(), key=lambda item: (item[1].get("lam", 0.0), str(item[1].get("objective"))))
+    for style, (key, config) in enumerate(ordered):
+        details = [f"{NAMES.get(n, n.replace('_', ' '))} {config[n]}" for n in differing if n in config]
+        label = ", ".join([str(config.get("objective", "run")), *details])
+        groups.append(Group(label, [run for run, k in zip(runs, keys, strict=True) if k == key], style))
+    return groups
+
+
+def metric_name(name: str) -> str:
+    """ "retrieval/flickr/text_to_image@1" -> "flickr: text to image R@1 (%)"."""
+    *_, of, metric = name.split("/")
+    known = {"top1": "top-1 (%)", "top5": "top-5 (%)", "mean_per_class": "mean per class (%)"}
+    way, at, depth = metric.partition("@")
+    of = TITLES.get(of, of)
+    return f"{of}: " + (f"{way.replace('_', ' ')} R@{depth} (%)" if at else known.get(metric, metric.replace("_", " ")))
+
+
+def headline(groups: Iterable[Group]) -> list[str]:
+    """The metrics worth a picture: of each set evaluated, top-1, or recall at 1 both ways."""
+    every = {name: None for group in groups for run in group.runs for entry in run.evaluations for name in entry}
+    return [name for name in every if name.endswith(("/top1", "@1"))]
+
+
+@contextmanager
+def figure(
+    path: Path, columns: int, *, rows: int = 1, width: float = 5.0, height: float = 3.6, legend: bool = True
+) -> Iterator[Any]:
+    """A figure's axes (rows, columns), saved to `path` at the end; what the first one's marks mean stands above all."""
     try:
         import matplotlib
-        from sklearn.manifold import TSNE
     except ImportError as error:
         raise missing_extra(error) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    if not (run / "log.jsonl").is_file():
-        raise UsageError(f"{run} holds no log.jsonl; it is not the folder of a run")
-    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    settings = json.loads((run / "config.json").read_text())
-    steps = [entry["step"] for entry in entries]
-    shown = [names for names in (LOSSES, ESTIMATES) if any(names[0] in entry for entry in entries)]
-    figure, axes = plt.subplots(1, len(shown), figsize=(6 * len(shown), 4), squeeze=False, layout="constrained")
-    for axis, names, title in zip(axes[0], shown, ("loss and its parts", "mutual information of Z"), strict=False):
-        for name in names:
-            if any(name in entry for entry in entries):
-                axis.plot(steps, [entry.get(name, math.nan) for entry in entries], label=name)
-        axis.set(xlabel="step", ylabel="nats", title=title)
-        if names is ESTIMATES:
-            axis.axhline(math.log(settings["batch_size"]), color="grey", linestyle=":", label="log N")
-        axis.legend()
-    written = [run / "curves.png"]
-    figure.savefig(written[0], dpi=120)
-    plt.close(figure)
-    if not tsne:
-        return written
+    size = (width * columns, height * rows)
+    drawn, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    try:
+        yield axes
+        handles, labels = axes[0, 0].get_legend_handles_labels() if legend else ([], [])
+        across = max(1, int(20 * width * columns / max(map(len, [*labels, "12345678"])) / 2.4))
+        drawn.legend(handles, labels, loc="outside upper center", ncols=across, frameon=False, fontsize=8)
+        drawn.savefig(path, dpi=120)
+    finally:
+        plt.close(drawn)
 
-    loaded = checkpoint.load_run(run)
-    model, config = loaded.model, loaded.config
-    pairs = load(
-        data or Path(config.data.data.removeprefix("emoji:")),
-        image_size=config.model.image_size,
-        limit=config.data.limit,
-    )
-    groups = evaluation_groups(pairs, config)
-    chosen = [groups[name][0] for name in ("unseen", "unseen_held_out") if name in groups]
-    rows = np.concatenate([np.empty(0, np.int64), *chosen])
-    if len(rows) < 3:
-        raise UsageError("a t-SNE needs at least three images of unseen concepts; --no-tsne leaves it out")
-    points = embed(model, pairs, rows).numpy()
-    tested = {
-        pairs.styles[style] for style in split(pairs, config.data.hold_out, config.data.unseen_fraction).test_styles
-    }
-    flat = TSNE(perplexity=min(30, (len(rows) - 1) / 3), random_state=0).fit_transform(points)
-    figure, axis = plt.subplots(figsize=(7, 6), layout="constrained")
-    for s, style in enumerate(pairs.styles):
-        mine = pairs.style[rows] == s
-        held_out = style in tested
-        if mine.any():
-            marker: dict[str, Any] = {
-                "marker": "x" if held_out else "o",
-                "s": 14,
-                "color": plt.get_cmap("tab20")(s % 20),
-            }
-            axis.scatter(*flat[mine].T, label=style + (" (held out)" if held_out else ""), **marker)
-    axis.set(xticks=[], yticks=[], title=f"image embeddings of unseen concepts, {config.objective.objective}")
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    written.append(run / "tsne.png")
-    figure.savefig(written[1], dpi=120)
-    plt.close(figure)
+
+def draw_lines(axis: Any, groups: Iterable[Group], name: str, *, evaluated: bool = False, mark: str = "") -> bool:
+    """Mean over seeds and a band of one standard deviation, for the groups that have `name`; False if none has."""
+    drawn = False
+    for group in groups:
+        steps, values = group.values(name, evaluated=evaluated)
+        if not len(steps):
+            continue
+        mean = values.mean(0)
+        marker = mark or (MARKS[group.style % len(MARKS)] if len(steps) < 30 else "")
+        label = group.label + (f" ({len(values)} seeds)" if len(values) > 1 else "")
+        axis.plot(steps, mean, label=label, marker=marker, markersize=4, linewidth=1.4, **group.line)
+        if len(values) > 1:
+            spread = values.std(0, ddof=1)
+            axis.fill_between(steps, mean - spread, mean + spread, color=group.line["color"], alpha=0.15, linewidth=0)
+        drawn = True
+    if drawn:
+        axis.set(xlabel="step", xlim=(0, None))
+    return drawn
+
+
+def draw_curves(groups: list[Group], path: Path) -> None:
+    """Training loss, and the loss on held-out pairs where it was evaluated."""
+    validated = any("loss" in entry for group in groups for run in group.runs for entry in run.evaluations)
+    with figure(path, 1 + validated) as axes:
+        draw_lines(axes[0, 0], groups, "loss")
+        axes[0, 0].set(ylabel="training loss (nats)")
+        if validated:
+            draw_lines(axes[0, 1], groups, "loss", evaluated=True)
+            axes[0, 1].set(ylabel="validation loss (nats)")
+
+
+def draw_parts(groups: list[Group], path: Path) -> None:
+    """Of the runs that log them: contrastive loss, conditional information, and the estimates of the first group."""
+    penalised = [group for group in groups if any("image_cmi" in entry for entry in group.runs[0].log)]
+    with figure(path, 4, width=4.2) as axes:
+        for axis, (name, title) in zip(axes[0], PARTS.items(), strict=False):
+            draw_lines(axis, penalised, name)
+            axis.set(ylabel=title)
+        first, axis = penalised[0], axes[0, 3]
+        for k, (name, title) in enumerate(ESTIMATES.items()):
+            steps, values = first.values(name)
+            look = {"color": COLOURS[k // 2 * 2], "linestyle": LINES[k % 2]}
+            axis.plot(steps, values.mean(0), label=title, linewidth=1.4, **look)
+        batch = first.runs[0].config["batch_size"]
+        axis.axhline(math.log(batch), color="grey", linewidth=1, linestyle=":")
+        axis.annotate(f"log {batch}", (0, math.log(batch)), (4, 3), textcoords="offset points", color="grey")
+        axis.set(xlabel="step", xlim=(0, None), ylabel="estimated information (nats)")
+        axis.set_title(first.label, fontsize=9)
+        axis.legend(frameon=False, fontsize=8)
+
+
+def draw_recall(groups: list[Group], metrics: list[str], path: Path) -> None:
+    """What was evaluated over training, a panel a metric."""
+    rows = math.ceil(len(metrics) / 3)
+    with figure(path, min(3, len(metrics)), rows=rows) as axes:
+        for axis, metric in itertools.zip_longest(axes.flat, metrics):
+            if metric is None:
+                axis.remove()
+                continue
+            draw_lines(axis, groups, metric, evaluated=True)
+            axis.set(ylabel=metric_name(metric), ylim=(0, None))
+
+
+def draw_ablation(groups: list[Group], metrics: list[str], path: Path) -> None:
+    """The last evaluation against lambda, runs without a penalty at 0; mean and standard deviation over seeds."""
+    weights = [group.runs[0].config.get("lam", 0.0) for group in groups]
+    with figure(path, 1) as axes:
+        for k, metric in enumerate(metrics):
+            points = [(w, group.last(metric)) for w, group in zip(weights, groups, strict=True)]
+            points = sorted(((w, v) for w, v in points if len(v)), key=lambda point: point[0])
+            mean = [v.mean() for _, v in points]
+            spread = [v.std(ddof=1) if len(v) > 1 else 0 for _, v in points]
+            look = {"color": COLOURS[k % len(COLOURS)], "linestyle": LINES[k % len(LINES)], "marker": MARKS[k]}
+            axes[0, 0].errorbar([w for w, _ in points], mean, spread, label=metric_name(metric), capsize=3, **look)
+        axes[0, 0].set(xlabel="weight λ of the penalty", ylabel="per cent", ylim=(0, None))
+
+
+def draw_bars(groups: list[Group], metrics: list[str], path: Path) -> None:
+    """The last evaluation: a block of bars a metric, a bar a group, its standard deviation over seeds as a whisker."""
+    width = 0.8 / len(groups)
+    with figure(path, 1, width=max(5.0, 1.1 * len(metrics) * max(1, len(groups) / 2))) as axes:
+        axis = axes[0, 0]
+        for k, group in enumerate(groups):
+            for m, metric in enumerate(metrics):
+                values = group.last(metric)
+                if not len(values):
+                    continue
+                place, mean = m + (k - (len(groups) - 1) / 2) * width, values.mean()
+                spread = values.std(ddof=1) if len(values) > 1 else 0
+                axis.bar(
+                    place, mean, 0.9 * width, yerr=spread or None, capsize=3,
+                    color="white" if HATCHES[k % len(HATCHES)] else "0.75", edgecolor=group.line["color"],
+                    hatch=HATCHES[k % len(HATCHES)], label=group.label if m == 0 else None,
+                )  # fmt: skip
+                axis.annotate(
+                    f"{mean:.1f}", (place, mean + spread), (0, 4), textcoords="offset points", ha="center", fontsize=7
+                )
+        names = [metric_name(metric).removesuffix(" (%)").replace(": ", "\n") for metric in metrics]
+        axis.set_xticks(range(len(metrics)), names, fontsize=8)
+        axis.set(ylabel="per cent")
+
+
+def plot_logs(paths: Sequence[Path], out: Path) -> list[Path]:
+    """Draws into `out` what the logs of the runs allow and returns the files. Raises UsageError for what is no run."""
+    groups = group_runs([read_run(path) for path in paths])
+    out.mkdir(parents=True, exist_ok=True)
+    metrics = headline(groups)
+    written = [out / "curves.png"]
+    draw_curves(groups, written[0])
+    if any("image_cmi" in entry for group in groups for run in group.runs for entry in run.log):
+        draw_parts(groups, out / "parts.png")
+        written.append(out / "parts.png")
+    if any(len(group.values(m, evaluated=True)[0]) > 1 for group in groups for m in metrics):
+        draw_recall(groups, metrics, out / "recall.png")
+        written.append(out / "recall.png")
+    if metrics and len({group.runs[0].config.get("lam", 0.0) for group in groups}) > 2:
+        draw_ablation(groups, metrics, out / "lambda.png")
+        written.append(out / "lambda.png")
+    if metrics:
+        draw_bars(groups, metrics, out / "final.png")
+        written.append(out / "final.png")
     return written

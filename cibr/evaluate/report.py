@@ -28,16 +28,16 @@ Specs = Mapping[str, str]
 
 
 class Set:
-    """A data set to evaluate on, opened; its images are encoded once, whatever is asked of them."""
+    """A data set to evaluate on, opened; a model encodes its images once, whatever is asked of them."""
 
     def __init__(self, options: DataOptions, split: str) -> None:
         self.options, self.dataset = options, open_dataset(options, split)
-        self._images: Images | None = None
+        self._images: tuple[Model, Images] | None = None
 
     def images(self, model: Model) -> Images:
-        if self._images is None:
-            self._images = encode_images(model, self.dataset, self.options)
-        return self._images
+        if self._images is None or self._images[0] is not model:
+            self._images = model, encode_images(model, self.dataset, self.options)
+        return self._images[1]
 
     def labels(self, model: Model) -> Tensor:
         """(n,) int64 of the images that could be read."""
