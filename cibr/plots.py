@@ -50,7 +50,8 @@ class Run:
     path: Path
     config: dict[str, Any]
     log: list[dict[str, float]]  # entries of training
-    evaluations: list[dict[str, float]]  # flat: "step", "loss", "zero_shot/NAME/top1", ...
+    evaluations: list[dict[str, float]]  # during training; flat: "step", "loss", "zero_shot/NAME/top1", ...
+    final: dict[str, float]  # RUN/evaluation.json, as `cibr evaluate --json` writes it, or the last one above
 
     def series(self, name: str, entries: list[dict[str, float]] | None = None) -> dict[int, float]:
         """step -> value, where the entries (by default of training) have it."""
@@ -67,10 +68,10 @@ def read_run(path: Path) -> Run:
     if not entries:
         raise UsageError(f"{path} has logged nothing yet")
     evaluations = [{"step": entry["step"], **flat(entry["eval"])} for entry in entries if "eval" in entry]
+    final = evaluations[-1] if evaluations else {}
     if (path / "evaluation.json").is_file():
-        last = json.loads((path / "evaluation.json").read_text())
-        evaluations.append({"step": last.get("step", entries[-1]["step"]), **flat(last)})
-    return Run(path, json.loads((path / "config.json").read_text()), entries, evaluations)
+        final = flat(json.loads((path / "evaluation.json").read_text()))
+    return Run(path, json.loads((path / "config.json").read_text()), entries, evaluations, final)
 
 
 def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -103,9 +104,8 @@ class Group:
         return np.array(steps), np.array([[one[step] for step in steps] for one in series])
 
     def last(self, name: str) -> np.ndarray:
-        """The last evaluated value of each run that has one."""
-        series = [run.series(name, run.evaluations) for run in self.runs]
-        return np.array([one[max(one)] for one in series if one])
+        """The final value of each run that has one."""
+        return np.array([run.final[name] for run in self.runs if name in run.final])
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -133,10 +133,11 @@ def metric_name(name: str) -> str:
     return f"{of}: " + (f"{way.replace('_', ' ')} R@{depth} (%)" if at else known.get(metric, metric.replace("_", " ")))
 
 
-def headline(groups: Iterable[Group]) -> list[str]:
-    """The metrics worth a picture: of each set evaluated, top-1, or recall at 1 both ways."""
-    every = {name: None for group in groups for run in group.runs for entry in run.evaluations for name in entry}
-    return [name for name in every if name.endswith(("/top1", "@1"))]
+def headline(entries: Iterable[dict[str, float]]) -> list[str]:
+    """The metrics worth a picture: of each set recall at 1 both ways; of one of classes top-1 in place of the first."""
+    every = list(dict.fromkeys(name for entry in entries for name in entry if name.endswith(("/top1", "@1"))))
+    classified = {name.split("/")[1] for name in every if name.endswith("/top1")}
+    return [name for name in every if not (name.endswith("image_to_text@1") and name.split("/")[1] in classified)]
 
 
 @contextmanager
@@ -271,19 +272,20 @@ def plot_logs(paths: Sequence[Path], out: Path) -> list[Path]:
     """Draws into `out` what the logs of the runs allow and returns the files. Raises UsageError for what is no run."""
     groups = group_runs([read_run(path) for path in paths])
     out.mkdir(parents=True, exist_ok=True)
-    metrics = headline(groups)
+    runs = [run for group in groups for run in group.runs]
+    during, final = headline(entry for run in runs for entry in run.evaluations), headline(run.final for run in runs)
     written = [out / "curves.png"]
     draw_curves(groups, written[0])
-    if any("image_cmi" in entry for group in groups for run in group.runs for entry in run.log):
+    if any("image_cmi" in entry for run in runs for entry in run.log):
         draw_parts(groups, out / "parts.png")
         written.append(out / "parts.png")
-    if any(len(group.values(m, evaluated=True)[0]) > 1 for group in groups for m in metrics):
-        draw_recall(groups, metrics, out / "recall.png")
+    if any(len(group.values(m, evaluated=True)[0]) > 1 for group in groups for m in during):
+        draw_recall(groups, during, out / "recall.png")
         written.append(out / "recall.png")
-    if metrics and len({group.runs[0].config.get("lam", 0.0) for group in groups}) > 2:
-        draw_ablation(groups, metrics, out / "lambda.png")
+    if final and len({run.config.get("lam", 0.0) for run in runs}) > 2:
+        draw_ablation(groups, final, out / "lambda.png")
         written.append(out / "lambda.png")
-    if metrics:
-        draw_bars(groups, metrics, out / "final.png")
+    if final:
+        draw_bars(groups, final, out / "final.png")
         written.append(out / "final.png")
     return written

@@ -223,6 +223,7 @@ TITLES = {
     "unseen": "training vendors, unseen concepts",
     "unseen_held_out": "held-out vendor, unseen concepts",
     "train": "training images",
+    "val": "validation",
 }
 
 

@@ -60,7 +60,7 @@ def test_what_is_drawn_is_what_was_logged(tmp_path: Path) -> None:
 def test_the_last_evaluation_may_be_a_file(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", evaluated=False)
     (run / "evaluation.json").write_text(json.dumps({"step": 30, "retrieval": {"flickr": {"text_to_image@1": 12.5}}}))
-    assert read_run(run).evaluations == [{"step": 30, "retrieval/flickr/text_to_image@1": 12.5}]
+    assert read_run(run).final == {"step": 30, "retrieval/flickr/text_to_image@1": 12.5}
     assert metric_name("retrieval/flickr/text_to_image@1") == "flickr: text to image R@1 (%)"
     assert metric_name("zero_shot/held_out/top1") == "held-out vendor, seen concepts: top-1 (%)"
     assert [path.name for path in plot_logs([run], tmp_path / "out")] == ["curves.png", "final.png"]
