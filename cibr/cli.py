@@ -184,42 +184,75 @@ def data_check(arguments: Sequence[str]) -> int:
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
     checkpoint: str = option("", "a checkpoint, or a run for its last one")
-    data: str | None = option(None, "folder of tars; default: what the run was trained on")
-    json: str | None = option(None, "also write the numbers to this file")
-    probe: bool = option(True, "the vendor probe")
+    zero_shot: tuple[str, ...] = option((), "NAME=SPEC of sets with classes, a SPEC as of --data; without any: emoji's")
+    retrieval: tuple[str, ...] = option((), "NAME=SPEC of sets with captions")
+    probe: bool = option(False, "also probes, shares of variance, CKA, and estimated information")
+    json: str | None = option(None, "also write the numbers to this file; RUN/evaluation.json is where plots look")
+    device: Literal["cpu", "cuda"] = option("cpu", "where the towers run, in float32")
     threads: int | None = option(None, "CPU threads; default torch's", least=1)
 
 
 def evaluate(arguments: Sequence[str]) -> int:
     options = made(EvaluateOptions, arguments, "evaluate", required=("checkpoint",))
-    from cibr.evaluate import evaluate, table
-
-    if options.threads is not None:
-        import torch
-
-        torch.set_num_threads(options.threads)
     if options.json is not None and not Path(options.json).parent.is_dir():
         raise UsageError(f"--json {options.json}: there is no folder {Path(options.json).parent}")
-    report = evaluate(Path(options.checkpoint), options.data and Path(options.data), probe=options.probe)
-    print(table(report))
+    import torch
+
+    from cibr.evaluate import evaluate_run, named, table
+    from cibr.run.atomic import write_text
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    sets = {"zero_shot": named(options.zero_shot, "--zero-shot"), "retrieval": named(options.retrieval, "--retrieval")}
+    found = evaluate_run(Path(options.checkpoint), **sets, probe=options.probe, device=options.device)
+    print(table(found))
     if options.json is not None:
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+        write_text(Path(options.json), json.dumps(found, indent=1) + "\n")
     return 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlotOptions:
-    run: str = option("", "folder of the run; the pictures go there")
-    data: str | None = option(None, "folder of tars; default: what the run was trained on")
-    tsne: bool = option(True, "the t-SNE")
+    runs: tuple[str, ...] = option(
+        (), "folders of runs; those that differ in their seed alone are one line", positional=True
+    )
+    out: str = option("", "folder for the pictures")
+    data: str | None = option(None, "SPEC of images to show the models; default what the first run held out")
+    tsne: bool = option(True, "t-SNE of image embeddings, by class and by style")
+    grad_cam: bool = option(False, "what in an image speaks for its caption")
+    information: bool = option(False, "estimates of information against the batch they are read from")
 
 
 def plot(arguments: Sequence[str]) -> int:
-    options = made(PlotOptions, arguments, "plot", required=("run",))
-    from cibr.plots import plot
+    options = made(PlotOptions, arguments, "plot", required=("runs", "out"))
+    from cibr.pictures import plot
 
-    for path in plot(Path(options.run), options.data and Path(options.data), tsne=options.tsne):
-        print(path)
+    written = plot(
+        [Path(run) for run in options.runs], Path(options.out), data=options.data, tsne=options.tsne,
+        with_grad_cam=options.grad_cam, with_information=options.information,
+    )  # fmt: skip
+    print("\n".join(map(str, written)))
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    out: str = option("", "folder for the emoji, the runs, the table and the pictures")
+    tarballs: str | None = option(None, "folder of .tgz files from `npm pack`, instead of downloading them")
+    steps: int = option(200, "of each run", least=1)
+    threads: int | None = option(None, "CPU threads; default torch's", least=1)
+
+
+def demo(arguments: Sequence[str]) -> int:
+    options = made(DemoOptions, arguments, "demo", required=("out",))
+    import torch
+
+    from cibr.demo import demo
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    written = demo(Path(options.out), tarballs=options.tarballs and Path(options.tarballs), steps=options.steps)
+    print("\n".join(map(str, written)))
     return 0
 
 
@@ -264,7 +297,8 @@ def checked(options: Any, required: Sequence[str]) -> Any:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "train a model, or resume a run"),
     "evaluate": (evaluate, "what a checkpoint can do: zero-shot, retrieval, probes"),
-    "plot": (plot, "draw a run's curves and embeddings"),
+    "plot": (plot, "draw curves, recall and embeddings of several runs"),
+    "demo": (demo, "emoji, two runs, a table and pictures, in one go"),
     "data emoji": (data_emoji, "build the set of emoji as eleven artists drew them"),
     "data cache": (data_cache, "compute the features of frozen towers once, to train heads on"),
     "data check": (data_check, "read a whole data set and say what is there, what is skipped, and why"),

@@ -7,6 +7,7 @@ information.png   estimates of information against the rows they are read from, 
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,12 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cibr.data import DataOptions, open_dataset
+from cibr.data.emoji import Emoji
 from cibr.errors import UsageError, missing_extra
 from cibr.evaluate.encode import concatenated, encode_pairs, encode_texts
 from cibr.evaluate.information import ROWS, information
-from cibr.evaluate.report import PROBE_ROWS, Set
+from cibr.evaluate.report import PROBE_ROWS, Set, emoji_splits
 from cibr.models import Model
-from cibr.plots import COLOURS, ESTIMATES, LINES, MARKS, figure
+from cibr.plots import COLOURS, ESTIMATES, LINES, MARKS, figure, group_runs, plot_logs, read_run
+from cibr.run import checkpoint
 
 POINTS = 1500  # of a t-SNE: more are a cloud
 CLASSES = 8  # told apart in it; the others are grey
@@ -181,3 +185,45 @@ def draw_information(models: Labelled, chosen: Set, path: Path) -> None:
             axis.set(xlabel="rows n that an estimate is read from", ylabel="estimated information (nats)")
             ceilings = f"most possible: images {found['image_ceiling']:.1f}, texts {found['text_ceiling']:.1f} nats"
             axis.set_title(f"{label}\n{ceilings}", fontsize=9)
+
+
+def plot(
+    runs: Sequence[Path],
+    out: Path,
+    *,
+    data: str | None = None,
+    tsne: bool = True,
+    with_grad_cam: bool = False,
+    with_information: bool = False,
+) -> list[Path]:
+    """Draws into `out` what the logs of the runs allow, then what was asked for of their models; returns the files.
+
+    Models are shown the images of the SPEC `data`, by default those of the first run's data that are held out.
+    Raises UsageError for what is no run, and for data that do not fit.
+    """
+    written = plot_logs(runs, out)
+    if not (tsne or with_grad_cam or with_information):
+        return written
+    groups = group_runs([read_run(path) for path in runs])
+    loaded = [(group.label, checkpoint.load_run(group.runs[0].path)) for group in groups]  # of seeds the first
+    models = [(label, run.model) for label, run in loaded]
+    base = loaded[0][1].config.data
+    sets = [Set(dataclasses.replace(base, data=data), "test")] if data else list(held_out(base).values())
+    if tsne:
+        draw_tsne(models, sets, out / "tsne.png")
+        written.append(out / "tsne.png")
+    if with_grad_cam:
+        draw_grad_cam(models, sets[0], out / "grad_cam.png")
+        written.append(out / "grad_cam.png")
+    if with_information:
+        draw_information(models, sets[0], out / "information.png")
+        written.append(out / "information.png")
+    return written
+
+
+def held_out(base: DataOptions) -> dict[str, Set]:
+    """What training has not seen: of emoji the concepts kept from it, in all styles; of other data the test split."""
+    if not isinstance(open_dataset(base, "train"), Emoji):
+        return {"test": Set(base, "test")}
+    every = emoji_splits(base)
+    return {name: every[name] for name in ("unseen", "unseen_held_out") if name in every} or every

@@ -24,6 +24,7 @@ import numpy as np
 
 from cibr.errors import UsageError, missing_extra
 from cibr.evaluate.report import TITLES
+from cibr.run.journal import read_log
 
 # Okabe and Ito's colours in an order of falling darkness, so that a grey print keeps them apart; lines and marks do too
 COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7")
@@ -63,15 +64,15 @@ def read_run(path: Path) -> Run:
     """Raises UsageError for what is no run or has logged nothing. A half-written last line is left out."""
     if not (path / "log.jsonl").is_file() or not (path / "config.json").is_file():
         raise UsageError(f"{path} holds no log.jsonl and config.json; it is not the folder of a run")
-    lines = (path / "log.jsonl").read_text().splitlines(keepends=True)
-    entries = [json.loads(line) for line in lines if line.endswith("\n")]
+    entries = read_log(path / "log.jsonl")
     if not entries:
         raise UsageError(f"{path} has logged nothing yet")
     evaluations = [{"step": entry["step"], **flat(entry["eval"])} for entry in entries if "eval" in entry]
     final = evaluations[-1] if evaluations else {}
     if (path / "evaluation.json").is_file():
         final = flat(json.loads((path / "evaluation.json").read_text()))
-    return Run(path, json.loads((path / "config.json").read_text()), entries, evaluations, final)
+    training = [entry for entry in entries if "eval" not in entry]
+    return Run(path, json.loads((path / "config.json").read_text()), training, evaluations, final)
 
 
 def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -4,11 +4,46 @@ zero_shot.py    class embeddings by prompts; top-1, top-5, mean per class
 retrieval.py    R@1, R@5, R@10 both ways, several captions an image
 probes.py       linear and noisy probes, share of variance, neighbours, CKA
 information.py  estimates of mutual information on rows the critics never saw
-emoji.py        the splits of an emoji run: held-out vendor, unseen concepts, vendor probe
+encode.py       from a data set to features
+report.py       all of it for the sets named, as a dictionary and as a table
 """
 
 from __future__ import annotations
 
-from cibr.evaluate.emoji import embed, evaluate, evaluation_groups, recalls, style_probe, table
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-__all__ = ["embed", "evaluate", "evaluation_groups", "recalls", "style_probe", "table"]
+from cibr.errors import UsageError
+from cibr.evaluate.report import Specs, evaluate, table
+from cibr.run import checkpoint
+
+__all__ = ["evaluate", "evaluate_run", "named", "table"]
+
+
+def named(specs: Sequence[str], option: str) -> dict[str, str]:
+    """NAME=SPEC, ... -> {NAME: SPEC}. Raises UsageError for another form and for a name twice."""
+    found: dict[str, str] = {}
+    for text in specs:
+        name, equals, spec = text.partition("=")
+        if not equals or not name or not spec:
+            raise UsageError(f"{option} {text!r} is not NAME=SPEC, as in {option} pets=pets:DIR")
+        if name in found:
+            raise UsageError(f"{option} has two sets named {name}; give each a name of its own")
+        found[name] = spec
+    return found
+
+
+def evaluate_run(
+    path: Path,
+    *,
+    zero_shot: Specs | None = None,
+    retrieval: Specs | None = None,
+    probe: bool = False,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """`evaluate` of the checkpoint at `path`, or the last one of the run there, with what it is: checkpoint, step."""
+    loaded = checkpoint.load_run(path)
+    model = loaded.model.to(device)
+    report = evaluate(model, zero_shot=zero_shot, retrieval=retrieval, probe=probe, options=loaded.config.data)
+    return {"checkpoint": str(path), "step": loaded.step, "objective": loaded.config.objective.objective, **report}

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
-import torch.nn.functional as F
 import toyset
-from torch import Tensor, nn
 
-from cibr import pictures
+from cibr import models, pictures
 from cibr.data import DataOptions
 from cibr.errors import UsageError
 from cibr.evaluate.report import Set
-from cibr.models import ConvTower, Features, Model
 from cibr.plots import group_runs, metric_name, plot_logs, read_run
 
 
@@ -79,46 +77,21 @@ def test_a_half_written_last_line_is_left_out_and_no_run_is_refused(tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-class Towers(Model):
-    """Small towers of the kinds that Grad-CAM knows."""
+VISION = {
+    "vit": {"layers": 3, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 64},
+    "resnet": {"layers": [1, 1, 1, 1], "width": 8, "patch_size": None, "image_size": 64},
+    "timm": {"timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear", "image_size": 64},
+    "timm-vit": {"timm_model_name": "vit_tiny_patch16_224", "timm_proj": "linear", "image_size": 224},
+}
 
-    def __init__(self, kind: str) -> None:
-        import open_clip
 
-        nn.Module.__init__(self)
-        text = {"layers": 1, "width": 32, "heads": 2, "context_length": 16}
-        kinds: dict[str, Any] = {
-            "vit": {"layers": 3, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 64},
-            "resnet": {"layers": [1, 1, 1, 1], "width": 8, "patch_size": None, "image_size": 64},
-            "conv": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 16, "image_size": 64},
-        }
-        self.clip = open_clip.CLIP(16, kinds[kind], text)
-        if kind == "conv":
-            del self.clip.visual
-            self.image_tower, self.projection = ConvTower(4), nn.Linear(32, 16)
-
-    def encode_image(self, images: Tensor) -> Features:
-        x = (
-            self.clip.encode_image(images)
-            if hasattr(self.clip, "visual")
-            else self.projection(self.image_tower(images))
-        )
-        return Features(x, F.normalize(x, dim=1))
-
-    def encode_text(self, tokens: Tensor) -> Features:
-        x = self.clip.encode_text(tokens)
-        return Features(x, F.normalize(x, dim=1))
-
-    def transform(self, train: bool) -> Any:
-        from torchvision.transforms import v2
-
-        scale = v2.ToDtype(torch.float32, scale=True)
-        return v2.Compose([v2.Resize(64), v2.PILToTensor(), scale, v2.Normalize([0.5] * 3, [0.25] * 3)])
-
-    def tokenizer(self, texts: list[str]) -> Tensor:
-        import open_clip
-
-        return open_clip.SimpleTokenizer(context_length=16)(texts)
+def towers(kind: str, folder: Path) -> models.Model:
+    """A new model, its weights drawn with torch's seed."""
+    spec = "conv" if kind == "conv" else runs.tiny_clip(folder, vision_cfg=VISION[kind])
+    given = {**(runs.CONV if kind == "conv" else {}), "model": spec}
+    given |= {"image_size": 64} if kind == "conv" else {}
+    facts = models.Facts(texts=[concept.replace("-", " ") for concept in toyset.CONCEPTS])
+    return models.build(models.options_type(spec)(**given), facts).eval()
 
 
 @pytest.fixture(scope="module")
@@ -127,14 +100,15 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> Set:
     return Set(DataOptions(data=f"emoji:{folder}", workers=0), "all")
 
 
-@pytest.mark.parametrize("kind", ["vit", "resnet", "conv"])
-def test_grad_cam_of_every_kind_of_tower(kind: str, drawings: Set) -> None:
+@pytest.mark.parametrize("kind", ["conv", *VISION])
+def test_grad_cam_of_every_kind_of_tower(kind: str, drawings: Set, tmp_path: Path) -> None:
     torch.manual_seed(3)
-    model = Towers(kind).eval().requires_grad_(False)  # as after --lock-image
-    maps, images = pictures.grad_cam(model, drawings, list(range(0, 96, 8)))
-    assert maps.shape == (12, 64, 64) and images[0].shape == (64, 64, 3)
+    model = towers(kind, tmp_path).requires_grad_(False)  # as after --lock-image
+    maps, images = pictures.grad_cam(model, drawings, list(range(0, 96, 12)))
+    size = 224 if kind == "timm-vit" else 64
+    assert maps.shape == (8, size, size) and images[0].shape == (size, size, 3)
     assert maps.min() >= 0 and maps.max() <= 1 and images[0].min() == 0 and images[0].max() == 1
-    spread = maps.reshape(12, -1).std(1)
+    spread = maps.reshape(8, -1).std(1)
     assert (spread > 0).any()  # a map of zeros is what the last block's output would give
 
 
@@ -146,11 +120,11 @@ def test_the_map_of_tokens_leaves_out_what_is_no_patch() -> None:
 
 def test_pictures_of_models(drawings: Set, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    models = [("one", Towers("conv").eval()), ("two", Towers("conv").eval())]
-    pictures.draw_tsne(models, [drawings], tmp_path / "tsne.png")
-    pictures.draw_grad_cam(models, drawings, tmp_path / "grad_cam.png")
+    labelled = [("one", towers("conv", tmp_path)), ("two", towers("conv", tmp_path))]
+    pictures.draw_tsne(labelled, [drawings], tmp_path / "tsne.png")
+    pictures.draw_grad_cam(labelled, drawings, tmp_path / "grad_cam.png")
     assert (tmp_path / "tsne.png").stat().st_size > 5000 and (tmp_path / "grad_cam.png").stat().st_size > 5000
-    one, two = (pictures.gathered(model, [drawings])[0] for _, model in models)
+    one, two = (pictures.gathered(model, [drawings])[0] for _, model in labelled)
     assert not torch.equal(one, two)  # each run its own embeddings
 
 
@@ -161,5 +135,5 @@ def test_a_t_sne_needs_classes(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("filepath,title\na.png,a picture\n")
     pairs = Set(DataOptions(data=f"csv:{tmp_path}/pairs.csv", workers=0), "test")
     with pytest.raises(UsageError, match="has no classes to tell points apart by; --no-tsne"):
-        pictures.draw_tsne([("run", Towers("conv"))], [pairs], tmp_path / "tsne.png")
+        pictures.draw_tsne([("run", towers("conv", tmp_path))], [pairs], tmp_path / "tsne.png")
     assert not (tmp_path / "tsne.png").exists()
