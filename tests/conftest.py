@@ -37,12 +37,12 @@ def poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def same_state() -> Iterator[None]:
-    threads, budget = torch.get_num_threads(), ck.stash_budget()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # thousands of small problems; the tests about threads ask for more
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
-    ck.set_stash_budget(budget)
+    ck.set_stash_budget(None)
 
 
 @pytest.fixture(autouse=True)

@@ -52,11 +52,13 @@ def source(launch: Launch) -> Any:
         if argument is None:
             signature[name] = "constexpr"
             constants.setdefault(name, None)
-        elif argument.value == 1 and argument.type in ("i32", "i64"):
+            continue
+        number = argument.type in ("i32", "i64") and not launch.kernel.params[i].do_not_specialize
+        if number and argument.value == 1:
             signature[name], constants[name] = "constexpr", 1
         else:
             signature[name] = argument.type
-            if argument.aligned:
+            if argument.aligned and (number or argument.type[0] in "*t"):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
 

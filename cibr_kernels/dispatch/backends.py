@@ -121,6 +121,15 @@ def _unsupported(module: ModuleType, name: str, tensors: tuple[Tensor, ...]) -> 
     return native_unsupported(*tensors) if name == "native" else None
 
 
+def fused(op: str, backend: str, *tensors: Tensor) -> str | None:
+    """The backend with kernels of its own for `op`, which has other ways too; None where there is none for these."""
+    for name in NAMES if backend == "auto" else (backend,):
+        module = _module(op, name) if name in NAMES else None
+        if module is not None and name != "reference" and module.unsupported(*tensors) is None:
+            return name
+    return None
+
+
 @lru_cache
 def _module(op: str, name: str) -> ModuleType | None:
     path = f"{home(op)}.{name}"

@@ -15,7 +15,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cibr_kernels.dispatch import pointers
+from cibr_kernels.dispatch import pointers, triton_relaunch
+
+# Arguments of kernels for whose value Triton must not compile anew (`do_not_specialize`): an epoch's last batch has
+# another number of rows, and compiling takes seconds.  Widths and pitches are not among them: 16 divides them, and that
+# makes loads vectors.
+SIZES = [
+    "n", "m", "rows", "others", "partners", "first", "end", "first_row", "first_positive", "shift", "g_shift", "strips",
+    "strip_tiles", "col_tiles", "first_part", "first_block", "tiles", "blocks", "x_blocks", "row_blocks", "count",
+    "panel", "panels", "panel_rows", "bads", "wrongs", "shifts",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,11 @@ class Gpu:
         kernel: Any, grid: tuple[int, ...], args: dict[str, Any], constants: dict[str, Any], options: dict[str, int]
     ) -> None:
         device = next(t.device for t in args.values() if isinstance(t, Tensor))
-        with torch.cuda.device(device):
-            kernel[grid](**args, **constants, **options)
+        if device.index == torch._C._cuda_getDevice():
+            triton_relaunch.launch(kernel, grid, args, constants, options, device)
+        else:
+            with torch.cuda.device(device):
+                triton_relaunch.launch(kernel, grid, args, constants, options, device)
 
 
 _executor: Executor = Gpu()
@@ -93,6 +105,11 @@ def launch(
     device = next(t.device for t in args.values() if isinstance(t, Tensor))
     pointers.check(getattr(kernel, "__name__", "a Triton kernel"), device, args)
     _executor.launch(kernel, grid, args, constants, {"num_warps": num_warps, "num_stages": num_stages})
+
+
+def address(t: Tensor) -> int:
+    """Where t starts; of a fake tensor, which lies nowhere, how far into its memory."""
+    return t.data_ptr() if type(t) in (Tensor, torch.nn.Parameter) else int(t.storage_offset()) * t.element_size()
 
 
 def unsupported(*tensors: Tensor) -> str | None:

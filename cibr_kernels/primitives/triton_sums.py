@@ -5,8 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cibr_kernels.dispatch.triton_call import SIZES
 
-@triton.jit
+
+@triton.jit(do_not_specialize=SIZES)
 def reduce(partials, out, blocks, width, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr):
     """out (width,), in its dtype, = sum of partials (blocks, width) over the blocks.  Grid: (blocks of the width,)."""
     k = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)

@@ -13,6 +13,7 @@ from executor import emulated
 from torch import Tensor
 
 from cibr_kernels.dispatch import triton_call
+from cibr_kernels.primitives.dot import triton_parts
 from cibr_kernels.primitives.dot.lse import reference, triton_configs
 from cibr_kernels.primitives.dot.lse import triton as backend
 from cibr_kernels.primitives.dot.lse.triton_configs import CONFIGS, Config, Configs, Tiles
@@ -83,7 +84,7 @@ GROUPED = [  # (mask, cols, stash) everywhere, the groups in turn
 
 @pytest.fixture(autouse=True)
 def small_panels(monkeypatch):
-    monkeypatch.setattr(backend, "panels", backend.Panels(forward_rows=128, backward_rows=128))
+    monkeypatch.setattr(backend, "panels", backend.Panels(forward_rows=128, backward_rows=128, backward_cols=128))
 
 
 def problem(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
@@ -238,7 +239,8 @@ def test_launches():
     ]  # fmt: skip
     weights = ["exponent_kernel", "weights_kernel"]
     for stash, kernel in ((False, "gradient_kernel"), (True, "unstash_kernel")):
-        panel = [kernel, "online_gradient_kernel", "features_gradient_kernel"]
+        tiles = 1 if stash else 2  # columns of a panel are cut, a stash's are not
+        panel = [*[kernel, "online_gradient_kernel"] * tiles, "features_gradient_kernel"]
         backward = [*weights, *panel * panels, "features_gradient_kernel", "total_kernel"]
         assert compare(90, torch.bfloat16, RAGGED._replace(stash=stash)) == forward + backward
 
@@ -253,13 +255,33 @@ def test_refuses_what_is_not_finite(value):
         assert t.isnan().all(), name
 
 
-def test_rows_of_a_panel():
+def test_rows_of_a_panel_from_a_stash():
     """As many as allowed, within the bytes, but not fewer than 2048; multiples of 128."""
-    most, size = backend.Panels().backward_rows, backend.Panels().backward_bytes
-    rows = {n: backend.rows_of_panel(most, size, n, n, 2) for n in (100, 8192, 65536, 131072, 1 << 20)}
+    most, size = backend.Panels().backward_rows, backend.Panels().stash_bytes
+    rows = {n: triton_parts.rows_of_panel(most, size, n, n, 2) for n in (100, 8192, 65536, 131072, 1 << 20)}
     assert rows == {100: 100, 8192: 8192, 65536: 8192, 131072: 4096, 1 << 20: 2048}
-    assert backend.rows_of_panel(most, size, 65536, 65536, 4) == 4096
-    assert backend.rows_of_panel(most, size, 1 << 20, 70001, 2) % 128 == 0
+    assert triton_parts.rows_of_panel(most, size, 65536, 65536, 4) == 4096
+    assert triton_parts.rows_of_panel(most, size, 1 << 20, 70001, 2) % 128 == 0
+
+
+def test_columns_of_a_panel():
+    """All where they fit 128 MiB or twice the features, fewer for longer batches: P stays as small as the features."""
+    most, size = backend.Panels().backward_cols, backend.Panels().backward_bytes
+    cols = {
+        n: triton_parts.cols_of_panel(most, size, min(n, 8192), n, n, 512, 2)
+        for n in (100, 8192, 16384, 65536, 1 << 20)
+    }
+    assert cols == {100: 100, 8192: 8192, 16384: 8192, 65536: 16384, 1 << 20: 16384}
+    assert triton_parts.cols_of_panel(most, size, 8192, 70001, 70001, 96, 4) % 128 == 0
+
+
+def test_a_long_sum_is_made_by_several_programs(monkeypatch):
+    monkeypatch.setattr(triton_parts, "LONG_TOTAL", 1024)
+    parts = torch.rand(4 * 1024 + 5)
+    with emulated(90) as e:
+        total = triton_parts.total(parts)
+    assert e.launches == [("total_kernel", (5,)), ("total_kernel", (1,))]
+    torch.testing.assert_close(total, parts.double().sum().float(), rtol=1e-6, atol=0)
 
 
 def test_strips_of_several_tiles(monkeypatch):

@@ -11,7 +11,9 @@ from cases import DTYPES, towers
 from executor import emulated
 from torch import Tensor
 
+import cibr_kernels as ck
 from cibr_kernels.dispatch import triton_call
+from cibr_kernels.losses.siglip.reference import siglip_loss as siglip_reference
 from cibr_kernels.primitives.dot.lse.triton_configs import Tiles
 from cibr_kernels.primitives.dot.problem import SoftplusProblem
 from cibr_kernels.primitives.dot.softplus import reference
@@ -68,7 +70,7 @@ Inputs = dict[str, Tensor | None]
 
 @pytest.fixture(autouse=True)
 def small_panels(monkeypatch):
-    monkeypatch.setattr(backend, "panels", backend.Panels(rows=128, gradient_rows=128))
+    monkeypatch.setattr(backend, "panels", backend.Panels(rows=128, gradient_rows=128, gradient_cols=128))
 
 
 def problem(case: Case, dtype: torch.dtype) -> Inputs:
@@ -144,6 +146,53 @@ def test_launches():
         *["total_kernel"] * 2,
     ]  # fmt: skip
     assert compare(90, torch.bfloat16, RAGGED) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "n", "d"),
+    [
+        (90, torch.bfloat16, 300, 96),
+        (80, torch.float32, 37, 24),
+        (120, torch.float16, 140, 40),
+        (100, torch.bfloat16, 1, 1),
+    ],
+)
+def test_the_loss_with_its_positives(capability, dtype, n, d):
+    """siglip_loss without options is one node: loss and gradients against float64, and no launch besides."""
+    x, y = (t.to(dtype) for t in towers(n, n, d))
+    scale, bias = torch.tensor(10.0), torch.tensor(-4.0)
+    with emulated(capability) as gpu:
+        ours = losses_and_gradients(lambda *leaves: ck.siglip_loss(*leaves, backend="triton"), x, y, scale, bias)
+    eager = losses_and_gradients(lambda *leaves: siglip_reference(*leaves).mean(), x, y, scale, bias)
+    wide = [t.double() for t in (x, y, scale, bias)]
+    truth = losses_and_gradients(lambda *leaves: siglip_reference(*leaves).mean(), *wide)
+    magnitude = truth["loss"].item()
+    for name, t in truth.items():
+        features = torch.float32 if name in ("loss", "dbias") else dtype
+        assert_close(name, ours[name], eager[name], t, terms=n, exponent=14.0, features=features, magnitude=magnitude)
+    tile = ["softplus_kernel"]
+    rows, cols = -(-n // 128), -(-n // 128)
+    panels = [*tile * cols, "losses_kernel", "features_gradient_kernel"] * rows
+    assert [name for name, _ in gpu.launches] == [
+        "positives_kernel", "total_kernel", *panels, "features_gradient_kernel", *["total_kernel"] * 3
+    ]  # fmt: skip
+
+
+def losses_and_gradients(loss, *inputs: Tensor) -> dict[str, Tensor]:
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    value = loss(*leaves)
+    names = ("loss", "dx", "dy", "dscale", "dbias")
+    return dict(zip(names, [value.detach(), *torch.autograd.grad(value, leaves)], strict=True))
+
+
+@pytest.mark.parametrize(("name", "value"), [("x", math.nan), ("y", -math.inf), ("bias", math.inf)])
+def test_what_is_not_finite_reaches_the_loss_and_its_gradients(name, value):
+    inputs = dict(zip(("x", "y"), towers(20, 20, 32), strict=True))
+    inputs |= {"scale": torch.tensor(10.0), "bias": torch.tensor(-4.0)}
+    inputs[name].view(-1)[-1] = value
+    with emulated(80):
+        ours = losses_and_gradients(lambda *leaves: ck.siglip_loss(*leaves, backend="triton"), *inputs.values())
+    assert all(t.isnan().all() for t in ours.values()), ours
 
 
 def test_strips_of_several_tiles(monkeypatch):

@@ -109,3 +109,15 @@ def test_what_changed_is_said() -> None:
     assert host.differences(then, now) == [f"clip_loss 1024x512: {', '.join(said)}", "another 1x1: not recorded"]
     now["versions"] = {"torch": "1.0"}
     assert host.differences(then, now)[0] == f"clip_loss 1024x512: {said[0]}", "aten's launches are the version's"
+
+
+def test_a_launch_around_tritons_own_path_passes_the_same_bytes_and_compiles_no_more(device: Path) -> None:
+    environment = fake_device.environment(device) | {"PYTHONPATH": f"{host.ROOT}:{host.FAKE_DEVICE}"}
+    command = [sys.executable, "-m", "fake_device.launches"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["different"] == [] and found["launches"] > 30
+    assert found["seen"] == 8, "hooks are told of every launch"
+    assert found["compiled"][0] <= 15 and found["compiled"][-1] <= 22, found
+    assert found["compiled"][2:] == [found["compiled"][2]] * 4, f"a new number of rows compiles: {found}"

@@ -10,6 +10,7 @@ DOT, ADDITIVE, CUDA = (
     "csrc/additive/moments/",
 )
 FORWARD, BACKWARD, TILE = DOT + "triton_forward.py", DOT + "triton_backward.py", DOT + "triton_tile.py"
+PROBLEM = "cibr_kernels/primitives/dot/problem.py"
 KERNELS, LAUNCHER = ADDITIVE + "triton_kernels.py", ADDITIVE + "triton.py"
 SOFTPLUS, SCORES = "cibr_kernels/primitives/dot/softplus/", "cibr_kernels/primitives/additive/scores/triton_kernels.py"
 PAIRS, PASSES = SOFTPLUS + "triton_kernels.py", SOFTPLUS + "triton.py"
@@ -403,11 +404,11 @@ FAULTS = [
         "panels before forgotten",
         "softplus",
         PASSES,
-        "else part_cols[0], 1 + strips[k])",
-        "else part_cols[0], strips[k])",
+        "else part_cols[0], 1 + self.grids",
+        "else part_cols[0], self.grids",
     ),
-    Fault("dy of the last panel only", "softplus", PASSES, "accumulate=k > 0)", "accumulate=False)"),
-    Fault("first part of every panel the same", "softplus", PASSES, "sum(strips[:k]) * col_tiles}", "0}"),
+    Fault("dy of the last panel only", "softplus", PASSES, "accumulate=first > 0)", "accumulate=False)"),
+    Fault("first part of every panel the same", "softplus", PASSES, '"first_part": first_part}', '"first_part": 0}'),
     Fault(
         "copies waited for one group late",
         "softplus_sm80_bf16",

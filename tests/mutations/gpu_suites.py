@@ -123,7 +123,7 @@ class Dot(_Checked):
             small = configs.Config(*self.tile)
             table = {key: configs.Configs(small, small, small) for key in configs.CONFIGS}
             for name, case in self.cases.items():
-                panels = launcher.Panels(self.panel, self.panel, owned_width=128 if case.owned else 0)
+                panels = launcher.Panels(self.panel, self.panel, self.panel, owned_width=128 if case.owned else 0)
                 with (
                     patch.object(configs, "CONFIGS", table),
                     patch.object(launcher, "panels", panels),
@@ -216,7 +216,7 @@ class Softplus(_Checked):
                 with (
                     patch.object(configs, "CONFIGS", table),
                     patch.object(launcher, "CONFIGS", dict.fromkeys(launcher.CONFIGS, small)),
-                    patch.object(launcher, "panels", launcher.Panels(self.panel, self.panel)),
+                    patch.object(launcher, "panels", launcher.Panels(self.panel, self.panel, self.panel)),
                     emulated(self.capability, edit_ptx=fault.edit_ptx if fault else None),
                 ):
                     outputs = launcher.forward(*self.arguments(case))

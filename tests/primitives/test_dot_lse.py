@@ -15,7 +15,7 @@ from torch import Tensor
 
 import cibr_kernels as ck
 from cibr_kernels import testing
-from cibr_kernels.primitives.dot.lse.op import dot_lse, dot_lse_forward
+from cibr_kernels.primitives.dot.lse.op import dot_lse, dot_lse_forward, stash_budget_on
 from cibr_kernels.primitives.dot.lse.reference import dot_lse as reference
 
 SHAPES = [(1, 1, 0, 8), (1, 3, 1, 5), (33, 33, 0, 100), (40, 100, 17, 65)]
@@ -185,3 +185,12 @@ def test_columns_are_computed_only_when_needed():
     assert cols.shape == col_max.shape == (0,)
     torch.testing.assert_close(rows, dot_lse(x, y, torch.tensor(2.0))[0])
     torch.testing.assert_close(row_max, reference(x, y, torch.tensor(2.0), need_max=True)[3])
+
+
+def test_a_gpu_keeps_nothing_unless_a_budget_is_set():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert (stash_budget_on(cpu), stash_budget_on(gpu)) == (64 << 20, 0)
+    ck.set_stash_budget(1 << 20)
+    assert (stash_budget_on(cpu), stash_budget_on(gpu), ck.stash_budget()) == (1 << 20, 1 << 20, 1 << 20)
+    ck.set_stash_budget(None)
+    assert (stash_budget_on(cpu), stash_budget_on(gpu), ck.stash_budget()) == (64 << 20, 0, 64 << 20)

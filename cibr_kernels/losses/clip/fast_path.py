@@ -19,7 +19,12 @@ from torch import Tensor
 
 from cibr_kernels import checks
 from cibr_kernels.dispatch import backends, library
-from cibr_kernels.primitives.dot.lse.op import dot_lse_backward, dot_lse_forward, stash_budget
+from cibr_kernels.primitives.dot.lse.op import (
+    dot_lse_backward,
+    dot_lse_forward,
+    stash_budget,
+    stash_budget_on,
+)  # fmt: skip
 
 FUSED_BACKWARD_BYTES = 1 << 22  # bytes of float32 logits up to which gradients are made with the loss: n = 1024
 
@@ -52,7 +57,9 @@ def _mean_softplus(margins: Tensor) -> Tensor:
 class _Plain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str) -> Tensor:
-        margins, (rows, cols, positives, _, _, *stash) = _margins(x, y, scale, one_way, stash_budget(), backend)
+        margins, (rows, cols, positives, _, _, *stash) = _margins(
+            x, y, scale, one_way, stash_budget_on(x.device), backend
+        )
         ctx.save_for_backward(margins, x, y, scale, rows, cols, positives, *stash)
         ctx.backend = backend
         return _mean_softplus(margins)

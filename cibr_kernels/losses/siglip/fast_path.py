@@ -1,4 +1,4 @@
-"""The loss without options, on the CPU: its positives too are the kernel's, in one call and one node of autograd.
+"""The loss without options: its positives too are the kernels', in one call and one node of autograd.
 
 The arithmetic is siglip_loss/op.py's, without its O(n d) tensors of positives, and at 64 rows in half the time.
 """
@@ -14,31 +14,33 @@ from cibr_kernels.numerics import promote, softplus
 from cibr_kernels.primitives.dot.softplus.op import dot_softplus
 
 
-def plain_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float) -> Tensor:
+def plain_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, backend: str) -> Tensor:
     """x (n, d), y (n, d), scale (), bias () -> (): share (the sum of softplus over all pairs, signed).
+
+    backend: one that `backends.fused` gave.
 
     Only where `library.only_autograd_looks_on` says that nobody but autograd looks on, and the kernel takes x.
     """
     some = x.requires_grad or y.requires_grad or scale.requires_grad or bias.requires_grad
     if some and torch.is_grad_enabled():
-        return _loss_with_gradients(x, y, scale, bias, share)
-    return _native(x, y, scale, bias, share, (False,) * 4)[0]
+        return _loss_with_gradients(x, y, scale, bias, share, backend)
+    return _fused(x, y, scale, bias, share, backend, (False,) * 4)[0]
 
 
-def general_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float) -> Tensor:
+def general_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, backend: str) -> Tensor:
     """The same, made of operators."""
     positives = scale * (promote(x) * promote(y)).sum(1) + bias
     weights = torch.full_like(positives, share)
-    return dot_softplus(x, y, scale, bias, weights) + share * softplus(-positives).sum()
+    return dot_softplus(x, y, scale, bias, weights, backend=backend) + share * softplus(-positives).sum()
 
 
-def _native(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, needs: tuple[bool, ...]
+def _fused(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, backend: str, needs: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     checks.positive("logit_scale", scale)
     need_x, need_y, need_scale, need_bias, *_ = needs
     need_x = need_x or ((need_scale or need_bias) and not need_y)  # dscale comes from <x, dx> or <y, dy>
-    return backends.run("siglip_loss", "forward", "native", (x,), x, y, scale, bias, share, need_x, need_y)
+    return backends.run("siglip_loss", "forward", backend, (x,), x, y, scale, bias, share, need_x, need_y)
 
 
-_loss_with_gradients = library.with_gradients("siglip_loss", _native, general_loss)
+_loss_with_gradients = library.with_gradients("siglip_loss", _fused, general_loss)

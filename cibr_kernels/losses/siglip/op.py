@@ -73,8 +73,9 @@ def siglip_loss(
     plain = not (given or return_metrics) and reduction != "none"
     if plain and library.only_autograd_looks_on(image_features, text_features, logit_scale, logit_bias):
         x, y, scale, bias = _inputs(image_features, text_features, logit_scale, logit_bias)
-        if backends.takes_native("siglip_loss", backend, x):
-            return plain_loss(x, y, scale, bias, 1 / x.shape[0] if reduction == "mean" else 1.0)
+        fused = backends.fused("siglip_loss", backend, x)
+        if fused is not None:
+            return plain_loss(x, y, scale, bias, 1 / x.shape[0] if reduction == "mean" else 1.0, fused)
     options = {
         "strategy": strategy, "group_ids": group_ids is not None and group_mode,
         "image_negatives": image_negatives is not None, "text_negatives": text_negatives is not None,

@@ -9,9 +9,11 @@ the one argument that every backend takes, whatever it reduces.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
+
+P = TypeVar("P", bound="DotProblem")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class DotProblem:
     @property
     def grouped(self) -> bool:
         return self.row_ids is not None
+
+    def columns(self: P, left: int, right: int) -> P:
+        """The same rows against columns [left, right)."""
+        ids = None if self.col_ids is None else self.col_ids[left:right]
+        return replace(self, y=self.y[left:right], col_ids=ids, first_positive=self.first_positive - left)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cibr_kernels.dispatch.triton_call import SIZES
 from cibr_kernels.primitives.additive.triton_activations import value_and_slope
 from cibr_kernels.primitives.triton_sums import reduce as reduce
 
@@ -33,7 +34,7 @@ def _pack(
         tl.store(typical + k, tl.sum(v, 0) / tl.minimum(rows, BLOCK_R))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pack(
     a, b, w, a_packed, b_packed, w_packed, zeros, bad, typical, n, m, width, n_padded, m_padded,
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -56,7 +57,7 @@ def pack(
         tl.store(w_packed + k, tl.load(w + k, mask=k < width, other=0.0).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def scores(
     a_packed,
     b_packed,
@@ -120,7 +121,7 @@ def scores(
         tl.store(s + local.to(tl.int64)[:, None] * m_padded + j[None, :], acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def merge(
     tops, totals, run, panel, tiles, positives, n, bad, bads, j, el, log_pairs, LAST: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -158,7 +159,7 @@ def merge(
     tl.store(run + 2 * panel + 3, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def weigh(
     s, s_transposed, run, panel, rows_padded, m_padded, KEEP: tl.constexpr, TRANSPOSE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -176,7 +177,7 @@ def weigh(
         tl.store(s_transposed + j.to(tl.int64)[None, :] * rows_padded + i[:, None], e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gradient(
     x, y, e, u, uw, run, panel, rows, first_block, others, stride, u_stride, width, slope, ACTIVATION: tl.constexpr,
     ADD: tl.constexpr, WEIGHTS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -248,7 +249,7 @@ def _finish(
         tl.store(partial, total_w * scale, mask=k < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def finish(
     a, b, ua, ub, uw, ga, gb, partials, w_packed, typical, run, panels, panel_rows, n, m, width, width_padded,
     SPLITS_A: tl.constexpr, SPLITS_B: tl.constexpr, SIDE_A: tl.constexpr, NEED_A: tl.constexpr, NEED_B: tl.constexpr,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cibr_kernels.dispatch.triton_call import SIZES
 from cibr_kernels.primitives.additive.triton_activations import value_and_slope
 
 
@@ -26,7 +27,7 @@ def _pack(x, w, packed, poison, rows, width, rows_padded, block, BLOCK_R: tl.con
     tl.store(poison + r, tl.sum(wrong, 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pack(
     a, b, w, a_packed, b_packed, w_packed, poison, n, m, width, n_padded, m_padded, BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -48,7 +49,7 @@ def pack(
             tl.store(w_packed + k, tl.load(w + k, mask=k < width, other=0.0).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def scores(
     a_packed, b_packed, w_packed, poison, out, n, m, width_padded, n_padded, m_padded, slope, ACTIVATION: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, UNROLL: tl.constexpr, GROUP: tl.constexpr,
@@ -74,7 +75,7 @@ def scores(
     tl.store(out + i.to(tl.int64)[:, None] * m + j[None, :], acc, mask=(i < n)[:, None] & (j < m)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def spread(
     grad, s, s_transposed, wrong, rows, m, rows_padded, m_padded, KEEP: tl.constexpr, TRANSPOSE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -95,7 +96,7 @@ def spread(
     tl.store(wrong + tl.program_id(0), tl.sum(tl.sum(g * 0.0, 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def state(wrong, wrongs, bad, bads, w, width, total, BLOCK: tl.constexpr):
     """total () = 1, or NaN: what additive_moments' gradients are divided by.  Grid: (1,).
 

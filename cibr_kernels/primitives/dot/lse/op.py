@@ -25,28 +25,38 @@ from cibr_kernels.primitives.dot.problem import LseGradients, LseProblem, LseSum
 
 SERVES = "clip_loss, or an estimate with a separable critic"
 
-_STASH_BYTES = 64 * 2**20
+DEFAULT_STASH = 64 * 2**20
+_stash_bytes: int | None = None  # None: nobody set it
 
 
 def stash_budget() -> int:
-    """Bytes that a loss of the dot family may spend on keeping exp(logits) for the backward.  Default: 64 MiB."""
-    return _STASH_BYTES
+    """Bytes that a loss of the dot family may spend on keeping exp(logits) for the backward.  Default: 64 MiB.
+
+    The default is that of the CPU.  On a GPU nothing is kept unless a budget was set: there the logits cost less than
+    the memory.
+    """
+    return DEFAULT_STASH if _stash_bytes is None else _stash_bytes
 
 
-def set_stash_budget(size: int) -> None:
-    """Sets the budget of the stash tier in bytes; 0 turns it off.
+def stash_budget_on(device: torch.device) -> int:
+    """The budget of a loss whose features are on `device`."""
+    return 0 if _stash_bytes is None and device.type != "cpu" else stash_budget()
+
+
+def set_stash_budget(size: int | None) -> None:
+    """Sets the budget of the stash tier in bytes, on every device; 0 turns it off, None gives back the default.
 
     On the CPU n rows and m columns take n * m * 4 bytes for float32 and float16 features, n * m * 2 for bfloat16.
     Scratch memory of that size, up to 1 GiB, then stays with the process, unless its limit was set otherwise.
     """
-    global _STASH_BYTES
-    if size < 0:
+    global _stash_bytes
+    if size is not None and size < 0:
         raise ValueError(f"the stash budget must not be negative, got {size}")
     if backends.native_available():
         module = backends.compiled()
-        if module.scratch_limit() == _scratch_limit(_STASH_BYTES):
-            module.set_scratch_limit(_scratch_limit(size))
-    _STASH_BYTES = size
+        if module.scratch_limit() == _scratch_limit(stash_budget()):
+            module.set_scratch_limit(_scratch_limit(DEFAULT_STASH if size is None else size))
+    _stash_bytes = size
 
 
 def _scratch_limit(budget: int) -> int:
@@ -74,7 +84,7 @@ def dot_lse(
     need_max: two more, the largest l_ij of each sum, (n,) and (m,) ((0,) unless cols are needed), without gradient.
     """
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad)
-    budget = _STASH_BYTES if needs_grad and not library.is_exporting() else 0
+    budget = stash_budget_on(x.device) if needs_grad and not library.is_exporting() else 0
     x, y = x.contiguous(), y.contiguous()
     rows, cols, positives, *maxima, _, _ = dot_lse_forward(
         x, y, scale, row_ids, col_ids, first_positive, mask_positives, need_cols, need_max, budget, backend

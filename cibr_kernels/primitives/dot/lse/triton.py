@@ -3,9 +3,10 @@
 The kernels are in triton_{tile,forward,backward}.py, tile sizes in triton_configs.py.
 
 Forward, 1 pass: panels of `forward_rows` rows; each tile of scores is summed where it was made, and a panel's sums of
-tiles are folded into the totals.  Backward, 3 passes: panels of `backward_rows` rows; P of a panel in the features'
-dtype, then two of the vendor's matmuls, dx = P y and dy += P^T x, with float32 sums.  With a stash the scores are not
-made again: 2 passes.  The online mode's launches always happen, and return at once where the mode is another.
+tiles are folded into the totals.  Backward, 3 passes: panels of `backward_rows` rows and some of the columns; P of a
+panel in the features' dtype, then two of the vendor's matmuls, dx += P y and dy += P^T x, with float32 sums.  With a
+stash the scores are not made again: 2 passes.  The online mode's launches always happen, and return at once where the
+mode is another.
 Half-precision features of up to `owned_width` have a backward without P in memory: 2 passes for dx and 2 for dy.
 Ids are read as they are, int64, by every kernel that makes scores; a stash holds 0 at the pairs that they mask.  The
 maxima are found in the tiles, folded like sums, and cost no pass.  On sm_100 either takes the registers that strips of
@@ -14,7 +15,7 @@ ids searched for a pair that takes part, n m comparisons where every sum is empt
 
 Workspace in bytes, with 128 x 128 tiles:
     forward     forward_rows / 128 * 12 m + O(n + m)            768 m by default (1280 m on sm_100, 64 columns online)
-    backward    rows of P * (itemsize * m + 4 d) + 4 m d + O(n + m), or 4 max(n, m) d + O(n + m)
+    backward    P + 4 rows of P * d + 4 m d + O(n + m), or 4 max(n, m) d + O(n + m)
     both        itemsize * (n + m) d where 32 does not divide d
 """
 
@@ -24,20 +25,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cibr_kernels.dispatch import triton_call
 from cibr_kernels.primitives.dot.lse.triton_configs import OWNED, Tiles, blocks, target_name
 from cibr_kernels.primitives.dot.problem import LseGradients, LseProblem, LseSums
+from cibr_kernels.primitives.dot.triton_parts import (
+    BLOCK_R,
+    aligned,
+    cols_of_panel,
+    features_block,
+    features_gradient,
+    is_aligned,
+    multiply_into,
+    pitch,
+    rows_of_panel,
+    total,
+)  # fmt: skip
 
-BLOCK_R = 16  # rows of features that a program of an elementwise kernel takes
 BLOCK_L = 128  # elements of (n,) and (m,)
 BLOCK_T = 32  # tiles that are folded, or ids that are looked at, at a time
 BLOCK_F = 32  # rows or columns of a program that folds: few, so that the few thousand rows of a panel are many programs
-ALIGNMENT = 32  # divides the features' width, or they are copied
-# addmm of half precision onto float32: PyTorch 2.8 and 2.9 refuse it (pytorch#167931), on ROCm float32 results at all.
-ADDS_TO_FLOAT32 = torch.__version__ >= "2.11"
 
 
 @dataclass(frozen=True)
@@ -50,18 +58,14 @@ class Panels:
     """
 
     forward_rows: int = 8192
-    backward_rows: int = 8192  # at most
-    backward_bytes: int = 1 << 30  # of P, unless LEAST_ROWS need more
+    backward_rows: int = 8192
+    backward_cols: int = 16384  # at most, without a stash
+    backward_bytes: int = 128 << 20  # of P without a stash, or twice those of the features, whichever is more
+    stash_bytes: int = 1 << 30  # of P made from a stash, unless LEAST_ROWS need more
     owned_width: int = 128  # at most 128: the rows' gradients are kept in registers
 
 
 panels = Panels()
-LEAST_ROWS = 2048
-
-
-def rows_of_panel(most: int, most_bytes: int, n: int, m: int, itemsize: int) -> int:
-    """Rows of P (rows, m), a multiple of 128 or n."""
-    return min(n, most, max(LEAST_ROWS, most_bytes // (itemsize * pitch(m)) // 128 * 128))
 
 
 def stash_shape(n: int, m: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
@@ -145,7 +149,6 @@ def backward(
     with_dx = need_dx or not need_dy  # dscale needs one of the two
     weights = _Weights.of(gradients, sums)
     dx = torch.empty_like(x) if with_dx else x.new_empty(0)
-    dy = torch.empty_like(y) if need_dy else y.new_empty(0)
     along_x, along_y = new(blocks(n, BLOCK_R) if with_dx else 0), new(blocks(m, BLOCK_R) if need_dy else 0)
     finish_x: dict[str, Any] = {"g_positives": gradients.positives, "scale": scale, "exponent": weights.exponent}
     finish_y = {**finish_x, "shift": -first_positive, "g_shift": -first_positive}
@@ -153,49 +156,47 @@ def backward(
         if with_dx:
             owned = _owned_gradient(problem, weights)
             features_gradient(owned, x, y, dx, along_x, **finish_x, shift=first_positive, g_shift=0)
+        dy = torch.empty_like(y) if need_dy else y.new_empty(0)
         if need_dy:
             owned = _owned_gradient(problem.transposed, weights.transposed)
             features_gradient(owned, y, x, dy, along_y, **finish_y)
         return dx if need_dx else x.new_empty(0), dy, total(along_x if with_dx else along_y)
 
-    height = rows_of_panel(panels.backward_rows, panels.backward_bytes, n, m, x.element_size())
-    panel = x.new_empty((height, pitch(m)))
+    height, width = _panel_shape(problem, stash)
+    panel = x.new_empty(height * pitch(width))
     dx_sums, dy_sums = new((height, d) if with_dx else 0), new((m, d) if need_dy else 0)
-    make_panel = _panels(problem, weights, stash)
+    cuts = [(left, min(left + width, m)) for left in range(0, m, width)]
+    makers = [_panels(problem.columns(*cut), weights.columns(*cut), stash) for cut in cuts]
     for first in range(0, n, height):
         end = min(first + height, n)
-        make_panel(panel, first, end)
-        p = panel[: end - first, :m]
+        for (left, right), make_panel in zip(cuts, makers, strict=True):
+            here = panel[: height * pitch(right - left)].view(height, -1)
+            make_panel(here, first, end)
+            p = here[: end - first, : right - left]
+            if with_dx:
+                multiply_into(dx_sums[: end - first], p, y[left:right], accumulate=left > 0)
+            if need_dy:
+                multiply_into(dy_sums[left:right], p.T, x[first:end], accumulate=first > 0)
         if with_dx:
-            multiply_into(dx_sums[: end - first], p, y, accumulate=False)
             finish_x["g_positives"] = gradients.positives[first:end]
             features_gradient(
-                dx_sums,
-                x[first:end],
-                y,
-                dx[first:end],
-                along_x[first // BLOCK_R :],
-                **finish_x,
-                shift=first + first_positive,
-                g_shift=0,
-            )
-        if need_dy:
-            multiply_into(dy_sums, p.T, x[first:end], accumulate=first > 0)
+                dx_sums, x[first:end], y, dx[first:end], along_x[first // BLOCK_R :], **finish_x,
+                shift=first + first_positive, g_shift=0,
+            )  # fmt: skip
+    del panel, here, p  # dy takes its memory
+    dy = torch.empty_like(y) if need_dy else y.new_empty(0)
     if need_dy:
         features_gradient(dy_sums, y, x, dy, along_y, **finish_y)
     return dx if need_dx else x.new_empty(0), dy, total(along_x if with_dx else along_y)
 
 
-def is_aligned(t: Tensor) -> bool:
-    """TMA, vectors of 16 bytes and the vendor's matmuls want rows that start at 16 bytes, tiles want whole steps."""
-    return t.shape[1] % ALIGNMENT == 0 and int(t.storage_offset()) * t.element_size() % 16 == 0
-
-
-def aligned(t: Tensor) -> Tensor:
-    """t, or a copy of it, widened with zeros."""
-    if is_aligned(t):
-        return t
-    return F.pad(t, (0, -t.shape[1] % ALIGNMENT)) if t.shape[1] % ALIGNMENT else t.clone()
+def _panel_shape(problem: LseProblem, stash: Tensor) -> tuple[int, int]:
+    """Rows and columns of P at a time; a stash is read in whole rows."""
+    (n, m, d), itemsize = problem.sizes, problem.x.element_size()
+    if stash.numel():
+        return rows_of_panel(panels.backward_rows, panels.stash_bytes, n, m, itemsize), m
+    rows = min(n, panels.backward_rows)
+    return rows, cols_of_panel(panels.backward_cols, panels.backward_bytes, rows, n, m, d, itemsize)
 
 
 def _aligned_problem(problem: LseProblem) -> LseProblem:
@@ -244,6 +245,11 @@ class _Weights:
     cols2: Tensor  # (m,) or (0,)
     exponent: Tensor  # ()
     stash_shift: Tensor  # ()
+
+    def columns(self, left: int, right: int) -> _Weights:
+        """Those of some columns."""
+        v, cols2 = self.v[left:right], self.cols2[left:right]
+        return _Weights(self.u, v, self.rows2, cols2, self.exponent, self.stash_shift)
 
     @staticmethod
     def of(g: LseGradients, sums: LseSums) -> _Weights:
@@ -322,58 +328,3 @@ def _owned_gradient(problem: LseProblem, w: _Weights) -> Tensor:
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return sums
-
-
-def features_gradient(
-    sums: Tensor, own: Tensor, partner: Tensor, out: Tensor, along: Tensor, *, g_positives: Tensor, scale: Tensor,
-    exponent: Tensor, shift: int, g_shift: int,
-) -> None:  # fmt: skip
-    """Writes out (rows, d) and along (blocks,): triton_backward.features_gradient_kernel."""
-    from cibr_kernels.primitives.dot.lse import triton_backward as kernels
-
-    triton_call.launch(
-        kernels.features_gradient_kernel, (blocks(own.shape[0], BLOCK_R),),
-        {"sums": sums, "own": own, "partner": partner, "g_positives": g_positives, "scale": scale,
-         "exponent": exponent, "out": out, "along": along, "rows": own.shape[0], "partners": partner.shape[0],
-         "d": own.shape[1], "shift": shift, "g_shift": g_shift},
-        {"BLOCK_R": BLOCK_R, "BLOCK_D": features_block(own)},
-    )  # fmt: skip
-
-
-def multiply_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
-    """out = a b, or out += a b, in float32 whatever the operands' dtype.
-
-    Where PyTorch cannot return float32 from half precision (before 2.8, on the CPU, and on ROCm of old) the operands
-    are converted; where it can but not add to float32, the product is a temporary of out's size.
-    """
-    refuses = a.device.type == "cpu" or not hasattr(torch.ops.aten.mm, "dtype_out")
-    if a.dtype == torch.float32:
-        torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
-    elif refuses or (torch.version.hip and not ADDS_TO_FLOAT32):
-        multiply_into(out, a.float(), b.float(), accumulate=accumulate)
-    elif not accumulate:
-        torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)
-    elif ADDS_TO_FLOAT32:
-        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
-    else:
-        out += torch.ops.aten.mm.dtype(a, b, torch.float32)
-
-
-def total(parts: Tensor) -> Tensor:
-    from cibr_kernels.primitives.dot.lse import triton_backward as kernels
-
-    out = parts.new_empty(())
-    triton_call.launch(
-        kernels.total_kernel, (1,), {"parts": parts, "out": out, "count": parts.numel()}, {"BLOCK": 1024}
-    )
-    return out
-
-
-def features_block(t: Tensor) -> int:
-    """Features at a time in elementwise kernels: a power of two (256 crashes Triton 3.8 for gfx1100)."""
-    return min(128, 1 << (t.shape[1] - 1).bit_length())
-
-
-def pitch(m: int) -> int:
-    """Columns in memory of an (n, m) matrix: rows stay aligned to 16 bytes and more."""
-    return blocks(m, 16) * 16

@@ -10,10 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cibr_kernels.dispatch.triton_call import SIZES
 from cibr_kernels.primitives.dot.lse.triton_tile import LOG2E, multiply, on_diagonal, rounded, same_group, store_panel
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def exponent_kernel(g_rows, g_cols, exponent, n, m, BLOCK: tl.constexpr):
     """exponent (): the power of two that brings the largest |gradient weight| to [2^13, 2^14); one program.
 
@@ -48,7 +49,7 @@ def _weights(g, lse, weight, lse2, exponent, stash_shift, block, length, BLOCK_L
     tl.store(lse2 + at, tl.where(value == -float("inf"), float("inf"), value2), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def weights_kernel(
     g_rows, g_cols, rows, cols, u, v, rows2, cols2, exponent, stash_shift, n, m, row_blocks, BLOCK_L: tl.constexpr
 ):
@@ -105,7 +106,7 @@ def _gradient(
     store_panel(p, weight, top, col, first_row, n, pitch, BLOCK_M, BLOCK_N, TMA)
 
 
-@triton.jit(do_not_specialize=["first_row", "n", "strips", "strip_tiles"])
+@triton.jit(do_not_specialize=SIZES)
 def gradient_kernel(
     x, y, scale, stash_shift, row_ids, col_ids, u, v, p, first_row, n, m, d, first_positive, pitch, strips, strip_tiles,
     MASK: tl.constexpr, IDS: tl.constexpr, COLS: tl.constexpr, STRIPS: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -181,7 +182,7 @@ def gradient_kernel(
             )
 
 
-@triton.jit(do_not_specialize=["first_row", "n"])
+@triton.jit(do_not_specialize=SIZES)
 def online_gradient_kernel(
     x, y, scale, stash_shift, row_ids, col_ids, u, v, rows2, cols2, p, first_row, n, m, d, first_positive, pitch,
     MASK: tl.constexpr, IDS: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -209,7 +210,7 @@ def online_gradient_kernel(
         store_panel(p, weight, top, col, first_row, n, pitch, BLOCK_M, BLOCK_N, TMA)
 
 
-@triton.jit(do_not_specialize=["first_row", "n"])
+@triton.jit(do_not_specialize=SIZES)
 def unstash_kernel(
     e, stash_shift, u, v, p, first_row, n, m, pitch,
     COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -228,7 +229,7 @@ def unstash_kernel(
         tl.store(p + at, value.to(p.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def features_gradient_kernel(
     sums, own, partner, g_positives, scale, exponent, out, along, rows, partners, d, shift, g_shift,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -256,17 +257,17 @@ def features_gradient_kernel(
     tl.store(along + tl.program_id(0), tl.sum(dot, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def total_kernel(parts, out, count, BLOCK: tl.constexpr):
-    """out () = sum of parts (count,), always in the same order; one program."""
+    """out (programs,) = sums of every programs-th block of parts (count,), always in the same order."""
     total = tl.zeros((BLOCK,), tl.float32)
-    for k in range(0, count, BLOCK):
+    for k in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
         at = k + tl.arange(0, BLOCK)
         total += tl.load(parts + at, mask=at < count, other=0.0)
-    tl.store(out, tl.sum(total, 0))
+    tl.store(out + tl.program_id(0), tl.sum(total, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def owned_gradient_kernel(
     own, partner, scale, stash_shift, own_ids, partner_ids, a, b, a2, b2, sums, rows, partners, d, first_positive,
     MASK: tl.constexpr, IDS: tl.constexpr, OWN_WEIGHT: tl.constexpr, PARTNER_WEIGHT: tl.constexpr,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cibr_kernels.dispatch.triton_call import SIZES
 from cibr_kernels.primitives.dot.lse.triton_tile import (
     FIXED,
     LN2,
@@ -22,7 +23,7 @@ HEADROOM = tl.constexpr(60.0)  # exp(60) (n + m) stays far from overflow
 UNDERFLOW = tl.constexpr(55.0)  # exp(-55) of the shift still leaves 30 nats above the smallest float
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def statistics_kernel(
     x, y, scale, positives, largest, n, m, d, first_positive, x_blocks, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):
@@ -67,7 +68,7 @@ def _largest(values, count, BLOCK: tl.constexpr):
     return tl.max(best, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def choose_kernel(largest, scale, mode, shift_log2, x_blocks, blocks, BLOCK: tl.constexpr):
     """mode () int32 and shift_log2 () float32 from the bound B = |scale| max|x_i| max|y_j|; one program."""
     a = _largest(largest, x_blocks, BLOCK)
@@ -148,7 +149,7 @@ def _exponentials(
     return e
 
 
-@triton.jit(do_not_specialize=["first_row", "n", "strips", "strip_tiles"])
+@triton.jit(do_not_specialize=SIZES)
 def scores_kernel(
     x, y, scale, mode, shift_log2, row_ids, col_ids, row_max, row_sum, col_max, col_sum, stash, first_row, n, m, d,
     first_positive, panel, pitch, strips, strip_tiles,
@@ -211,7 +212,7 @@ def _merge(top, total, other_top, other_total):
     return new, total * tl.exp2(top - finite) + other_total * tl.exp2(other_top - finite)
 
 
-@triton.jit(do_not_specialize=["first_row", "n", "strips", "strip_tiles"])
+@triton.jit(do_not_specialize=SIZES)
 def online_scores_kernel(
     x,
     y,
@@ -303,7 +304,7 @@ def _fold(part_max, part_sum, out_max, out_sum, block, tiles, length, pitch, fre
         tl.store(out_max + at, top, mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_row", "rows", "strips", "row_blocks"])
+@triton.jit(do_not_specialize=SIZES)
 def fold_kernel(
     mode, part_row_max, part_row_sum, part_col_max, part_col_sum, row_max, row_sum, col_max, col_sum,
     first_row, rows, m, panel, strips, col_tiles, row_blocks,
@@ -379,7 +380,7 @@ def _finish(lse, top, mode, state, shift_log2, own_ids, other_ids, block, length
         tl.store(top + at, high, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def finish_kernel(
     mode,
     shift_log2,

@@ -12,11 +12,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cibr_kernels.dispatch.triton_call import SIZES
 from cibr_kernels.primitives.dot.lse.triton_tile import LN2, LOG2E, multiply, on_diagonal, store_panel
 from cibr_kernels.primitives.triton_sums import reduce as reduce
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def poison_kernel(x, y, parts, x_count, y_count, x_blocks, BLOCK: tl.constexpr):
     """parts (programs,): 0, or NaN where a block of x (programs below x_blocks) or of y holds NaN or infinity.
 
@@ -30,6 +31,56 @@ def poison_kernel(x, y, parts, x_count, y_count, x_blocks, BLOCK: tl.constexpr):
         at = (pid - x_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         v = tl.load(y + at, mask=at < y_count, other=0.0)
     tl.store(parts + pid, tl.sum(v.to(tl.float32) * 0.0, 0))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def positives_kernel(
+    x, y, scale, bias, poison, positives, share, g_positives, weights, exponent, unit, n, d,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """positives_i = scale <x_i, y_i> + bias, g_positives_i = -share sigmoid(-positives_i), weights_i = share (n,).
+
+    poison (programs,): 0, or NaN where a row of x or y holds NaN or infinity.  exponent () = unit.
+    """
+    i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = i < n
+    product, wrong = tl.zeros((BLOCK_R,), tl.float32), tl.zeros((BLOCK_R,), tl.float32)
+    for k in range(0, d, BLOCK_D):
+        at = k + tl.arange(0, BLOCK_D)[None, :]
+        mask = inside[:, None] & (at < d)
+        a = tl.load(x + i.to(tl.int64)[:, None] * d + at, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(y + i.to(tl.int64)[:, None] * d + at, mask=mask, other=0.0).to(tl.float32)
+        product += tl.sum(a * b, 1)
+        wrong += tl.sum(a * 0.0 + b * 0.0, 1)
+    t = product * tl.load(scale) + tl.load(bias)
+    u = tl.exp2(-tl.abs(t) * LOG2E)
+    tl.store(positives + i, t, mask=inside)
+    tl.store(g_positives + i, -share * tl.where(t > 0.0, u, 1.0) / (1.0 + u), mask=inside)
+    tl.store(weights + i, tl.zeros((BLOCK_R,), tl.float32) + share, mask=inside)
+    tl.store(poison + tl.program_id(0), tl.sum(wrong, 0))
+    if tl.program_id(0) == 0:
+        tl.store(exponent, unit)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def losses_kernel(
+    parts, positives, g_positives, losses, g_sums, share, rows, tiles, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr
+):
+    """losses (programs,) = share times the sums of parts (tiles, rows) and of softplus(-positives) (rows,).
+
+    g_sums (programs,), unless None, = sums of g_positives (rows,).
+    """
+    at = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    inside = at < rows
+    t = -tl.load(positives + at, mask=inside, other=0.0)
+    total = tl.where(inside, tl.maximum(t, 0.0) + _log1p(tl.exp2(-tl.abs(t) * LOG2E)), 0.0)
+    for first in range(0, tiles, BLOCK_T):
+        tile = first + tl.arange(0, BLOCK_T)
+        mask = (tile < tiles)[:, None] & inside[None, :]
+        total += tl.sum(tl.load(parts + tile.to(tl.int64)[:, None] * rows + at[None, :], mask=mask, other=0.0), 0)
+    tl.store(losses + tl.program_id(0), tl.sum(total, 0) * share)
+    if g_sums is not None:
+        tl.store(g_sums + tl.program_id(0), tl.sum(tl.load(g_positives + at, mask=inside, other=0.0), 0))
 
 
 @triton.jit
@@ -90,7 +141,7 @@ def _tile(
     return above, total
 
 
-@triton.jit(do_not_specialize=["first_row", "n", "rows", "strips", "strip_tiles", "first_part"])
+@triton.jit(do_not_specialize=SIZES)
 def softplus_kernel(
     x, y, row_ids, col_ids, scale, bias, poison, g_rows, g_cols, exponent, p, row_sum, col_sum, totals,
     first_row, n, m, d, first_positive, rows, pitch, strips, strip_tiles, first_part,

@@ -1,0 +1,119 @@
+"""Launching again what Triton compiled: its own launch path asks what to compile on every launch, 40 to 110 us.
+
+What a kernel is compiled for follows from the kernel, its constants and options, the device, and of each argument the
+dtype, the alignment, or the number: that is the key.  A key that is new goes through Triton, which compiles, caches and
+launches; one that is known passes its arguments to the compiled kernel.  Numbers are keys themselves, so two keys may
+share a kernel and no key has two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MOST = 4096  # keys; a step has some 15, an epoch as many for each batch size
+_known: dict[tuple[Any, ...], _Compiled] = {}
+_enabled = True
+
+
+class _Compiled(NamedTuple):
+    """A kernel of Triton's, and which of (tensors and numbers, constants) its launcher takes, in order."""
+
+    kernel: Any  # keeps the code loaded
+    run: Callable[..., None]
+    arguments: Callable[[list[Any]], tuple[Any, ...]]
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Inside, every launch goes through Triton's own path.  For measuring, and for doubt; not thread-safe."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def kernels() -> list[Any]:
+    """The compiled kernels that are launched around Triton's path, each once."""
+    return list({id(known.kernel): known.kernel for known in _known.values()}.values())
+
+
+def clear() -> None:
+    """Forgets every key; settings of Triton that changed since count from now on."""
+    _known.clear()
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], args: dict[str, Any], constants: dict[str, Any], options: dict[str, int],
+    device: torch.device,
+) -> None:  # fmt: skip
+    """kernel[grid](**args, **constants, **options) on `device`, which is the current one."""
+    if not (_enabled and _triton_is_known()) or _watched(kernel):
+        kernel[grid](**args, **constants, **options)
+        return
+    kinds, values = _kinds(args)
+    key = (id(kernel), device.index, *args, *kinds, *constants, *constants.values(), *options.values())
+    known = _known.get(key)
+    if known is None:
+        compiled = kernel[grid](**args, **constants, **options)
+        if len(_known) >= MOST:
+            _known.clear()
+        _known[key] = _prepared(compiled, kernel, [*args, *constants])
+        return
+    x, y, z = (*grid, 1, 1)[:3]
+    compiled = known.kernel
+    values += constants.values()
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    known.run(
+        x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *known.arguments(values)
+    )  # fmt: skip
+
+
+def _kinds(args: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """Of each argument what code depends on, and what a launcher takes."""
+    kinds: list[Any] = []
+    values: list[Any] = []
+    for value in args.values():
+        if isinstance(value, Tensor):
+            address = value.data_ptr()
+            kinds += (value.dtype, address % 16)
+            values.append(address)
+        elif value is None or isinstance(value, int):
+            kinds.append(value)
+            values.append(value)
+        elif isinstance(value, float):
+            kinds.append(float)
+            values.append(value)
+        else:  # a tensor descriptor: its blocks are the code's, its shape is passed
+            kinds += (value.base.dtype, *value.block_shape)
+            values.append(value)
+    return kinds, values
+
+
+def _prepared(compiled: Any, kernel: Any, names: list[str]) -> _Compiled:
+    take = itemgetter(*(names.index(name) for name in kernel.arg_names))
+    return _Compiled(compiled, compiled.run, take)
+
+
+@lru_cache
+def _triton_is_known() -> bool:
+    """Whether a compiled kernel is called as here: all arguments, constants too, in the order of the signature."""
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
+
+
+def _watched(kernel: Any) -> bool:
+    """Whether somebody, such as a profiler of Triton's, wants to see launches."""
+    from triton import knobs
+
+    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    return bool(kernel.pre_run_hooks) or any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
