@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bench import host
+from bench.guards import host
 from cibr_kernels.dispatch import backends, triton_relaunch
 from fake_device.counters import Counters
 
