@@ -6,7 +6,6 @@ Four processes serve the whole file (tests/support/ranks.py); what they do is in
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import sharded
 import sharded_runs
 import torch
 import torch.multiprocessing as mp
-from ranks import Ranks
 from readme import BLOCKS
 
 import cibr_kernels as ck
@@ -29,13 +27,6 @@ LIMIT = {F32: 3e-6, F64: 1e-12}
 # rows of each rank
 EVEN = [(6,), (5, 5), (4, 4, 4), (6, 6, 6, 6)]
 UNEVEN = [(7, 1), (3, 8, 1), (9, 2, 5, 40), (1, 1, 1, 1), (1, 33, 2, 3)]
-
-
-@pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
-    workers = Ranks()
-    yield workers
-    workers.close()
 
 
 def check(answers: list[sharded.Errors], dtype: torch.dtype) -> None:

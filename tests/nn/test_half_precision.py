@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import leaves
-from estimators import CRITICS, DX, DZ, N, all_scores, data, formula
+from estimators import CRITICS, DX, DZ, all_scores, by_scores, data
 from torch import Tensor, nn
 
 import cibr_kernels as ck
-from cibr_kernels.information.estimators import BOUNDS, MAXIMISED
+from cibr_kernels.information.estimators import MAXIMISED
 from cibr_kernels.losses.cibr import TERMS
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -35,11 +34,7 @@ def pair(name: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
 
 def by_definition(critic: nn.Module, x: Tensor, z: Tensor, estimator: str) -> Tensor:
     """From the n x n scores, in float32."""
-    scores = all_scores(critic, x, z).float()
-    positives, off = scores.diagonal(), scores[~torch.eye(N, dtype=torch.bool)].view(N, -1)
-    if estimator in BOUNDS:
-        return ck.bound(positives.mean(), off.flatten().logsumexp(0) - math.log(off.numel()), estimator)
-    return formula(estimator, positives, off, columns=scores)
+    return by_scores(all_scores(critic, x, z).float(), estimator)
 
 
 def gradients(value: Tensor, critic: nn.Module, *inputs: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import cibr_kernels as ck
 from cibr_kernels import testing
+from cibr_kernels.information.estimators import BOUNDS
 
 N, DX, DZ, QUEUE = 37, 6, 4, 11
 CONTRASTS = ("js", "smile", "infonce")
@@ -91,6 +92,15 @@ def definition(estimator, x, z, critic, *, negatives="all", diagonal="exclude", 
         return formula(estimator, positives, scores if diagonal == "include" else off, columns=scores, **options)
     chosen = torch.stack([scores[i, (i + s) % n] for s in range(1, negatives.k + 1)], 1)
     return formula(estimator, positives, chosen, columns=torch.cat([positives[:, None], chosen], 1), **options)
+
+
+def by_scores(scores: Tensor, estimator: str) -> Tensor:
+    """Any estimate of n x n scores, in their dtype."""
+    n = len(scores)
+    positives, off = scores.diagonal(), scores[~torch.eye(n, dtype=torch.bool)].view(n, -1)
+    if estimator in BOUNDS:
+        return ck.bound(positives.mean(), off.flatten().logsumexp(0) - math.log(off.numel()), estimator)
+    return formula(estimator, positives, off, columns=scores)
 
 
 def data() -> tuple[Tensor, Tensor, Tensor]:
