@@ -47,7 +47,7 @@ def check_weights(weights: Tensor | None, like: Tensor) -> Tensor | None:
         kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(f"weights must be a floating tensor, got {kind}")
     _same_rows("weights", weights, like)
-    return weights.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+    return checks.usable(weights.to(torch.float64 if like.dtype == torch.float64 else torch.float32))
 
 
 def _same_rows(name: str, t: Tensor, like: Tensor) -> None:
@@ -65,7 +65,7 @@ def check_negatives(name: str, negatives: Tensor | None, like: Tensor) -> Tensor
     (negatives,) = checks.autocast(negatives)
     checks.same_place(**{name: negatives, "image_features": like})
     checks.same_width(**{name: negatives, "image_features": like})
-    return negatives
+    return checks.usable(negatives)
 
 
 @dataclass(frozen=True)

@@ -250,6 +250,33 @@ def test_a_critics_shapes_do_not_broadcast(form, negatives):
         ck.mutual_information(X[:, :1].expand(6, 4), X, critic, negatives=negatives, estimator="js")
 
 
+with torch.inference_mode():
+    DATA = {"ids": torch.arange(6) // 2, "queue": torch.randn(3, 4), "weights": torch.rand(6), "x": X.clone()}
+    MASK = X > 0
+
+TAKEN = {
+    "clip ids": lambda z: ck.clip_loss(z, z, 5.0, group_ids=DATA["ids"]),
+    "clip ids, positives": lambda z: ck.clip_loss(z, z, 5.0, group_ids=DATA["ids"], group_mode="positives"),
+    "siglip ids": lambda z: ck.siglip_loss(z, z, 5.0, group_ids=DATA["ids"]),
+    "clip weights": lambda z: ck.clip_loss(z, z, 5.0, weights=DATA["weights"]),
+    "siglip weights": lambda z: ck.siglip_loss(z, z, 5.0, weights=DATA["weights"], reduction="none").sum(),
+    "clip queue": lambda z: ck.clip_loss(z, z, 5.0, image_negatives=DATA["queue"]),
+    "siglip queue": lambda z: ck.siglip_loss(z, z, 5.0, text_negatives=DATA["queue"]),
+    "mask": lambda z: ck.log_mean_exp(z, mask=MASK),
+    "marginals": lambda z: ck.mutual_information(z, z, CRITIC, marginals=DATA["queue"]),
+    "ema": lambda z: ck.mutual_information(z, z, CRITIC, ema=DATA["weights"][0]),
+    "X": lambda z: ck.cibr_loss(z, z, 5.0, **{**INPUTS, "image_inputs": DATA["x"]}),
+}
+
+
+@pytest.mark.parametrize("name", list(TAKEN))
+def test_data_made_under_inference_mode_is_taken(name):
+    """What gets no gradient.  Features are refused by autograd, as PyTorch's own products refuse them."""
+    z = X.clone().requires_grad_()
+    TAKEN[name](z).backward()
+    assert z.grad.isfinite().all()
+
+
 def test_an_average_of_several_numbers_is_refused():
     with pytest.raises(ValueError, match=r"ema must have one element, got shape \(6,\)"):
         mi(ema=lambda el: torch.ones(6))()

@@ -42,7 +42,7 @@ def log_mean_exp(
             raise ValueError(
                 f"mask is {tuple(mask.shape)} on {mask.device} but scores is {tuple(scores.shape)} on {scores.device}"
             )
-        mask = mask.contiguous()
+        mask = checks.usable(mask.contiguous())
     log_ema = None if ema is None else checks.scalar("ema", ema, scores)
     el = log_mean_exp_forward(scores.contiguous(), mask, backend)
     if log_ema is None:
