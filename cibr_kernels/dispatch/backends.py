@@ -106,12 +106,6 @@ def choose(op: str, backend: str, *tensors: Tensor) -> ModuleType:
     raise RuntimeError(f"no backend can run {op}: " + "; ".join(refusals))
 
 
-def takes_native(op: str, backend: str, *tensors: Tensor) -> bool:
-    """Whether `op`, which may have other ways than a backend, runs its C++ kernel on these tensors."""
-    module = _module(op, "native") if backend in ("auto", "native") and "native" in NAMES else None
-    return module is not None and _unsupported(module, "native", tensors) is None
-
-
 def _unsupported(module: ModuleType, name: str, tensors: tuple[Tensor, ...]) -> str | None:
     """Why an op's backend cannot run on these tensors; None when it can."""
     if hasattr(module, "unsupported"):
@@ -124,8 +118,8 @@ def _unsupported(module: ModuleType, name: str, tensors: tuple[Tensor, ...]) -> 
 def fused(op: str, backend: str, *tensors: Tensor) -> str | None:
     """The backend with kernels of its own for `op`, which has other ways too; None where there is none for these."""
     for name in NAMES if backend == "auto" else (backend,):
-        module = _module(op, name) if name in NAMES else None
-        if module is not None and name != "reference" and module.unsupported(*tensors) is None:
+        module = _module(op, name) if name in NAMES and name != "reference" else None
+        if module is not None and _unsupported(module, name, tensors) is None:
             return name
     return None
 

@@ -31,7 +31,7 @@ FUSED_BACKWARD_BYTES = 1 << 22  # bytes of float32 logits up to which gradients 
 
 def plain_loss(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str) -> Tensor:
     """x (n, d), y (n, d), scale () -> ().  Only where `library.only_autograd_looks_on`."""
-    native = backends.takes_native("clip_loss", backend, x)  # y has its dtype and device
+    native = backends.fused("clip_loss", backend, x) == "native"  # y has its dtype and device
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad):
         small = 4 * x.shape[0] ** 2 <= min(FUSED_BACKWARD_BYTES, stash_budget())
         return (_with_gradients if native and small else _Plain.apply)(x, y, scale, one_way, backend)

@@ -2,5 +2,4 @@
 
 from __future__ import annotations
 
-from cibr_kernels.dispatch.triton_call import unsupported as unsupported
 from cibr_kernels.primitives.dot.softplus.triton import mean_loss as forward  # noqa: F401
