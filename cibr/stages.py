@@ -14,6 +14,7 @@ from torch import nn
 from cibr.config import OptimOptions
 from cibr.errors import UsageError
 from cibr.models import Model
+from cibr.run.sharding import is_sharded
 
 BLOCK = re.compile(r"(.*?\.(?:resblocks|blocks|layers?|stages)\.)(\d+)\.")
 BOTTOM = re.compile(r"embedding|patch_embed|conv1|ln_pre|\bstem\b|cls_token|pos_embed")
@@ -91,14 +92,14 @@ def make_optimizer(options: OptimOptions, model: Model, objective: nn.Module) ->
     moving += [(f"objective.{name}", p, critic_lr) for name, p in objective.named_parameters()]
     if not moving:
         raise UsageError("every parameter is locked: there is nothing to train")
-    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    groups: dict[tuple[float, bool, bool], dict[str, Any]] = {}
     for name, p, lr in moving:
         decays = p.ndim > 1 and not (spared and spared.search(name))
         weight_decay = options.weight_decay if decays else 0.0
         group = {"params": [], "names": [], "peak_lr": lr, "lr": lr, "weight_decay": weight_decay}
-        groups.setdefault((lr, decays), group)
-        groups[lr, decays]["params"].append(p)
-        groups[lr, decays]["names"].append(name)
+        chosen = groups.setdefault((lr, decays, is_sharded(p)), group)  # a fused update takes one kind of tensor
+        chosen["params"].append(p)
+        chosen["names"].append(name)
     return torch.optim.AdamW(list(groups.values()), betas=(options.beta1, options.beta2), eps=options.eps)
 
 

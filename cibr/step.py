@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from cibr.objectives import Objective
 from cibr.run.clock import Clock
 from cibr.run.ema import Ema
 from cibr.run.ranks import Ranks
-from cibr.run.sharding import whole
+from cibr.run.sharding import is_sharded, whole
 
 EVERYTHING = re.compile("")
 DTYPES = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
@@ -94,30 +95,42 @@ def take_step(players: Players, batch: Batch, step: int, pattern: re.Pattern[str
 
 def forward_backward(players: Players, batch: Batch, step: int) -> dict[str, Tensor]:
     """Leaves the whole batch's gradients, averaged over ranks, in the parameters; returns the parts of the loss."""
-    count = min(players.config.optim.accumulate, len(batch["index"]))
-    pieces = [{name: t[part] for name, t in batch.items()} for part in slices(len(batch["index"]), count)]
-    buffers = [(buffer, buffer.clone()) for buffer in players.model.buffers()] if count > 1 else []
-    with torch.set_grad_enabled(count == 1):
+    rows = len(batch["index"])
+    cuts = slices(rows, min(players.config.optim.accumulate, rows))
+    pieces = [{name: t[part] for name, t in batch.items()} for part in cuts]
+    buffers = [(buffer, buffer.clone()) for buffer in players.model.buffers()] if len(cuts) > 1 else []
+    with torch.set_grad_enabled(len(cuts) == 1):
         outputs = [encode(players, piece, step, k) for k, piece in enumerate(pieces)]
     leaves = concatenate(outputs).leaves()
     players.clock.mark("loss")
     players.seed(step)
     parts = players.objective(leaves, batch)
     players.scaler.scale(parts["loss"]).backward()
-    players.ranks.average(players.objective.parameters())
     players.clock.mark("towers")
     gradients = leaves.gradients()
-    if count == 1:
+    if len(cuts) == 1:
         backward(outputs[0], gradients)
-        return parts
-    for buffer, value in buffers:
-        buffer.copy_(value)
-    with players.called.no_sync() if isinstance(players.called, DistributedDataParallel) else contextlib.nullcontext():
-        for k, (piece, part) in enumerate(zip(pieces, slices(len(batch["index"]), count), strict=True)):
-            backward(encode(players, piece, step, k), [g[part] if g.ndim else g / count for g in gradients])
-    if isinstance(players.called, DistributedDataParallel):
-        players.ranks.average(players.model.parameters())
+    else:
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        with unsynchronised(players.called):
+            for k, (piece, part) in enumerate(zip(pieces, cuts, strict=True)):
+                backward(encode(players, piece, step, k), [g[part] if g.ndim else g / len(cuts) for g in gradients])
+    players.ranks.average(left_to_average(players, parted=len(cuts) > 1))
     return parts
+
+
+def unsynchronised(called: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Several backward passes that add up, without a message each."""
+    return called.no_sync() if isinstance(called, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def left_to_average(players: Players, *, parted: bool) -> Iterator[nn.Parameter]:
+    """Parameters whose gradients are still this rank's: critics', scalars under FSDP, all of a batch in parts."""
+    yield from players.objective.parameters()
+    sharded = any(is_sharded(p) for p in players.model.parameters())
+    if sharded or parted:
+        yield from (p for p in players.model.parameters() if not is_sharded(p))
 
 
 def encode(players: Players, piece: Batch, step: int, part: int) -> Output:
@@ -143,7 +156,12 @@ def slices(total: int, count: int) -> list[slice]:
 def update(players: Players, norm: Tensor, step: int, pattern: re.Pattern[str]) -> None:
     largest = players.config.optim.clip_gradient
     if largest is not None:
-        nn.utils.clip_grads_with_norm_(players.model.parameters(), largest, norm)
+        factor = min(
+            1.0, largest / (norm.item() + 1e-6)
+        )  # as clip_grad_norm_, which takes no mixture of sharded and not
+        for p in players.model.parameters():
+            if p.grad is not None:
+                p.grad.mul_(factor)
     for name, p in players.model.named_parameters():
         if not pattern.search(name):
             p.grad = None
@@ -156,4 +174,6 @@ def update(players: Players, norm: Tensor, step: int, pattern: re.Pattern[str]) 
 def gradient_norm(module: nn.Module) -> Tensor:
     """0-d; 0 of a module without gradients."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    return whole(nn.utils.get_total_norm(gradients)) if gradients else torch.zeros(())
+    kinds = [[g for g in gradients if is_sharded(g) == kind] for kind in (False, True)]
+    norms = [whole(nn.utils.get_total_norm(kind)) for kind in kinds if kind]
+    return torch.stack(norms).norm() if norms else torch.zeros(())

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class Ema:
@@ -19,8 +19,8 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        weights = [p.detach() for _, p in self.model.named_parameters()]
-        torch._foreach_lerp_(list(self.values.values()), weights, 1 - decay)
+        for name, p in self.model.named_parameters():
+            self.values[name].lerp_(p, 1 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -37,6 +37,3 @@ class Ema:
             weights = p.detach().clone()
             p.copy_(self.values[name])
             self.values[name].copy_(weights)
-
-    def load(self, values: dict[str, Tensor]) -> None:
-        self.values = values

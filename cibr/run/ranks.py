@@ -7,6 +7,7 @@ the number of ranks, which may change at a resume.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,5 +115,10 @@ def joined(device: str, batch_size: int, timeout: float) -> Iterator[Ranks]:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
         yield Ranks(dist.get_rank(), world, dist.group.WORLD)
+    except RuntimeError as error:
+        if re.search(r"[Tt]imed out|[Cc]onnection (closed|reset)|heartbeat", str(error)):
+            first = str(error).splitlines()[0]
+            raise UsageError(f"another rank ended, or did not answer within {timeout:g} s ({first})") from error
+        raise
     finally:
         dist.destroy_process_group()

@@ -16,9 +16,10 @@ def shard(model: nn.Module, device: str, world: int) -> None:
     A block is an item of a list of modules (a transformer's layers, a ResNet's bottlenecks), outermost ones first.
     """
     mesh = init_device_mesh(device, (world,))
+    scalars = {p for p in model.parameters() if p.ndim == 0}  # which FSDP2 does not take: every rank has them whole
     for block in blocks(model):
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params=scalars)
     for method in ("encode_image", "encode_text"):
         register_fsdp_forward_method(model, method)
 
@@ -29,6 +30,10 @@ def blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from (item for item in child if any(True for _ in item.parameters()))
         else:
             yield from blocks(child)
+
+
+def is_sharded(t: Tensor) -> bool:
+    return isinstance(t, DTensor)
 
 
 def whole(t: Tensor) -> Tensor:
