@@ -99,9 +99,12 @@ def forward_backward(players: Players, batch: Batch, step: int) -> dict[str, Ten
     cuts = slices(rows, min(players.config.optim.accumulate, rows))
     pieces = [{name: t[part] for name, t in batch.items()} for part in cuts]
     buffers = [(buffer, buffer.clone()) for buffer in players.model.buffers()] if len(cuts) > 1 else []
-    with torch.set_grad_enabled(len(cuts) == 1):
-        outputs = [encode(players, piece, step, k) for k, piece in enumerate(pieces)]
-    leaves = concatenate(outputs).leaves()
+    if len(cuts) == 1:
+        output = encode(players, batch, step, 0)
+    else:
+        with torch.no_grad():
+            output = concatenate([encode(players, piece, step, k).copy() for k, piece in enumerate(pieces)])
+    leaves = output.leaves()
     players.clock.mark("loss")
     players.seed(step)
     parts = players.objective(leaves, batch)
@@ -109,7 +112,7 @@ def forward_backward(players: Players, batch: Batch, step: int) -> dict[str, Ten
     players.clock.mark("towers")
     gradients = leaves.gradients()
     if len(cuts) == 1:
-        backward(outputs[0], gradients)
+        backward(output, gradients)
     else:
         for buffer, value in buffers:
             buffer.copy_(value)

@@ -35,6 +35,10 @@ class Output:
         image_inputs, image, text_inputs, text, scale, *bias = tensors
         return cls(Features(image_inputs, image), Features(text_inputs, text), scale, bias[0] if bias else None)
 
+    def copy(self) -> Output:
+        """In memory of its own: pooled features are often views that would keep all tokens alive."""
+        return Output.of([t.clone() for t in self.tensors()])
+
     def leaves(self) -> Output:
         """The same numbers without their history, to be differentiated by."""
         return Output.of([t.detach().requires_grad_() for t in self.tensors()])
@@ -46,8 +50,6 @@ class Output:
 
 def concatenate(outputs: Sequence[Output]) -> Output:
     """The output of a batch from those of its parts, in order."""
-    if len(outputs) == 1:
-        return outputs[0]
     *features, scale = zip(*(output.tensors()[:5] for output in outputs), strict=True)
     rows = [torch.cat(parts) for parts in features]
     bias = outputs[0].logit_bias

@@ -305,7 +305,7 @@ def test_several_ranks_take_the_steps_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("more", [{}, {"fsdp": True}])
 def test_ranks_and_parts_and_shards_take_the_steps_of_one_process(tmp_path: Path, more: dict[str, Any]) -> None:
-    """A ViT without batch norm: DDP or FSDP2, in parts, resumed, with an average of the weights and clipped gradients."""
+    """A ViT, which has no batch norm: DDP or FSDP2, in parts, resumed, weights averaged, gradients clipped."""
     common = {**RUN, "model": tiny_clip(tmp_path), "batch_size": 17, "eps": 1e-3, "ema": 0.9, "clip_gradient": 1.0}
     train(config(tmp_path / "one", **{**common, "steps": 6}))
     for steps in (3, 6):

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import toyset
-from runs import CIBR, config, log_of, state, tiny_clip
+from runs import CIBR, config, flags, log_of, state, tiny_clip
 
+from cibr.cli import main
 from cibr.errors import UsageError
 from cibr.models import Output
 from cibr.objectives import OBJECTIVES
@@ -145,6 +146,36 @@ def test_precisions(tmp_path: Path, precision: str) -> None:
     weights = state(tmp_path / "run")
     assert weights["clip.visual.proj"].dtype == dtype and weights["clip.logit_scale"].dtype == torch.float32
     assert load_run(tmp_path / "run").model.encode_text(torch.ones(2, 12, dtype=torch.int64)).embedding.isfinite().all()
+
+
+def test_any_model_on_anyones_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`cibr train --model open_clip:... --data csv:... --objective cibr`, validated on another file."""
+    rows = ["filepath\ttitle"]
+    for number, concept in enumerate(toyset.CONCEPTS):
+        (tmp_path / f"{number}.png").write_bytes(toyset.draw(concept, "plain", 20))
+        rows.append(f"{number}.png\ta {concept.replace('-', ' ')}")
+    for name, part in (("train.csv", rows), ("val.csv", rows[:9])):
+        (tmp_path / name).write_text("\n".join(part))
+    given = flags(
+        model=tiny_clip(tmp_path), data=f"csv:{tmp_path / 'train.csv'}", val_data=f"csv:{tmp_path / 'val.csv'}",
+        out=tmp_path / "run", steps=4, batch_size=8, eval_every=4, workers=1, threads=1, device="cpu", **CIBR,
+    )  # fmt: skip
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", *given])
+    printed = capsys.readouterr().out
+    assert "24 samples" in printed and "critics of" in printed and "next: cibr evaluate" in printed
+    report = read_log(tmp_path / "run" / "log.jsonl")[-1]["eval"]
+    assert report["loss"] > 0 and "zero_shot" not in report and report["retrieval"]["val"]["image_to_text@10"] == 100
+
+
+@pytest.mark.slow
+def test_compiled_towers_take_the_same_steps(tmp_path: Path) -> None:
+    for compiled in (False, True):
+        train(config(tmp_path / str(compiled), model=tiny_clip(tmp_path), steps=3, eps=1e-3, compile=compiled))
+    one, other = state(tmp_path / "False"), state(tmp_path / "True")
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def test_ema_stages_and_learning_rates(tmp_path: Path) -> None:
