@@ -16,7 +16,6 @@ from cibr.data.folder import open_folder
 from cibr.data.hf import open_hf
 from cibr.data.karpathy import open_karpathy
 from cibr.data.options import DataOptions
-from cibr.data.pairs import Concept, ConceptSampler, Pairs, augment, load, split
 from cibr.data.standard import STANDARD, open_standard
 from cibr.data.stream import Stream
 from cibr.data.synthetic import open_synthetic
@@ -27,19 +26,13 @@ from cibr.errors import UsageError
 __all__ = [
     "Batch",
     "Batches",
-    "Concept",
-    "ConceptSampler",
     "DataOptions",
     "Dataset",
-    "Pairs",
     "Sample",
     "SkipSample",
     "Skipped",
-    "augment",
     "in_order",
-    "load",
     "open_dataset",
-    "split",
     "training_transform",
 ]
 

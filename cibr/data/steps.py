@@ -24,6 +24,10 @@ class Made:
     bad: list[tuple[str, str]]
     error: str | None = None
 
+    def pin_memory(self) -> Made:
+        """What a DataLoader calls where there is a GPU; it would leave an object that it does not know as it is."""
+        return Made({key: value.pin_memory() for key, value in self.batch.items()}, self.bad, self.error)
+
 
 class NothingReadable(Exception):
     """The message says so, with an example."""

@@ -182,6 +182,17 @@ def test_an_order_of_groups_takes_one_row_of_each() -> None:
         Order(10, 5, 0, groups)
 
 
+def test_a_batch_can_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a DataLoader does it where there is a GPU: page-locked memory cannot be had without one."""
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    from cibr.data.steps import Made
+
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor, *device: tensor + 1)
+    pinned = pin_memory(Made({"index": torch.zeros(2)}, [("a", "bad")], "why"))
+    assert pinned.batch["index"].tolist() == [1, 1] and pinned.bad == [("a", "bad")] and pinned.error == "why"
+
+
 def test_in_order_reads_every_row_once() -> None:
     dataset = Numbers(10, bad=(4,))
     found = list(in_order(dataset, DataOptions(data="numbers", workers=1), batch_size=4, transform=to_tensor))
