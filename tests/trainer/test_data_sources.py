@@ -120,6 +120,8 @@ def test_several_captions_and_clip_benchmarks_layout(tmp_path: Path) -> None:
             ("s1.cls", b"0"),
             ("s2.png", bad_data.good()),
             ("s2.cls", b"7"),
+            ("s3.png", bad_data.good()),
+            ("s3.json", b'{"cls": -1}'),
         ],
     )
     (tmp_path / "classnames.txt").write_text("cat\nbig dog\n")
@@ -129,7 +131,7 @@ def test_several_captions_and_clip_benchmarks_layout(tmp_path: Path) -> None:
     assert dataset.labels.tolist() == [1, 0] and dataset.group_ids.tolist() == [1, 0]
     assert dataset.templates == ["a {}.", "no {}!"] and dataset.captions(0) == ("a big dog.", "no big dog!")
     assert {dataset.draw(1, number) for number in range(4)} == {"a cat.", "no cat!"}
-    assert dataset.skipped.counts == {"class that is not among the names": 1}
+    assert dataset.skipped.counts == {"class that is not among the names": 2}
     (tmp_path / "zeroshot_classification_templates.txt").write_text("a cat.\n")
     with pytest.raises(UsageError, match=r"template 'a cat\.' has no"):
         opened(f"webdataset:{tmp_path}", "test")
