@@ -108,7 +108,7 @@ def _cases(args: argparse.Namespace, top: argparse.ArgumentParser, commands: Seq
     if not args.list:
         processes.start_server()
 
-    from bench.registry import CASES, chosen
+    from bench.cases import CASES, chosen
 
     if args.list:
         print("\n".join([*(f"{c.name}{'  (extra)' if c.extra else ''}" for c in CASES), *commands[1:]]))

@@ -28,16 +28,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench.cases import Case, Passes
 from bench.critic_code import Sweep, chosen_sweep
 from bench.disassembly import Unreadable
 from bench.inputs import HIDDEN, TERMS
 from bench.peers import fused_clip_passes
-from bench.registry import Case, Passes
 from cibr_kernels.dispatch import backends
 from cibr_kernels.dispatch.native_call import fill
 
 ISSUE_ITERATIONS = 500_000  # 6 million vector instructions a thread, 1 to 2 ms: short enough to find both cores free
 DOT_FAMILY = ("clip_loss", "siglip_loss")
+
+
+def wall_seconds(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,11 @@ class Gauge:
     work: float
     run: Callable[[], object]
     what: str
+    seconds: Callable[[Callable[[], object]], float] = wall_seconds
 
     def rate(self) -> float:
         """Runs once -> work per second."""
-        began = time.perf_counter()
-        self.run()
-        return self.work / (time.perf_counter() - began)
+        return self.work / self.seconds(self.run)
 
     def rates(self) -> tuple[float, ...]:
         return (self.rate(),)
@@ -84,7 +89,10 @@ class Vendor:
         return tuple(product.rate() for product in self.products)
 
 
-def gauge(case: Case) -> Gauge | Together | Vendor | None:
+Unit = Gauge | Together | Vendor
+
+
+def gauge(case: Case) -> Unit | None:
     """The unit of a case's floor, warmed up; None where it has none."""
     if case.op in DOT_FAMILY:
         return vendor(case)
@@ -147,9 +155,11 @@ def issue_rate() -> Gauge:
 
 
 def floor_seconds(passes: Passes, n: int, m: int, d: int, rates: tuple[float, ...]) -> float:
-    """What matmuls of n x m x d take at `rates`: flop/s of X Y^T and, where there are gradients, of G Y and G^T X."""
+    """What matmuls of n x m x d take at `rates`: flop/s of X Y^T and, where there are gradients, of G Y and G^T X; or
+    one for all."""
     each = passes.gradients / 2
-    return 2 * n * m * d * (passes.logits / rates[0] + sum(each / rate for rate in rates[1:]))
+    of_gradients = rates[1:] or 2 * rates
+    return 2 * n * m * d * (passes.logits / rates[0] + sum(each / rate for rate in of_gradients))
 
 
 def sweep_seconds(sweep: Sweep, n: int, m: int, h: int, backward: bool, rate: float, arithmetic: bool = False) -> float:

@@ -1,46 +1,38 @@
 """The measuring function: `measure(case)` -> times, peaks, passes and agreement of every implementation of it.
 
-Memory: one process per implementation, which warms up at a tiny size, resets the kernel's record of its peak, runs once
-and reads peak minus what was resident before.  Time: one process per case that runs the implementations in turn
-(A B C A B C ...), so that a busy moment hits all of them; the unit of the floor (floor.py) is timed after each A.
+Memory: one call per implementation (on the CPU a process of its own), which warms up, runs once and reads the peak
+beyond what was there before.  Time: one call per case that runs the implementations in turn (A B C A B C ...), so that
+a busy moment hits all of them; the unit of the floor (floor.py) is timed after each A.  Devices: devices.py.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import resource
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import cibr_kernels as ck
 from bench import processes
+from bench.cases import Case, Passes
+from bench.devices import Cpu, Device
 from bench.disassembly import Unreadable
-from bench.floor import DOT_FAMILY, critic_floor, floor_seconds, gauge
+from bench.floor import DOT_FAMILY, critic_floor, floor_seconds
 from bench.inputs import Inputs, make_inputs
 from bench.peers import IMPLEMENTATIONS, Loss, gigabytes
-from bench.registry import TIERS, Case, Passes
-
-if TYPE_CHECKING:
-    from bench.gpu_cases import GpuCase
 
 # largest relative difference from the fused op of the loss and of the gradients: bfloat16 peers round their logits
 TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (5e-2, 5e-2)}
+CPU = Cpu()
 ROUNDS = 15
 AT_LEAST = 0.5  # seconds of all implementations: cases of milliseconds take more rounds, because many are disturbed
 Gradients = tuple[Tensor | None, ...]
 
 
 @dataclass
-class Timed:
+class Row:
     """One implementation of one case; fields stay None where it did not run, and `note` says why."""
 
     implementation: str
@@ -50,6 +42,10 @@ class Timed:
     grad_diff: float | None = None
     wrong: bool = False
     note: str = ""
+    passes: Passes | None = None
+    numerics: str = ""
+    floor_percent: float | None = None
+    loss: float | None = None
 
     @property
     def time(self) -> float | None:
@@ -60,16 +56,6 @@ class Timed:
     def best(self) -> float | None:
         """Least seconds."""
         return min(self.seconds, default=None)
-
-
-@dataclass
-class Row(Timed):
-    """With what is only known of a run on the CPU."""
-
-    passes: Passes | None = None
-    numerics: str = ""
-    floor_percent: float | None = None
-    loss: float | None = None
 
 
 @dataclass
@@ -86,8 +72,9 @@ class Result:
 
 
 def measure(
-    case: Case, budget: float, tick: Callable[[str], None] = lambda label: None, deadline: float | None = None
-) -> Result:
+    case: Case, budget: float, tick: Callable[[str], None] = lambda label: None, deadline: float | None = None,
+    device: Device = CPU,
+) -> Result:  # fmt: skip
     """Runs a case; timing takes about `budget` seconds, and at least one round.  `tick` is told of every step.
 
     What is unfinished at `deadline`, on the clock of time.monotonic, is stopped and noted.
@@ -97,20 +84,20 @@ def measure(
         tick(f"{case.name} {row.implementation}: memory")
         implementation = IMPLEMENTATIONS[case.op, row.implementation]
         row.passes, row.numerics = implementation.passes(case), implementation.numerics(case)
-        needed, available = implementation.peak_bytes(case), available_bytes()
-        if needed > 0.9 * available:
-            row.note = f"needs about {gigabytes(needed)}, {gigabytes(available)} are free: not run"
+        needed, available = implementation.peak_bytes(case), device.available()
+        if needed > available:
+            row.note = f"needs about {gigabytes(needed)}, {gigabytes(available)} may be used: not run"
             continue
         try:
-            row.extra_bytes = processes.call(memory_child, case, row.implementation, deadline=deadline)
+            row.extra_bytes = device.call(memory_child, case, row.implementation, device, deadline=deadline)
         except processes.Failed as error:
-            row.note = f"failed: {error}"
+            row.note, row.wrong = f"failed: {error}", row.implementation == "fused"
     tick(f"{case.name}: time")
     able = tuple(row.implementation for row in rows if row.extra_bytes is not None)
     if not able:
         return Result(case, rows, None)
     try:
-        timed, rates, unit = processes.call(time_child, case, able, budget, deadline=deadline)
+        timed, rates, unit = device.call(time_child, case, able, budget, device, deadline=deadline)
     except processes.Failed as error:
         for row in rows:
             row.note = row.note or f"failed: {error}"
@@ -118,7 +105,7 @@ def measure(
     for row in rows:
         for key, value in timed.get(row.implementation, {}).items():
             setattr(row, key, value)
-        row.wrong = not agrees(case, row)
+        row.wrong = row.wrong or not agrees(case, row)
     best = tuple(max(kind) for kind in zip(*rates, strict=True))
     result = Result(case, rows, best or None, unit)
     add_floor(result)
@@ -138,7 +125,7 @@ def add_floor(result: Result) -> None:
         for row in result.rows:
             if row.best and row.passes:
                 row.floor_percent = 100 * floor_seconds(row.passes, *size, result.rates) / row.best
-        if case.backward and fused.best and fused.passes:
+        if len(result.rates) > 1 and fused.best and fused.passes:
             strict = floor_seconds(Passes(fused.passes.total, 0), *size, result.rates) / fused.best
             result.floor_note = f"with every matmul at the rate of X Y^T: {100 * strict:.0f} %"
         return
@@ -161,7 +148,7 @@ def add_floor(result: Result) -> None:
         )
 
 
-def agrees(case: Case | GpuCase, row: Timed) -> bool:
+def agrees(case: Case, row: Row) -> bool:
     """False when a row's loss or gradients differ from the fused op's by more than rounding, or are NaN."""
     loss, grad = TOLERANCE[case.dtype]
     return all(d is None or d <= limit for d, limit in ((row.loss_diff, loss), (row.grad_diff, grad)))
@@ -187,30 +174,30 @@ def run(loss: Loss, inputs: Inputs, backward: bool) -> tuple[Tensor, Gradients]:
         with torch.no_grad():
             return loss(inputs), ()
     value = loss(inputs)
-    return value.detach(), torch.autograd.grad(value, inputs.leaves)
+    return value.detach(), torch.autograd.grad(value, inputs.leaves, allow_unused=True)
 
 
 # ------------------------------------------------------------------------------------------------ in the child
-def memory_child(case: Case, name: str) -> int:
-    """-> bytes at the peak beyond those resident before, gradients included."""
-    map_large_allocations()
-    loss, inputs = prepare(case, name), make_inputs(case)
-    return peak_extra_bytes(lambda: run(loss, inputs, case.backward))
+def memory_child(case: Case, name: str, device: Device = CPU) -> int:
+    """-> bytes at the peak beyond those there before, gradients included."""
+    device.fresh()
+    loss, inputs = prepare(case, name, device), make_inputs(case, device.name)
+    return device.peak_bytes(lambda: run(loss, inputs, case.backward))
 
 
 def time_child(
-    case: Case, names: tuple[str, ...], budget: float
+    case: Case, names: tuple[str, ...], budget: float, device: Device = CPU
 ) -> tuple[dict[str, dict[str, Any]], list[tuple[float, ...]], str]:
     """-> per implementation {"seconds", "loss", differences from the first}; rates and name of the floor's unit."""
-    losses, inputs = {name: prepare(case, name) for name in names}, make_inputs(case)
+    inputs = make_inputs(case, device.name)
+    steps = {name: _step(case, name, inputs, device) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     answers: dict[str, dict[str, Any]] = {name: {"seconds": seconds[name]} for name in names}
-    unit, rates = gauge(case), []
+    unit, rates = device.gauge(case), []
     first: tuple[Tensor, Gradients] | None = None
     for name in turns(seconds, budget, ROUNDS, AT_LEAST):
-        began = time.perf_counter()
-        value, grads = run(losses[name], inputs, case.backward)
-        seconds[name].append(time.perf_counter() - began)
+        took, (value, grads) = device.timed(steps[name])
+        seconds[name].append(took)
         if "loss" not in answers[name]:
             answers[name]["loss"] = value.item()
             if first is None:
@@ -223,13 +210,22 @@ def time_child(
     return answers, rates, unit.what if unit else ""
 
 
-def prepare(case: Case, name: str) -> Loss:
+def _step(case: Case, name: str, inputs: Inputs, device: Device) -> Callable[[], tuple[Tensor, Gradients]]:
+    loss = prepare(case, name, device)
+
+    def step() -> tuple[Tensor, Gradients]:
+        return run(loss, inputs, case.backward)
+
+    return device.graph(step) if IMPLEMENTATIONS[case.op, name].graph else step
+
+
+def prepare(case: Case, name: str, device: Device = CPU) -> Loss:
     """The implementation, warmed up: libraries are loaded and threads started; a compiler has seen the real shapes."""
-    if case.tier:
-        ck.set_stash_budget(TIERS[case.tier])
     implementation = IMPLEMENTATIONS[case.op, name]
-    loss = implementation.build()
-    run(loss, make_inputs(case if implementation.compiles else case.shrunk()), case.backward)
+    loss = implementation.build(case)
+    inputs = make_inputs(case.shrunk() if device.small_warm_up and not implementation.compiles else case, device.name)
+    for _ in range(device.warm_ups):
+        run(loss, inputs, case.backward)
     return loss
 
 
@@ -251,47 +247,3 @@ def difference(first: tuple[Tensor, Gradients], value: Tensor, grads: Gradients)
         "loss_diff": relative(reference, value, max(1.0, abs(reference.item()))),
         "grad_diff": max(differences) if differences else None,
     }
-
-
-# ------------------------------------------------------------------------------------------------ memory
-def peak_extra_bytes(function: Callable[[], Any]) -> int:
-    """Peak resident bytes while function() runs and its result lives, beyond those before.
-
-    Linux: VmHWM after writing 5 to /proc/self/clear_refs.  Elsewhere: growth of ru_maxrss, right in a fresh process.
-    """
-    gc.collect()
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-    def linux(key: str) -> int:
-        line = next(line for line in status.read_text().splitlines() if line.startswith(key))
-        return int(line.split()[1]) * 1024
-
-    try:
-        clear.write_text("5")
-        before = linux("VmRSS")
-    except OSError:
-        unit = 1 if sys.platform == "darwin" else 1024
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        function()
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
-    result = function()
-    peak = linux("VmHWM")
-    del result
-    return max(0, peak - before)
-
-
-def map_large_allocations() -> None:
-    """Has glibc map and unmap every allocation from 64 KiB up, so that freed memory is not kept and counted twice."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
-        mallopt(-1, 1 << 16)  # M_TRIM_THRESHOLD
-
-
-def available_bytes() -> int:
-    """Memory that can be taken without swapping; a large number where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 1 << 62
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

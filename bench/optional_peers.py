@@ -6,6 +6,7 @@ cut-cross-entropy    `pip install '.[peers]'`; its torch.compile path, the one t
                      softmax per direction.  Its own kernels are for GPUs.
 KeOps                `pip install '.[peers]'`; a C++ loop over pairs, compiled for the formula on first use (most of a
                      minute).  No N x N memory.
+inf_cl, memeff, siglip_kernel    for GPUs
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.cases import SCALE, Case
 from bench.inputs import Inputs
 
 
@@ -37,33 +39,60 @@ def both_directions(linear_cross_entropy: Callable[..., Tensor], x: Tensor, z: T
     return (rows + columns) / 2
 
 
-def torch_chunked() -> Callable[..., Tensor]:
-    """-> (x, z, scale) -> loss.  Raises ImportError where PyTorch is older."""
+def _of_pairs(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Inputs], Tensor]:
+    return lambda inputs: loss(*(inputs.tensors[name] for name in ("x", "z", "scale")))
+
+
+def torch_chunked(case: Case) -> Callable[[Inputs], Tensor]:
+    """Raises ImportError where PyTorch is older."""
     if not hasattr(nn, "LinearCrossEntropyOptions"):
         raise ImportError(f"linear_cross_entropy in chunks is in PyTorch 2.13 and later, this is {torch.__version__}")
     options = nn.LinearCrossEntropyOptions(acc_policy="accurate", acc_dtype=torch.float32)
-    return partial(both_directions, partial(F.linear_cross_entropy, options=options))
+    return _of_pairs(partial(both_directions, partial(F.linear_cross_entropy, options=options)))
 
 
-def build_torch_chunked() -> Callable[[Inputs], Tensor]:
-    loss = torch_chunked()
-    return lambda inputs: loss(*(inputs.tensors[name] for name in ("x", "z", "scale")))
-
-
-def build_cut_cross_entropy() -> Callable[[Inputs], Tensor]:
+def cut_cross_entropy(case: Case) -> Callable[[Inputs], Tensor]:
     linear_cross_entropy = _require("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
-    loss = partial(both_directions, partial(linear_cross_entropy, impl="torch_compile"))
-    return lambda inputs: loss(*(inputs.tensors[name] for name in ("x", "z", "scale")))
+    return _of_pairs(partial(both_directions, partial(linear_cross_entropy, impl="torch_compile")))
 
 
-def build_keops() -> Callable[[Inputs], Tensor]:
+def keops(case: Case) -> Callable[[Inputs], Tensor]:
     lazy = _require("pykeops.torch", "pykeops").LazyTensor
 
-    def loss(inputs: Inputs) -> Tensor:
-        x, z, scale = (inputs.tensors[name] for name in ("x", "z", "scale"))
+    def loss(x: Tensor, z: Tensor, scale: Tensor) -> Tensor:
         scaled = scale * x
         logits = lazy(scaled[:, None]) | lazy(z[None])
         rows, columns = (logits.logsumexp(dim=dim)[:, 0] for dim in (1, 0))
         return ((rows + columns) / 2 - (scaled * z).sum(1)).mean()
+
+    return _of_pairs(loss)
+
+
+def inf_cl(case: Case) -> Callable[[Inputs], Tensor]:
+    """Its two directions, with the mean outside: cal_inf_loss needs a process group for a scale with a gradient."""
+    from inf_cl import cal_flash_loss
+
+    def loss(x: Tensor, z: Tensor, scale: Tensor) -> Tensor:
+        rows, columns = (cal_flash_loss(a, b, scale=scale, head_dim=256) for a, b in ((x, z), (z, x)))
+        return (rows.mean() + columns.mean()) / 2
+
+    return _of_pairs(loss)
+
+
+def memeff(case: Case) -> Callable[[Inputs], Tensor]:
+    """Its temperature is a number without a gradient; stable=False returns the gradient of the loss."""
+    from memeff import MemoryEfficientCLIPLoss
+
+    loss = MemoryEfficientCLIPLoss(temperature=1 / SCALE, normalized_inputs=True, stable=False)
+    return _of_pairs(lambda x, z, scale: loss(x, z))
+
+
+def siglip_kernel(case: Case) -> Callable[[Inputs], Tensor]:
+    """Gradients are made in its forward; logits are rounded to bfloat16, and so is the loss."""
+    from siglip_kernel import fused_siglip_loss
+
+    def loss(inputs: Inputs) -> Tensor:
+        x, z, scale, bias = (inputs.tensors[name] for name in ("x", "z", "scale", "bias"))
+        return fused_siglip_loss(x, z, scale.log(), bias, backend="chunked_bf16")
 
     return loss

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 import cibr_kernels as ck
 from bench import optional_peers
+from bench.cases import TIERS, Case, Passes
 from bench.inputs import HIDDEN, TERMS, Inputs
-from bench.registry import TIERS, Case, Passes
 from cibr_kernels.losses.cibr import noisy, scale_gradient
 from cibr_kernels.primitives.additive.moments.reference import moments
 
@@ -32,15 +33,17 @@ class Implementation:
     """`build` makes the function to time and imports what it needs; `passes` and `peak_bytes` are of one call.
 
     numerics: the dtypes of its logits (or scores) and of their sums.  compiles: it must see the real shapes to warm up.
-    same: False for another function that stands beside the fused one for its time alone.
+    same: False for another function that stands beside the fused one for its time alone.  graph: the step is captured
+    in a CUDA graph, and its replay timed.
     """
 
-    build: Callable[[], Loss]
+    build: Callable[[Case], Loss]
     passes: Callable[[Case], Passes | None]
     peak_bytes: Callable[[Case], float]
     numerics: Callable[[Case], str] = lambda case: "f32, f32"
     compiles: bool = False
     same: bool = True
+    graph: bool = False
 
 
 def itemsize(case: Case) -> int:
@@ -52,87 +55,117 @@ def _budget(case: Case) -> int:
     return TIERS[case.tier] if case.tier else ck.stash_budget()
 
 
+@contextmanager
+def budget_of(case: Case) -> Iterator[None]:
+    """Inside, `stash_budget()` is what the case's tier wants."""
+    before = ck.stash_budget()
+    ck.set_stash_budget(_budget(case))
+    try:
+        yield
+    finally:
+        ck.set_stash_budget(before)
+
+
+def fused(case: Case, backend: str = "auto") -> Loss:
+    """The op of the case."""
+
+    def clip(inputs: Inputs) -> Tensor:
+        with budget_of(case):
+            return ck.clip_loss(*_named(inputs, "x", "z", "scale"), backend=backend)
+
+    def siglip(inputs: Inputs) -> Tensor:
+        return ck.siglip_loss(*_named(inputs, "x", "z", "scale", "bias"), backend=backend)
+
+    def critic(inputs: Inputs) -> Tensor:
+        x, z = _named(inputs, "x", "z")
+        j, el = ck.critic_moments(x, z, inputs.critics["critic"], backend=backend)
+        return j - el
+
+    def log_mean_exp(inputs: Inputs) -> Tensor:
+        return ck.log_mean_exp(inputs.tensors["scores"], backend=backend)
+
+    losses = {
+        "clip_loss": clip, "siglip_loss": siglip, "critic_moments": critic, "cibr_loss": fused_cibr,
+        "log_mean_exp": log_mean_exp,
+    }  # fmt: skip
+    return losses[case.op]
+
+
+def _named(inputs: Inputs, *names: str) -> list[Tensor]:
+    return [inputs.tensors[name] for name in names]
+
+
 # ------------------------------------------------------------------------------------------------ clip_loss
-def fused_clip(inputs: Inputs) -> Tensor:
-    t = inputs.tensors
-    return ck.clip_loss(t["x"], t["z"], t["scale"])
-
-
 def fused_clip_passes(case: Case) -> Passes:
     """1 forward; 2 more in backward from the stash, 3 where the logits are computed again (DESIGN.md)."""
     if not case.backward:
         return Passes(1, 0)
-    stashed = ck.native_available() and case.n**2 * itemsize(case) <= _budget(case)
+    kernels = case.device == "cuda" or ck.native_available()
+    stashed = kernels and case.n**2 * itemsize(case) <= _budget(case)
     return Passes(1 if stashed else 2, 2)
 
 
-def build_open_clip() -> Loss:
-    from open_clip.loss import ClipLoss
+def open_clip(case: Case) -> Loss:
+    from open_clip.loss import ClipLoss, SigLipLoss
 
+    if case.op == "siglip_loss":
+        sigmoid = SigLipLoss()
+        return lambda inputs: sigmoid(*_named(inputs, "x", "z", "scale", "bias"))
     loss = ClipLoss()
-    return lambda inputs: loss(inputs.tensors["x"], inputs.tensors["z"], inputs.tensors["scale"])
+    return lambda inputs: loss(*_named(inputs, "x", "z", "scale"))
+
+
+def symmetric(logits: Tensor) -> Tensor:
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 def one_logits(inputs: Inputs) -> Tensor:
     """open_clip's loss with its second matmul replaced by a transpose: the strongest plain PyTorch."""
-    t = inputs.tensors
-    logits = t["scale"] * t["x"] @ t["z"].T
-    labels = torch.arange(logits.shape[0])
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    x, z, scale = _named(inputs, "x", "z", "scale")
+    return symmetric(scale * x @ z.T)
+
+
+def float32_sums(inputs: Inputs) -> Tensor:
+    """one_logits with its softmax in float32, as under autocast."""
+    x, z, scale = _named(inputs, "x", "z", "scale")
+    return symmetric((scale * x @ z.T).float())
 
 
 def float32_logits(inputs: Inputs) -> Tensor:
     """one_logits at our numerics: the features become float32 before the matmul."""
-    t = inputs.tensors
-    return one_logits(Inputs({**t, "x": t["x"].float(), "z": t["z"].float()}, inputs.critics, inputs.leaves))
-
-
-def _compiled(mode: str | None = None) -> Loss:
-    return torch.compile(one_logits, fullgraph=False, dynamic=False, mode=mode)
+    x, z, scale = _named(inputs, "x", "z", "scale")
+    return symmetric(scale * x.float() @ z.float().T)
 
 
 # ------------------------------------------------------------------------------------------------ siglip_loss
-def fused_siglip(inputs: Inputs) -> Tensor:
-    t = inputs.tensors
-    return ck.siglip_loss(t["x"], t["z"], t["scale"], t["bias"])
-
-
-def build_open_clip_siglip() -> Loss:
-    from open_clip.loss import SigLipLoss
-
-    loss = SigLipLoss()
-    return lambda inputs: loss(*(inputs.tensors[name] for name in ("x", "z", "scale", "bias")))
-
-
 def eager_siglip(inputs: Inputs) -> Tensor:
-    t = inputs.tensors
-    logits = t["scale"] * t["x"] @ t["z"].T + t["bias"]
-    labels = 2 * torch.eye(logits.shape[0], dtype=logits.dtype) - 1
-    return -F.logsigmoid(labels * logits).sum() / logits.shape[0]
-
-
-def _compiled_siglip() -> Loss:
-    return torch.compile(eager_siglip, fullgraph=False, dynamic=False)
+    x, z, scale, bias = _named(inputs, "x", "z", "scale", "bias")
+    logits = (scale * x @ z.T).float() + bias
+    labels = 2 * torch.eye(len(logits), device=logits.device) - 1
+    return -F.logsigmoid(labels * logits).sum() / len(logits)
 
 
 # ------------------------------------------------------------------------------------------------ critics
-def fused_critic(inputs: Inputs) -> Tensor:
-    t = inputs.tensors
-    j, el = ck.critic_moments(t["x"], t["z"], inputs.critics["critic"])
-    return j - el
-
-
 def eager_critic(inputs: Inputs) -> Tensor:
-    t = inputs.tensors
-    j, el = moments(inputs.critics["critic"].pairwise(t["x"], t["z"]), 0, False)  # type: ignore[operator]
+    j, el = moments(inputs.critics["critic"].pairwise(*_named(inputs, "x", "z")), 0, False)  # type: ignore[operator]
     return j - el
 
 
-def relu_critic(inputs: Inputs) -> Tensor:
-    """fused_critic with ReLU on the same parameters: the ratio to this is what an activation costs."""
-    critic = copy.copy(inputs.critics["critic"])
-    critic.activation = "relu"  # type: ignore[assignment]
-    return fused_critic(Inputs(inputs.tensors, nn.ModuleDict({"critic": critic}), inputs.leaves))
+def relu_critic(case: Case) -> Loss:
+    """The fused op with ReLU on the same parameters: the ratio to this is what an activation costs."""
+
+    def loss(inputs: Inputs) -> Tensor:
+        critic = copy.copy(inputs.critics["critic"])
+        critic.activation = "relu"  # type: ignore[assignment]
+        return fused(case)(Inputs(inputs.tensors, nn.ModuleDict({"critic": critic}), inputs.leaves))
+
+    return loss
+
+
+def eager_log_mean_exp(inputs: Inputs) -> Tensor:
+    scores = inputs.tensors["scores"]
+    return scores.logsumexp((0, 1)) - math.log(scores.numel())
 
 
 def fused_cibr(inputs: Inputs) -> Tensor:
@@ -172,9 +205,15 @@ def _logits(case: Case, forward: int, train: int) -> float:
 def _small(case: Case) -> float:
     """The fused ops: features, gradients, one stash and one panel of logits; or the reference's (n, n) tensors."""
     linear = 16 * 4 * case.n * max(case.width, 512) + 2 * ck.stash_budget()
-    if ck.native_available():
+    if case.device == "cuda" or ck.native_available():
         return linear + (itemsize(case) * case.n**2 if case.tier == "stash" and case.backward else 0)
-    matrices = {"clip_loss": 4.0, "siglip_loss": 6.0, "critic_moments": 5.0 * case.width, "cibr_loss": 5.0 * HIDDEN}
+    matrices = {
+        "clip_loss": 4.0,
+        "siglip_loss": 6.0,
+        "critic_moments": 5.0 * case.width,
+        "cibr_loss": 5.0 * HIDDEN,
+        "log_mean_exp": 1.0,
+    }
     return linear + matrices[case.op] * 4 * case.n**2
 
 
@@ -193,42 +232,68 @@ def _rounded(logits: bool, sums: bool) -> Callable[[Case], str]:
     return lambda case: f"{names[case.dtype] if logits else 'f32'}, {names[case.dtype] if sums else 'f32'}"
 
 
-EAGER, INDUCTOR = _rounded(True, True), _rounded(True, False)  # Inductor sums in float32 what the matmul rounded
+EAGER, FLOAT_SUMS = _rounded(True, True), _rounded(True, False)
 
+
+def _always(loss: Loss) -> Callable[[Case], Loss]:
+    return lambda case: loss
+
+
+def _compiled(loss: Loss, mode: str | None = None) -> Callable[[Case], Loss]:
+    return lambda case: torch.compile(loss, fullgraph=False, dynamic=False, mode=mode)
+
+
+def _plain(loss: Loss, bytes_: Callable[[Case], float]) -> Implementation:
+    """PyTorch on one logits matrix: 1 + 2 passes, sums in float32."""
+    return Implementation(_always(loss), _passes(1, 2), bytes_, FLOAT_SUMS)
+
+
+def _inductor(loss: Loss, mode: str | None = None) -> Implementation:
+    return Implementation(_compiled(loss, mode), _passes(1, 2), lambda c: _logits(c, 4, 6), FLOAT_SUMS, compiles=True)
+
+
+CRITIC = Implementation(_always(eager_critic), _no_passes, lambda c: _activations(c, 2, 3))
+SCORES = Implementation(_always(eager_log_mean_exp), _no_passes, lambda c: 4 * c.n * c.width * (2 if c.backward else 1))
 IMPLEMENTATIONS: dict[tuple[str, str], Implementation] = {
-    ("clip_loss", "fused"): Implementation(lambda: fused_clip, fused_clip_passes, _small),
-    ("clip_loss", "open_clip"): Implementation(build_open_clip, _passes(2, 4), lambda c: _logits(c, 4, 6), EAGER),
-    ("clip_loss", "one-logits"): Implementation(lambda: one_logits, _passes(1, 2), lambda c: _logits(c, 4, 6), EAGER),
+    ("clip_loss", "fused"): Implementation(fused, fused_clip_passes, _small),
+    ("clip_loss", "open_clip"): Implementation(open_clip, _passes(2, 4), lambda c: _logits(c, 4, 6), EAGER),
+    ("clip_loss", "one-logits"): Implementation(_always(one_logits), _passes(1, 2), lambda c: _logits(c, 4, 6), EAGER),
+    ("clip_loss", "eager"): _plain(float32_sums, lambda c: (4 if c.backward else 3) * 4 * c.n**2),
     ("clip_loss", "float32-logits"): Implementation(
-        lambda: float32_logits, _passes(1, 2), lambda c: (6 if c.backward else 4) * 4 * c.n**2
+        _always(float32_logits), _passes(1, 2), lambda c: (6 if c.backward else 4) * 4 * c.n**2
     ),
-    ("clip_loss", "compiled"): Implementation(_compiled, _passes(1, 2), lambda c: _logits(c, 4, 6), INDUCTOR, True),
-    ("clip_loss", "max-autotune"): Implementation(
-        lambda: _compiled("max-autotune"), _passes(1, 2), lambda c: _logits(c, 4, 6), INDUCTOR, True
-    ),
+    ("clip_loss", "compiled"): _inductor(float32_sums),
+    ("clip_loss", "max-autotune"): _inductor(float32_sums, "max-autotune"),
     # chunks of logits and of float32 gradients; its gradients are made in the forward
     ("clip_loss", "torch-chunked"): Implementation(
-        optional_peers.build_torch_chunked, _passes(2, 4), lambda c: _logits(c, 1, 1)
+        optional_peers.torch_chunked, _passes(2, 4), lambda c: _logits(c, 1, 1)
     ),
     ("clip_loss", "cut-cross-entropy"): Implementation(
-        optional_peers.build_cut_cross_entropy, _passes(2, 4), lambda c: _logits(c, 4, 6), INDUCTOR, True
+        optional_peers.cut_cross_entropy, _passes(2, 4), lambda c: _logits(c, 4, 6), FLOAT_SUMS, compiles=True
     ),
     # a map over pairs that makes each logit again wherever it is needed; no matmul
-    ("clip_loss", "keops"): Implementation(optional_peers.build_keops, _passes(4, 4), _small, compiles=True),
-    ("siglip_loss", "fused"): Implementation(lambda: fused_siglip, _passes(1, 2), _small),
-    ("siglip_loss", "open_clip"): Implementation(
-        build_open_clip_siglip, _passes(1, 2), lambda c: _logits(c, 6, 8), EAGER
-    ),
-    ("siglip_loss", "compiled"): Implementation(
-        _compiled_siglip, _passes(1, 2), lambda c: _logits(c, 4, 6), INDUCTOR, True
-    ),
-    ("critic_moments", "fused"): Implementation(lambda: fused_critic, _no_passes, _small),
-    ("critic_moments", "fused-relu"): Implementation(lambda: relu_critic, _no_passes, _small, same=False),
-    ("critic_moments", "eager"): Implementation(lambda: eager_critic, _no_passes, lambda c: _activations(c, 2, 3)),
-    ("cibr_loss", "fused"): Implementation(lambda: fused_cibr, _no_passes, _small),
+    ("clip_loss", "keops"): Implementation(optional_peers.keops, _passes(4, 4), _small, compiles=True),
+    ("clip_loss", "inf_cl"): Implementation(optional_peers.inf_cl, _passes(2, 8), _small),
+    ("clip_loss", "memeff"): Implementation(optional_peers.memeff, _passes(1, 4), _small),
+    ("siglip_loss", "fused"): Implementation(fused, _passes(1, 2), _small),
+    ("siglip_loss", "open_clip"): Implementation(open_clip, _passes(1, 2), lambda c: _logits(c, 6, 8), EAGER),
+    ("siglip_loss", "eager"): _plain(eager_siglip, lambda c: (5 if c.backward else 4) * 4 * c.n**2),
+    ("siglip_loss", "compiled"): _inductor(eager_siglip),
+    ("siglip_loss", "siglip_kernel"): Implementation(optional_peers.siglip_kernel, _passes(3, 0), _small, EAGER),
+    ("critic_moments", "fused"): Implementation(fused, _no_passes, _small),
+    ("critic_moments", "fused-relu"): Implementation(relu_critic, _no_passes, _small, same=False),
+    ("critic_moments", "eager"): CRITIC,
+    ("critic_moments", "compiled"): replace(CRITIC, build=_compiled(eager_critic), compiles=True),
+    ("cibr_loss", "fused"): Implementation(fused, _no_passes, _small),
     # each critic keeps one activation until backward, which then needs two more
-    ("cibr_loss", "eager"): Implementation(lambda: eager_cibr, _no_passes, lambda c: _activations(c, 2, 6, HIDDEN)),
+    ("cibr_loss", "eager"): Implementation(_always(eager_cibr), _no_passes, lambda c: _activations(c, 2, 6, HIDDEN)),
+    ("log_mean_exp", "fused"): Implementation(fused, _no_passes, _small),
+    ("log_mean_exp", "eager"): SCORES,
+    ("log_mean_exp", "compiled"): replace(SCORES, build=_compiled(eager_log_mean_exp), compiles=True),
 }
+for _op in ("clip_loss", "siglip_loss"):
+    for _name in ("fused", "open_clip"):
+        IMPLEMENTATIONS[_op, f"{_name}+graph"] = replace(IMPLEMENTATIONS[_op, _name], graph=True)
 
 
 def gigabytes(size: float) -> str:

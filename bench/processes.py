@@ -59,6 +59,11 @@ def _child(sender: Connection, function: Callable[..., Any], args: tuple[Any, ..
     try:
         answer = (None, function(*args))
     except Exception as error:  # whatever it is, it belongs in the table
-        lines = str(error).strip().splitlines()
-        answer = (f"{type(error).__name__}: {lines[0] if lines else ''}", None)
+        answer = (reason(error), None)
     sender.send(answer)
+
+
+def reason(error: Exception) -> str:
+    """An exception in a line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,36 +18,49 @@ HEADER = (
     f"  {'':<18}{'time ms':>9}  {'min .. max':<19}{'vs fused':>9}{'memory':>10}{'vs fused':>9}"
     f"{'passes':>8}{'floor':>8}{'logits, sums':>14}{'loss diff':>11}{'grad diff':>11}"
 )
+Predicted = Mapping[tuple[str, str], float]  # milliseconds by case and implementation
 
 
 def _ratio(value: float | None, base: float | None) -> str:
     return f"{value / base:.3g}x" if value is not None and base else "-"
 
 
-def _line(row: Row, fused: Row) -> str:
-    def shown(value: Any, spec: str) -> str:
-        return "-" if value is None else format(value, spec)
+def _shown(value: Any, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
 
+
+def _line(row: Row, fused: Row, predicted: str) -> str:
     ms = [1e3 * s for s in row.seconds]
     spread = f"{min(ms):.4g} .. {max(ms):.4g}" if ms else "-"
     line = (
-        f"  {row.implementation:<18}{shown(row.time and 1e3 * row.time, '.4g'):>9}  {spread:<19}"
+        f"  {row.implementation:<18}{_shown(row.time and 1e3 * row.time, '.4g'):>9}  {spread:<19}"
         f"{_ratio(row.time, fused.time):>9}{gigabytes(row.extra_bytes) if row.extra_bytes is not None else '-':>10}"
-        f"{_ratio(row.extra_bytes, fused.extra_bytes):>9}{shown(row.passes and row.passes.total, 'd'):>8}"
-        f"{shown(row.floor_percent, '.0f') + (' %' if row.floor_percent else ''):>8}"
-        f"{row.numerics:>14}{shown(row.loss_diff, '.1e'):>11}{shown(row.grad_diff, '.1e'):>11}"
+        f"{_ratio(row.extra_bytes, fused.extra_bytes):>9}{_shown(row.passes and row.passes.total, 'd'):>8}"
+        f"{_shown(row.floor_percent, '.0f') + (' %' if row.floor_percent else ''):>8}"
+        f"{row.numerics:>14}{_shown(row.loss_diff, '.1e'):>11}{_shown(row.grad_diff, '.1e'):>11}{predicted}"
     )
-    return line + (f"  {row.note}" if row.note else "") + ("  WRONG: differs from fused" if row.wrong else "")
+    wrong = "  WRONG: fails" if row is fused else "  WRONG: differs from fused"
+    return line + (f"  {row.note}" if row.note else "") + (wrong if row.wrong else "")
 
 
-def table(result: Result) -> str:
-    """A case's block; ratios are this row over the fused one, percents of the floor (bench/floor.py), best of both."""
-    rates = result.rates if result.rates and result.case.op in DOT_FAMILY else ()
-    shown = ", ".join(f"{what} {rate / 1e9:.0f}" for what, rate in zip(("X Y^T", "G Y", "G^T X"), rates, strict=False))
-    rate = f"   {result.unit}: {shown} GF/s" if rates else ""
-    head = f"{result.case.name}  (width {result.case.width}){rate}"
+def table(result: Result, predicted: Predicted | None = None) -> str:
+    """A case's block; ratios are this row over the fused one, percents of the floor (bench/floor.py), best of both.
+
+    predicted: a last column of milliseconds that nobody measured.
+    """
+    case, unit = result.case, result.unit
+    rates = result.rates if result.rates and case.op in DOT_FAMILY else ()
+    names = ("X Y^T", "G Y", "G^T X") if len(rates) > 1 or case.device == "cpu" else ("",)
+    shown = ", ".join(f"{what} {rate / 1e9:.0f}".strip() for what, rate in zip(names, rates, strict=False))
+    head = f"{case.name}  (width {case.width})" if case.device == "cpu" else case.name
+    lines = [head + (f"   {unit}: {shown} GF/s" if rates else ""), HEADER]
+    if predicted is not None:
+        lines[1] += f"{'PREDICTED':>11}"
+    for row in result.rows:
+        cell = "" if predicted is None else f"{_shown(predicted.get((case.name, row.implementation)), '.4g'):>11}"
+        lines.append(_line(row, result.rows[0], cell))
     notes = [f"  {result.floor_note}"] if result.floor_note else []
-    return "\n".join([head, HEADER, *(_line(row, result.rows[0]) for row in result.rows), *notes, *targets(result)])
+    return "\n".join([*lines, *notes, *targets(result)])
 
 
 def targets(result: Result) -> list[str]:
@@ -69,8 +82,11 @@ def targets(result: Result) -> list[str]:
 
 def write_json(path: Path, machine: dict[str, Any], results: Sequence[Result], extra: dict[str, Any]) -> None:
     """Everything measured."""
-    rows = [{**asdict(result), "name": result.case.name, "targets": targets(result)} for result in results]
-    write(path, {"machine": machine, "results": rows, **extra})
+    write(path, {"machine": machine, "results": as_json(results), **extra})
+
+
+def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
+    return [{**asdict(result), "name": result.case.name, "targets": targets(result)} for result in results]
 
 
 def write(path: Path, content: dict[str, Any] | list[Any]) -> None:

@@ -14,8 +14,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import report
+from bench.cases import Case
 from bench.guards import ratios
-from bench.registry import Case
 from cibr_kernels.dispatch import backends
 
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench import floor, machine, measure, processes
+from bench import devices, floor, machine, measure, processes
+from bench.cases import LARGEST, Case, Passes
 from bench.experiments.frame import Outcome
 from bench.peers import IMPLEMENTATIONS, gigabytes
-from bench.registry import LARGEST, Case, Passes
 
 SIZES = tuple(2**k for k in range(12, LARGEST.bit_length()))  # 4096 ... 131072
 QUICK_SIZES = SIZES[:3]
@@ -59,7 +59,7 @@ def logits_bytes(n: int, dtype: str) -> float:
 
 def point_child(case: Case, budget: float) -> Point:
     """Measures one point; runs in a process of its own."""
-    measure.map_large_allocations()
+    devices.map_large_allocations()
     loss, inputs = measure.prepare(case, "fused"), measure.make_inputs(case)
     unit = floor.vendor(case)
     seconds: list[float] = []
@@ -75,7 +75,7 @@ def point_child(case: Case, budget: float) -> Point:
         rates.extend(unit.rates()[0] for _ in range(3))
 
     gauge()
-    extra = measure.peak_extra_bytes(once)
+    extra = devices.peak_extra_bytes(once)
     gauge()
     while sum(seconds[1:]) + seconds[0] < budget and len(seconds) < measure.ROUNDS:
         once()

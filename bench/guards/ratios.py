@@ -21,10 +21,10 @@ from collections.abc import Callable
 import torch
 
 from bench import machine, measure
+from bench.cases import CASES, Case
 from bench.critic_code import NAMESPACES
 from bench.guards import RESULTS
 from bench.inputs import make_inputs
-from bench.registry import CASES, Case
 from cibr_kernels.dispatch import backends
 
 RECORD = RESULTS / "ratios.json"

@@ -8,20 +8,44 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 
 import cibr_kernels as ck
-from bench import gpu, gpu_cases
-from bench.gpu_cases import PUBLISHED, GpuCase
+from bench import cases as all_cases
+from bench.cases import Case, gpu_case
+from bench.floor import DOT_FAMILY
+from bench.inputs import make_inputs
+from bench.peers import IMPLEMENTATIONS, fused
+from bench.processes import reason
 from bench.static import predict, record, sass
 from bench.static.gpus import GPUS
 
 PEERS = {"clip_loss": ("open_clip", "eager", "inf_cl", "memeff"), "siglip_loss": ("open_clip", "siglip_kernel")}
+DETAILED = ("clip_loss-train-65536x512", "critic_moments-train-32768x512")
 PEER_SIZES = ((65536, 512), (65536, 768))
 # what our kernels find in device memory on unit-norm features: the fixed offset holds (dot/lse/triton_forward.py)
 MEMORY = {"mode": 0, "stash_shift": 0.0}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A time that a peer's author measured; forward and backward, bfloat16."""
+
+    op: str
+    implementation: str
+    n: int
+    width: int
+    gpu: str
+    milliseconds: float
+    source: str
+
+
+PUBLISHED = [
+    Published("clip_loss", "memeff", 65536, 512, "A100 40GB PCIe", 201, "memeff 0.3.1, README"),
+    Published("siglip_loss", "siglip_kernel", 65536, 768, "GH200", 48.8, "siglip-kernel 0.1.2, README"),
+]
 
 
 @dataclass
@@ -42,24 +66,24 @@ class Row:
     note: str = ""
 
 
-def record_step(case: GpuCase, implementation: str, capability: int) -> list[record.Event]:
+def record_step(case: Case, implementation: str, capability: int) -> list[record.Event]:
     """What a forward, and a backward where the case has one, launch.  Raises ImportError where a peer is missing."""
     with record.recording(capability) as recorder:
         if implementation == "fused":
-            loss = gpu_cases.fused(case, "triton")
+            loss = fused(case, "triton")
         else:
-            loss = gpu_cases.IMPLEMENTATIONS[case.op, implementation].build(case)
-        tensors = gpu_cases.make_tensors(case, "cuda")
+            loss = IMPLEMENTATIONS[case.op, implementation].build(case)
+        inputs = make_inputs(case, "cuda")
         recorder.events.clear()
         if case.backward:
-            record.backward(loss(tensors))
+            record.backward(loss(inputs))
         else:
             with torch.no_grad():
-                loss(tensors)
+                loss(inputs)
     return recorder.events
 
 
-def row(case: GpuCase, implementation: str, capability: int) -> tuple[Row, predict.Step | None]:
+def row(case: Case, implementation: str, capability: int) -> tuple[Row, predict.Step | None]:
     """The prediction of a case, and its parts; a peer's row has a note where there is none, our own failure raises."""
     found = Row(case.name, implementation, capability)
     try:
@@ -71,11 +95,11 @@ def row(case: GpuCase, implementation: str, capability: int) -> tuple[Row, predi
     except Exception as error:  # a peer that does not compile is a result, not the end of the table
         if implementation == "fused":
             raise
-        found.note = gpu.reason(error)
+        found.note = reason(error)
         return found, None
     found.launches = int(step.total("launches"))
     found.tflop = step.total("flops") / 1e12
-    found.passes = step.passes(case.n, case.n, case.d) if case.matmul_passes else None
+    found.passes = step.passes(case.n, case.n, case.width) if case.op in DOT_FAMILY else None
     found.gigabytes = step.total("bytes") / 1e9
     found.bound_ms, found.predicted_ms = 1e3 * step.total("bound"), 1e3 * step.total("seconds")
     found.percent_of_peak, found.limit = step.percent_of_peak, step.limit
@@ -86,11 +110,11 @@ def row(case: GpuCase, implementation: str, capability: int) -> tuple[Row, predi
     return found, step
 
 
-def jobs(capability: int, cases: Sequence[GpuCase]) -> Iterable[tuple[GpuCase, str]]:
+def jobs(capability: int, cases: Sequence[Case]) -> Iterable[tuple[Case, str]]:
     """Ours for every case; the peers for training steps of two sizes."""
     for case in cases:
         yield case, "fused"
-        if case.backward and not case.stash and (case.n, case.d) in PEER_SIZES:
+        if case.backward and case.tier != "stash" and (case.n, case.width) in PEER_SIZES:
             yield from ((case, peer) for peer in PEERS.get(case.op, ()))
 
 
@@ -154,20 +178,23 @@ def published(rows: Sequence[Row]) -> list[str]:
     near = {"A100 40GB PCIe": 80, "GH200": 90}
     lines = []
     for p in PUBLISHED:
-        name = GpuCase(p.op, p.n, p.d).name
+        name = gpu_case(p.op, p.n, p.width).name
         own = [r for r in rows if (r.case, r.implementation, r.capability) == (name, p.implementation, near[p.gpu])]
         r = own[0] if own else None
         if r and r.predicted_ms:
             lines.append(
-                f"  {p.implementation} {p.n}x{p.d}: published {p.milliseconds:g} ms on {p.gpu} ({p.source}); predicted "
-                f"{r.predicted_ms:.1f} ms on {GPUS[r.capability].name}: {p.milliseconds / r.predicted_ms:.2f}x"
+                f"  {p.implementation} {p.n}x{p.width}: published {p.milliseconds:g} ms on {p.gpu} ({p.source}); "
+                f"predicted {r.predicted_ms:.1f} ms on {GPUS[r.capability].name}: "
+                f"{p.milliseconds / r.predicted_ms:.2f}x"
             )
         else:
-            lines.append(f"  {p.implementation} {p.n}x{p.d}: published {p.milliseconds:g} ms on {p.gpu} ({p.source})")
+            lines.append(
+                f"  {p.implementation} {p.n}x{p.width}: published {p.milliseconds:g} ms on {p.gpu} ({p.source})"
+            )
     return lines
 
 
-def main(cases: Sequence[GpuCase] = tuple(gpu_cases.CASES), targets: Sequence[int] = tuple(GPUS)) -> list[Row]:
+def main(cases: Sequence[Case] = tuple(all_cases.GPU_CASES), targets: Sequence[int] = tuple(GPUS)) -> list[Row]:
     """Prints the tables, target after target -> all rows."""
     print(assumptions())
     rows: list[Row] = []
@@ -180,7 +207,7 @@ def main(cases: Sequence[GpuCase] = tuple(gpu_cases.CASES), targets: Sequence[in
             made, step = row(case, implementation, capability)
             rows.append(made)
             print(line(made), flush=True)
-            shown = replace(case, stash=False).name in ("clip_loss-train-65536x512", "critic_moments-train-32768x512")
+            shown = case.name.removesuffix("-stash") in DETAILED
             if step and implementation == "fused" and shown:
                 detail.append((case.name, step))
         for name, step in detail:

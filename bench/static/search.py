@@ -12,8 +12,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from bench import gpu, gpu_cases
-from bench.gpu_cases import GpuCase
+from bench import measure
+from bench.cases import Case
+from bench.devices import Device
+from bench.inputs import make_inputs
+from bench.peers import fused
+from bench.processes import reason
 from bench.static import predict, predictions, record
 from bench.static.gpus import GPUS
 
@@ -80,7 +84,7 @@ def search(choice: Choice, seconds: Callable[[], float], label: str) -> str:
         except Exception as error:  # too much shared memory, a compiler that gives up: not a configuration
             if config == start:
                 raise
-            reasons.append(gpu.reason(error))
+            reasons.append(reason(error))
             return math.inf
         finally:
             choice.set(start)
@@ -94,40 +98,39 @@ def search(choice: Choice, seconds: Callable[[], float], label: str) -> str:
     return text + (f"\n  {len(reasons)} do not run, the last for {reasons[-1]}" if reasons else "")
 
 
-def _choices(target: str, cases: Sequence[GpuCase]) -> Iterator[tuple[GpuCase, Choice]]:
+def _choices(target: str, cases: Sequence[Case]) -> Iterator[tuple[Case, Choice]]:
     for case in cases:
         if case.op == "clip_loss":
             itemsize = 4 if case.dtype == "float32" else 2
-            yield case, Choice(target, itemsize, "gradient" if case.backward and not case.stash else "scores")
+            yield case, Choice(target, itemsize, "gradient" if case.backward and case.tier != "stash" else "scores")
 
 
-def measured(device: gpu.Device, cases: Sequence[GpuCase]) -> int:
+def measured(device: Device, cases: Sequence[Case]) -> int:
     """Times every configuration on this GPU and prints the better ones."""
     from cibr_kernels.primitives.dot.lse.triton_configs import target_name
 
     target = target_name(torch.device(device.name, 0))
     for case, choice in _choices(target, cases):
-        tensors = gpu_cases.make_tensors(case, device.name)
-        loss = gpu_cases.fused(case, "triton")
+        inputs, loss = make_inputs(case, device.name), fused(case, "triton")
 
-        def seconds(case: GpuCase = case, tensors: Any = tensors, loss: Any = loss) -> float:
+        def seconds(case: Case = case, inputs: Any = inputs, loss: Any = loss) -> float:
             def run() -> Any:
-                return gpu.step(loss, tensors, case.backward)
+                return measure.run(loss, inputs, case.backward)
 
             run()  # compiles
-            return min(device.seconds(run) for _ in range(5))
+            return min(device.timed(run)[0] for _ in range(5))
 
         print(search(choice, seconds, f"{case.name}, {choice.kernel}"), flush=True)
     return 0
 
 
-def predicted(cases: Sequence[GpuCase], targets: Sequence[int] = tuple(GPUS)) -> int:
+def predicted(cases: Sequence[Case], targets: Sequence[int] = tuple(GPUS)) -> int:
     """The same with predictions in the place of measurements, for every target."""
     print(predictions.assumptions())
     for capability in targets:
         for case, choice in _choices(f"sm_{capability}", cases):
 
-            def seconds(case: GpuCase = case, capability: int = capability) -> float:
+            def seconds(case: Case = case, capability: int = capability) -> float:
                 every = predictions.record_step(case, "fused", capability)
                 events = [e for e in every if isinstance(e, record.Launch)]
                 if spills := [e.name for e in events if not predict.compiled(e, capability).fits]:

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import cibr_kernels as ck
-from bench import cli, floor, measure, optional_peers, peers, processes, registry, report
+from bench import cases as all_cases
+from bench import cli, devices, floor, measure, optional_peers, peers, processes, report
+from bench.cases import CASES, Case, Passes, Target
 from bench.experiments import curve
 from bench.guards import ratios
 from bench.measure import Row
-from bench.registry import CASES, Case, Passes, Target
 from cibr_kernels.dispatch import backends
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +48,7 @@ def test_every_implementation_computes_the_same(case):
 def test_cases_are_named_once_and_all_their_implementations_exist():
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
-    for case in CASES:
+    for case in [*CASES, *all_cases.GPU_CASES]:
         for implementation in case.implementations:
             entry = peers.IMPLEMENTATIONS[case.op, implementation]
             made_of_matmuls = case.op in ("clip_loss", "siglip_loss")
@@ -110,7 +111,7 @@ def test_passes_follow_the_stash_budget(monkeypatch):
 
 
 def _peak_of_96_mib() -> int:
-    measure.map_large_allocations()
+    devices.map_large_allocations()
 
     def work() -> torch.Tensor:
         torch.ones(48 * MIB // 4)  # freed at once: it must not be added to what follows
@@ -118,7 +119,7 @@ def _peak_of_96_mib() -> int:
         torch.ones(32 * MIB // 4)
         return kept
 
-    return measure.peak_extra_bytes(work)
+    return devices.peak_extra_bytes(work)
 
 
 def test_memory_of_a_known_allocation():
@@ -164,9 +165,9 @@ def test_a_child_is_stopped_at_its_deadline():
 def test_what_does_not_fit_is_reported_and_not_run(monkeypatch):
     case = Case("critic_moments", 128, 32, baselines=("eager",), target=Target("eager", 60.0, 1 / 100))
     needed = peers.IMPLEMENTATIONS["critic_moments", "eager"].peak_bytes(case)
-    unlimited = peers.Implementation(lambda: peers.fused_critic, lambda c: None, lambda c: 1.0)
+    unlimited = peers.Implementation(peers.fused, lambda c: None, lambda c: 1.0)
     monkeypatch.setitem(peers.IMPLEMENTATIONS, ("critic_moments", "fused"), unlimited)
-    monkeypatch.setattr(measure, "available_bytes", lambda: int(needed))
+    monkeypatch.setattr(devices, "available_bytes", lambda: int(needed))
     result = measure.measure(case, budget=0.0)
     fused, eager = result.rows
     assert len(fused.seconds) == 1 and fused.extra_bytes is not None
@@ -187,7 +188,7 @@ def test_sizes_are_printed_in_their_unit():
 
 def test_command_line_writes_json_and_a_picture(tmp_path, monkeypatch, capsys):
     cases = [Case("clip_loss", 96, 32, baselines=("open_clip", "one-logits"), quick=True), Case("clip_loss", 64, 32)]
-    monkeypatch.setattr(registry, "CASES", cases)
+    monkeypatch.setattr(all_cases, "CASES", cases)
     arguments = ["--quick", "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(cli, "QUICK_SECONDS", 500)  # a loaded machine is no reason to fail
@@ -205,7 +206,7 @@ def test_command_line_writes_json_and_a_picture(tmp_path, monkeypatch, capsys):
 
 
 def test_no_case_starts_after_the_deadline(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(registry, "CASES", [Case("clip_loss", 64, 32, quick=True)])
+    monkeypatch.setattr(all_cases, "CASES", [Case("clip_loss", 64, 32, quick=True)])
     monkeypatch.setattr(cli, "QUICK_SECONDS", -1)
     assert cli.main(["--quick", "--json", str(tmp_path / "b.json")]) == 0
     assert "left out for time: clip_loss-train-64-float32-d32" in capsys.readouterr().out
@@ -226,7 +227,7 @@ def test_plot_without_matplotlib_says_what_to_install(monkeypatch):
 
 def test_what_a_name_chooses():
     def names(*asked: str, **options: bool) -> list[str]:
-        return [case.name for case in registry.chosen(CASES, asked, **options)]
+        return [case.name for case in all_cases.chosen(CASES, asked, **options)]
 
     plain = names()
     assert "clip_loss-train-4096-float32" in plain and "clip_loss-train-4096-float32-stash" not in plain
@@ -238,7 +239,7 @@ def test_what_a_name_chooses():
     ]
     assert set(names("clip_loss")) == {name for name in plain if name.startswith("clip_loss")}
     assert "clip_loss-train-1024-float32-stash" in names("clip_loss-train-1024", everything=True)
-    assert all(case.quick for case in registry.chosen(CASES, [], quick=True))
+    assert all(case.quick for case in all_cases.chosen(CASES, [], quick=True))
 
 
 def test_sizes_widths_and_tiers_of_the_extra_cases():
@@ -246,7 +247,7 @@ def test_sizes_widths_and_tiers_of_the_extra_cases():
     for dtype in ("float32", "bfloat16"):
         for width in ("-d256", "", "-d768", "-d1024"):
             assert {
-                f"clip_loss-train-{n}-{dtype}{width}-{tier}" for n in (1024, 32768) for tier in registry.TIERS
+                f"clip_loss-train-{n}-{dtype}{width}-{tier}" for n in (1024, 32768) for tier in all_cases.TIERS
             } <= extra
             assert {f"siglip_loss-train-32768-{dtype}{width}", f"clip_loss-forward-65536-{dtype}{width}"} <= extra
     assert "clip_loss-forward-131072-float32" in extra
@@ -259,21 +260,23 @@ def test_a_tier_is_forced():
     for tier, expected in (("stash", (1, 2)), ("panel", (2, 2))):
         case = Case("clip_loss", 64, 32, tier=tier)
         assert passes(replace(case, n=65536)) == expected
-        measure.prepare(case, "fused")
-        assert ck.stash_budget() == registry.TIERS[tier]
+        before = ck.stash_budget()
+        with peers.budget_of(case):
+            assert ck.stash_budget() == all_cases.TIERS[tier]
+        assert ck.stash_budget() == before
 
 
 @pytest.mark.parametrize(
     "module, build",
     [
-        ("cut_cross_entropy", optional_peers.build_cut_cross_entropy),
-        ("pykeops.torch", optional_peers.build_keops),
+        ("cut_cross_entropy", optional_peers.cut_cross_entropy),
+        ("pykeops.torch", optional_peers.keops),
     ],
 )
 def test_a_peer_that_is_missing_says_what_to_install(module, build, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ModuleNotFoundError, match=r"is not installed .*pip install '\.\[peers\]'"):
-        build()
+        build(Case("clip_loss", 64, 32))
 
 
 def test_rows_say_what_their_logits_are_rounded_to():

@@ -11,8 +11,8 @@ import torch
 
 import cibr_kernels as ck
 from bench import critic_code, disassembly, floor, measure, report
+from bench.cases import Case
 from bench.measure import Row
-from bench.registry import Case
 from cibr_kernels.dispatch import backends
 
 LISTING = """

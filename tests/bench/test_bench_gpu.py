@@ -14,33 +14,41 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cli, gpu, gpu_cases
-from bench.gpu_cases import CASES, IMPLEMENTATIONS, GpuCase, Implementation
-from bench.measure import Timed, difference, turns
+from bench import cases as all_cases
+from bench import cli, gpu, measure, peers, report
+from bench.cases import GPU_CASES, Case, Passes, gpu_case
+from bench.devices import Cuda
+from bench.floor import Gauge
+from bench.measure import Result, Row, difference, turns
+from bench.peers import IMPLEMENTATIONS, Implementation
 from bench.static import search
 
 ROOT = Path(__file__).resolve().parents[2]
 
 TINY = [
-    GpuCase("clip_loss", 48, 32),
-    GpuCase("clip_loss", 48, 32, "float32", backward=False),
-    GpuCase("clip_loss", 48, 32, "float32", stash=True),
-    GpuCase("critic_moments", 24, 16, "float32"),
-    GpuCase("log_mean_exp", 24, 16, "float32"),
-    GpuCase("siglip_loss", 48, 32),
+    gpu_case("clip_loss", 48, 32),
+    gpu_case("clip_loss", 48, 32, "float32", backward=False),
+    gpu_case("clip_loss", 48, 32, "float32", stash=True),
+    gpu_case("critic_moments", 24, 16, "float32"),
+    gpu_case("log_mean_exp", 24, 16, "float32"),
+    gpu_case("siglip_loss", 48, 32),
 ]
 
 
-class Cpu:
-    """A device whose clock is the wall's and whose peak is a number."""
+class Here(Cuda):
+    """The GPU's way of measuring on the CPU: a clock that is the wall's and a peak that is a number."""
 
     name = "cpu"
-    memory = 10**9
 
-    def seconds(self, run: Callable[[], Any]) -> float:
+    def available(self) -> float:
+        return 1e9
+
+    def fresh(self) -> None: ...
+
+    def timed(self, run: Callable[[], Any]) -> tuple[float, Any]:
         began = time.perf_counter()
-        run()
-        return time.perf_counter() - began
+        result = run()
+        return time.perf_counter() - began, result
 
     def peak_bytes(self, run: Callable[[], Any]) -> int:
         run()
@@ -49,17 +57,20 @@ class Cpu:
     def graph(self, run: Callable[[], Any]) -> Callable[[], Any]:
         return run
 
-    def matmul_rate(self) -> float:
-        return 1e12
+    def gauge(self, case: Case) -> Gauge | None:
+        return Gauge(1e9, lambda: None, "vendor GEMM", lambda run: 1e-3)
+
+
+def measured(case: Case, *baselines: str, budget: float = 0.0) -> Result:
+    return measure.measure(replace(case, baselines=baselines), budget, device=Here())
 
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
-def test_every_implementation_that_runs_here_agrees(case):
-    names = [n for n in ("fused", "eager", "open_clip") if (case.op, n) in IMPLEMENTATIONS]
-    result = gpu.measure(case, Cpu(), names, budget=0.01)
+def test_every_implementation_that_runs_here_agrees(case, monkeypatch):
+    monkeypatch.setattr(measure, "AT_LEAST", 0.0)
+    names = [n for n in ("eager", "open_clip", "torch-chunked", "open_clip+graph") if (case.op, n) in IMPLEMENTATIONS]
+    result = measured(case, *names)
     for row in result.rows:
-        if row.note.startswith("not installed"):
-            continue
         assert row.note == "" and row.seconds and min(row.seconds) > 0 and row.extra_bytes == 1000
         assert not row.wrong and (row.implementation == "fused") == (row.loss_diff is None), row
         assert (row.grad_diff is None) == (row.implementation == "fused" or not case.backward)
@@ -68,31 +79,28 @@ def test_every_implementation_that_runs_here_agrees(case):
 def test_a_wrong_implementation_is_called_wrong(monkeypatch):
     case = TINY[1]
     for factor, wrong in ((1.5, True), (math.nan, True), (1 + 1e-7, False)):
-        off = Implementation(lambda c, f=factor: lambda t: f * gpu_cases.fused(c)(t))
+        off = replace(
+            IMPLEMENTATIONS["clip_loss", "fused"], build=lambda c, f=factor: lambda inputs: f * peers.fused(c)(inputs)
+        )
         monkeypatch.setitem(IMPLEMENTATIONS, ("clip_loss", "off"), off)
-        row = gpu.measure(case, Cpu(), ["fused", "off"], budget=0.0).rows[1]
-        assert row.wrong is wrong
-        assert ("WRONG" in gpu.table(gpu.Result(case, [Timed("fused"), row]))) is wrong
+        result = measured(case, "off")
+        assert result.rows[1].wrong is wrong and ("WRONG: differs from fused" in report.table(result)) is wrong
 
 
 def test_a_peer_that_is_missing_fails_or_does_not_fit_is_a_row(monkeypatch):
-    def missing(case: GpuCase) -> gpu_cases.Loss:
+    def missing(case: Case) -> peers.Loss:
         raise ModuleNotFoundError("No module named 'flash_nothing'", name="flash_nothing")
 
-    def broken(case: GpuCase) -> gpu_cases.Loss:
-        return lambda t: torch.zeros(3) @ torch.zeros(4)
+    def broken(case: Case) -> peers.Loss:
+        return lambda inputs: torch.zeros(3) @ torch.zeros(4)
 
-    def huge(case: GpuCase) -> float:
-        return 2e9
-
-    for name, made in {
-        "missing": Implementation(missing), "broken": Implementation(broken), "huge": Implementation(missing, huge),
-    }.items():  # fmt: skip
+    for name, build, needed in (("missing", missing, 0.0), ("broken", broken, 0.0), ("huge", missing, 2e9)):
+        made = Implementation(build, lambda case: None, lambda case, needed=needed: needed)
         monkeypatch.setitem(IMPLEMENTATIONS, ("clip_loss", name), made)
-    result = gpu.measure(TINY[0], Cpu(), ["fused", "missing", "broken", "huge"], budget=0.0)
+    result = measured(TINY[0], "missing", "broken", "huge")
     notes = [row.note for row in result.rows]
-    assert notes[0] == "" and notes[1] == "not installed: flash_nothing"
-    assert notes[2].startswith("RuntimeError: ") and notes[3] == "needs about 2 GB of 1 GB: not run"
+    assert notes[0] == "" and notes[1] == "failed: ModuleNotFoundError: No module named 'flash_nothing'"
+    assert notes[2].startswith("failed: RuntimeError: ") and notes[3] == "needs about 2 GB, 1 GB may be used: not run"
     assert [len(row.seconds) for row in result.rows[1:]] == [0, 0, 0]
 
 
@@ -104,13 +112,15 @@ def test_a_gradient_that_a_peer_lacks_is_left_out():
 
 
 def test_the_fused_op_may_not_fail(monkeypatch):
-    def broken(case: GpuCase) -> gpu_cases.Loss:
+    def broken(case: Case) -> peers.Loss:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setitem(IMPLEMENTATIONS, ("clip_loss", "fused"), Implementation(broken))
-    result = gpu.measure(TINY[1], Cpu(), ["fused", "eager"], budget=0.0)
-    assert [row.wrong for row in result.rows] == [True, False] and len(result.rows[1].seconds) == 1
-    assert "RuntimeError: no such kernel  WRONG: fails" in gpu.table(result)
+    monkeypatch.setitem(
+        IMPLEMENTATIONS, ("clip_loss", "fused"), replace(IMPLEMENTATIONS["clip_loss", "fused"], build=broken)
+    )
+    result = measured(TINY[1], "eager")
+    assert [row.wrong for row in result.rows] == [True, False] and len(result.rows[1].seconds) >= 1
+    assert "RuntimeError: no such kernel  WRONG: fails" in report.table(result)
 
 
 def test_implementations_take_turns_until_their_share_is_used():
@@ -128,15 +138,21 @@ def test_short_ones_take_more_turns(at_least, rounds):
     assert len(seconds["a"]) == rounds
 
 
-def test_the_table_gives_ratios_and_flops():
-    case = GpuCase("clip_loss", 1000, 500)
-    rows = [Timed("fused", [0.001, 0.002, 0.004], 10**6), Timed("eager", [0.006], 5 * 10**6, 1e-3, 2e-3)]
-    lines = gpu.table(gpu.Result(case, rows, 8e12), {(case.name, "fused"): 1.5}).splitlines()
-    assert lines[0] == "clip_loss-train-1000x500" and len({len(line) for line in lines[1:4]}) == 1
-    expected = ["fused", "2", "1", "..", "4", "1x", "1", "MB", "1x", "2", "25", "%", "1.5", "-", "-"]
-    assert lines[2].split() == expected  # 4 x 1e9 / 2 ms
-    assert lines[3].split()[1:] == ["6", "6", "..", "6", "3x", "5", "MB", "5x", "-", "-", "-", "1.0e-03", "2.0e-03"]
-    assert lines[4].split() == ["vendor's", "matmul", "just", "before:", "8", "TFLOP/s"]
+def test_the_table_gives_ratios_the_floor_and_what_was_predicted():
+    case = gpu_case("clip_loss", 1000, 500)
+    rows = [
+        Row("fused", [0.001, 0.002, 0.004], 10**6, passes=Passes(2, 2), numerics="f32, f32"),
+        Row("eager", [0.006], 5 * 10**6, 1e-3, 2e-3, passes=Passes(1, 2), numerics="bf16, f32"),
+    ]
+    result = Result(case, rows, (8e12,), "vendor GEMM")
+    measure.add_floor(result)
+    lines = report.table(result, {(case.name, "fused"): 1.5}).splitlines()
+    assert lines[0] == "clip_loss-train-1000x500   vendor GEMM: 8000 GF/s" and len(lines) == 4
+    assert len({len(line) for line in lines[1:]}) == 1 and lines[1].endswith("PREDICTED")
+    times = ["fused", "2", "1", "..", "4", "1x", "1", "MB", "1x"]
+    assert lines[2].split() == [*times, "4", "50", "%", "f32,", "f32", "-", "-", "1.5"]  # 4 x 1e9 / 8e12 of 1 ms
+    peer = ["6", "6", "..", "6", "3x", "5", "MB", "5x", "3", "6", "%", "bf16,", "f32", "1.0e-03", "2.0e-03", "-"]
+    assert lines[3].split()[1:] == peer
 
 
 def test_predictions_are_those_of_the_same_processor():
@@ -146,13 +162,13 @@ def test_predictions_are_those_of_the_same_processor():
 
 
 def test_steps_of_small_batches_are_timed_in_a_graph_too():
-    assert "fused+graph" in gpu_cases.implementations(GpuCase("clip_loss", 4096, 512))
-    assert "fused+graph" not in gpu_cases.implementations(GpuCase("clip_loss", 65536, 512))
+    assert "fused+graph" in gpu_case("clip_loss", 4096, 512).implementations
+    assert "fused+graph" not in gpu_case("clip_loss", 65536, 512).implementations
 
 
 def test_results_are_named_after_the_device(tmp_path):
     about = {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.14"}
-    result = gpu.Result(TINY[0], [Timed("fused", [0.5], 7)])
+    result = Result(TINY[0], [Row("fused", [0.5], 7)], None)
     text, data = gpu.write(tmp_path, about, [result])
     assert text.name == "gpu-nvidia-h100-80gb-hbm3.txt" and "NVIDIA H100" in text.read_text()
     assert json.loads(data.read_text())["results"][0]["rows"][0]["seconds"] == [0.5]
@@ -160,11 +176,12 @@ def test_results_are_named_after_the_device(tmp_path):
 
 
 def test_cases_have_names_and_implementations():
-    names = [case.name for case in CASES]
+    names = [case.name for case in GPU_CASES]
     assert len(set(names)) == len(names)
-    for case in CASES:
-        assert gpu_cases.implementations(case)[0] == "fused"
-        assert gpu_cases.implementations(replace(case, stash=True)) == ["fused"]
+    for case in GPU_CASES:
+        assert case.implementations[0] == "fused" and (case.tier != "stash" or len(case.implementations) == 1)
+    passes = IMPLEMENTATIONS["clip_loss", "fused"].passes
+    assert [passes(gpu_case("clip_loss", 65536, 512, stash=stash)).total for stash in (False, True)] == [4, 3]
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -177,7 +194,7 @@ def test_without_a_gpu_there_is_one_line_and_status_2(capsys, monkeypatch):
 
 def test_an_unknown_case_lists_the_known(capsys):
     assert cli.main(["gpu", "clip_los5", "--predict"]) == 2
-    assert "clip_los5" in (err := capsys.readouterr().err) and CASES[0].name in err
+    assert "clip_los5" in (err := capsys.readouterr().err) and GPU_CASES[0].name in err
 
 
 def test_search_and_predict_go_together(monkeypatch):
@@ -215,8 +232,8 @@ def test_predictions_are_called_that_and_count_the_passes(tmp_path, capsys, monk
     from bench.static import predictions
     from bench.static.gpus import GPUS
 
-    cases = [GpuCase("clip_loss", 4096, 512), GpuCase("clip_loss", 4096, 512, backward=False)]
-    monkeypatch.setattr(gpu_cases, "CASES", cases)
+    cases = [gpu_case("clip_loss", 4096, 512), gpu_case("clip_loss", 4096, 512, backward=False)]
+    monkeypatch.setattr(all_cases, "GPU_CASES", cases)
     monkeypatch.setattr(predictions.main, "__defaults__", (cases, (90,)))
     assert cli.main(["gpu", "--predict", "--json", str(tmp_path / "p.json")]) == 0
     out = capsys.readouterr().out

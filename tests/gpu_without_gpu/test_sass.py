@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import gpu_cases
-from bench.gpu_cases import GpuCase
+from bench.cases import gpu_case
+from bench.inputs import make_inputs
+from bench.peers import IMPLEMENTATIONS
 from bench.static import compiled, predict, record, sass, ttir
 from bench.static.gpus import GPUS, blocks_per_processor
 from cibr_kernels.dispatch import triton_call
@@ -222,13 +223,13 @@ def test_a_predicted_launch_has_the_counted_work_in_its_pipes(capability):
 def test_recorded_flops_are_those_that_a_real_run_counts(name):
     if name == "open_clip":
         pytest.importorskip("open_clip")
-    case = GpuCase("clip_loss", 48, 32, "float32")
-    build = gpu_cases.IMPLEMENTATIONS["clip_loss", name].build
-    tensors = gpu_cases.make_tensors(case, "cpu")
+    case = gpu_case("clip_loss", 48, 32, "float32")
+    build = IMPLEMENTATIONS["clip_loss", name].build
+    inputs = make_inputs(case, "cpu")
     with FlopCounterMode(display=False) as counter:
-        build(case)(tensors).backward()
+        build(case)(inputs).backward()
     with record.recording(90) as recorder:
-        fake = gpu_cases.make_tensors(case, "cuda")
+        fake = make_inputs(case, "cuda")
         recorder.events.clear()
         record.backward(build(case)(fake))
     flops = sum(event.flops for event in recorder.events if isinstance(event, record.Gemm))

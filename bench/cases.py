@@ -1,4 +1,7 @@
-"""The cases: what `python bench/` measures, as data.  inputs.py makes their tensors, measure.py measures them."""
+"""The cases: what `python bench/` and `python bench/ gpu` measure, as data.
+
+inputs.py makes their tensors, peers.py has the implementations, measure.py measures them on a device of devices.py.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import NamedTuple
 
 SCALE = 1 / 0.07  # CLIP's initial logit scale
 TIERS = {"stash": 1 << 40, "panel": 0}  # bytes of `stash_budget()` that force a tier of clip_loss's backward
-WIDTHS = {"clip_loss": 512, "siglip_loss": 512, "critic_moments": 256, "cibr_loss": 512}  # a name says only others
+WIDTHS = {"clip_loss": 512, "siglip_loss": 512, "critic_moments": 256, "cibr_loss": 512, "log_mean_exp": 0}
 LARGEST = 131072
 
 
@@ -38,7 +41,7 @@ class Case:
 
     op: str  # a key of WIDTHS
     n: int
-    width: int  # features of the losses, hidden units of critic_moments
+    width: int  # features of the losses, hidden units of critic_moments, columns of log_mean_exp
     dtype: str = "float32"
     backward: bool = True
     baselines: tuple[str, ...] = ()
@@ -48,13 +51,19 @@ class Case:
     activation: str = "relu"  # of critic_moments
     group: str = ""  # what tells apart two cases of one size: the end of the name
     extra: bool = False  # only by name or with --all
+    device: str = "cpu"  # "cuda": one of the GPU's table
 
     @property
     def name(self) -> str:
-        """What the command line calls it: clip_loss-train-8192-bfloat16, clip_loss-train-4096-float32-d768-stash."""
+        """What the command line calls it: clip_loss-train-8192-bfloat16, clip_loss-train-4096-float32-d768-stash; of
+        the GPU clip_loss-train-65536x512-stash.  A name leaves out a width of WIDTHS and the GPU's panel tier.
+        """
+        kind = "train" if self.backward else "forward"
+        if self.device == "cuda":
+            return "-".join(filter(None, (self.op, kind, f"{self.n}x{self.width}", self.tier.removeprefix("panel"))))
         width = f"d{self.width}" if self.width != WIDTHS[self.op] else ""
         activation = self.activation if self.activation != "relu" else ""
-        parts = (self.op, "train" if self.backward else "forward", str(self.n), self.dtype)
+        parts = (self.op, kind, str(self.n), self.dtype)
         return "-".join([*parts, *filter(None, (width, self.tier, activation, self.group))])
 
     @property
@@ -153,3 +162,38 @@ def _all_cases() -> list[Case]:
 
 
 CASES = _all_cases()
+
+
+GPU_SIZES = ((32768, 512), (65536, 512), (65536, 768), (131072, 768))
+GPU_SMALL = 16384  # up to here the host takes longer than the GPU, and steps are timed in a CUDA graph too
+GPU_PEERS = {
+    "clip_loss": ("eager", "compiled", "open_clip", "torch-chunked", "inf_cl", "memeff"),
+    "siglip_loss": ("eager", "compiled", "open_clip", "siglip_kernel"),
+    "critic_moments": ("eager", "compiled"),
+    "log_mean_exp": ("eager", "compiled"),
+}
+
+
+def gpu_case(
+    op: str, n: int, width: int, dtype: str = "bfloat16", backward: bool = True, stash: bool = False
+) -> Case:  # fmt: skip
+    """The peers without a stash stand beside the other tier only."""
+    peers = () if stash else GPU_PEERS[op]
+    if backward and n <= GPU_SMALL and "open_clip" in peers:
+        peers += ("fused+graph", "open_clip+graph")
+    tier = "" if op != "clip_loss" else "stash" if stash else "panel"
+    return Case(op, n, width, dtype, backward, peers, tier=tier, device="cuda")
+
+
+GPU_CASES = [
+    *(gpu_case("clip_loss", n, 512) for n in (1024, 4096, 8192, 16384)),
+    *(gpu_case("clip_loss", n, d, backward=False) for n, d in GPU_SIZES),
+    *(gpu_case("clip_loss", n, d) for n, d in GPU_SIZES),
+    *(gpu_case("clip_loss", n, d, stash=True) for n, d in GPU_SIZES if 2 * n * n <= 16e9),
+    gpu_case("siglip_loss", 8192, 512),
+    *(gpu_case("siglip_loss", n, d) for n, d in GPU_SIZES),
+    gpu_case("critic_moments", 4096, 512, "float32", backward=False),
+    gpu_case("critic_moments", 4096, 512, "float32"),
+    gpu_case("critic_moments", 32768, 512, "float32"),
+    gpu_case("log_mean_exp", 32768, 32768, "float32"),
+]
