@@ -27,7 +27,8 @@ from cibr_kernels.information.wrappers import dtype_for, hooked, in_its_dtype, i
 from cibr_kernels.numerics import promote
 from cibr_kernels.primitives.additive.shifts.op import additive_shifts
 
-FORMS = ("additive_parts", "dot_parts", "pair_parts", "pairwise", "paired")
+FUSED = ("additive_parts", "dot_parts")
+FORMS = (*FUSED, "pair_parts", "pairwise", "paired")
 
 
 @dataclass
@@ -154,7 +155,7 @@ def check(
     beside features z that are not (or the reverse); ValueError for features of other widths than it was made for."""
     if (arguments == 1 or critic.form == "call") and not torch.compiler.is_compiling():  # signatures cannot be traced
         _check_callable(critic.called, arguments)
-    if arguments == 2:
+    if arguments == 2 and (critic.called is not critic.inner or critic.form not in FUSED):
         _check_wrapped(critic)
     if critic.known:
         for name, t, width in zip(names, (x, z), (critic.inner.x_dim, critic.inner.z_dim), strict=True):
@@ -181,7 +182,7 @@ def _check_callable(critic: Any, arguments: int) -> None:
 
 def _check_wrapped(critic: View) -> None:
     """Raises TypeError where panels would call what has to be called once for each backward, on all ranks alike."""
-    fused = critic.form in ("additive_parts", "dot_parts")
+    fused = critic.form in FUSED
     if critic.called is not critic.inner and not (critic.known and (fused or critic.form == "pair_parts")):
         raise TypeError(
             f"{type(critic.called).__name__} sees one call for each backward, but this critic is called in panels: "

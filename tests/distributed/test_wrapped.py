@@ -34,6 +34,21 @@ def test_fully_sharded_objectives(ranks, how, kind, half):
 
 
 @pytest.mark.parametrize(
+    ("kind", "strategy", "estimator", "negatives", "dtype"),
+    [("separable", "ring", "dv", "all", torch.bfloat16), ("separable", "ring", "js", "all", torch.float16),
+     ("separable", "gather", "smile", "all", torch.bfloat16), ("separable", "ring", "infonce", "all", torch.float16),
+     ("concat", "gather", "js", "all", torch.bfloat16), ("concat", "gather", "mine", ck.shifts(2), torch.float16),
+     ("two layers", "gather", "infonce", "all", torch.bfloat16)],
+    ids=str,
+)  # fmt: skip
+def test_half_precision_critics(ranks, kind, strategy, estimator, negatives, dtype):
+    """Each rank rounds its gradients, and some of them cancel."""
+    limit = 8 * torch.finfo(dtype).eps
+    for errors in ranks.run(wrapped_runs.in_half, 3, kind, strategy, estimator, negatives, dtype):
+        assert max(errors) < limit, errors
+
+
+@pytest.mark.parametrize(
     ("how", "words"),
     [("sharded", "shard the module that holds the critic"), ("sharded linear", "shard the module that holds the"),
      ("hooked in DDP", "DistributedDataParallel sees one call for each backward")],

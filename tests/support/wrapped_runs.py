@@ -86,6 +86,25 @@ def in_fsdp(group: Group, how: str, kind: str, half: bool) -> dict[str, float]:
     return {"loss": error(value, truth, 1.0), "gradients": error(together[0], together[1].double())}
 
 
+def in_half(group: Group, kind: str, strategy: str, estimator: str, negatives: Any, dtype: torch.dtype) -> list[float]:
+    """Errors of a half-precision critic's estimate over all ranks, and of its gradients, against one process."""
+    torch.manual_seed(4)
+    rows = (3, 8, 4)
+    start, whole = CRITICS[kind]().to(dtype), batch(sum(rows))
+
+    def run(group: Group | None) -> list[Tensor]:
+        critic = copy.deepcopy(start)
+        x, z = (t.to(dtype) if group is None else mine(t, rows, group).to(dtype) for t in (whole["xv"], whole["zv"]))
+        value = ck.mutual_information(
+            x, z, critic, estimator=estimator, negatives=negatives, strategy=strategy, process_group=group
+        )
+        value.backward()
+        grads = [p.grad.double() if group is None else averaged(p.grad, group) for p in critic.parameters()]
+        return [value.detach(), torch.cat([t.flatten() for t in grads])]
+
+    return [error(ours, one.double()) for ours, one in zip(run(group), run(None), strict=True)]
+
+
 def refused(group: Group, how: str) -> str:
     """What is said to critics that DDP or FSDP2 stand around and that are called in panels."""
     data, critic = batch(6, torch.float32), CRITICS["two layers" if "sharded" in how else "concat"]()
