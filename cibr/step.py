@@ -1,9 +1,7 @@
 """One step: towers, objective, backward, update.
 
-Towers and objective meet at the features, which are leaves of the objective's graph: its backward ends in their
-gradients, and the towers' backward begins there.  So a batch can be encoded in parts without being cut for the loss
-(GradCache, 2101.06983): features of all parts without a graph, the objective on all of them, then each part again, with
-the same random numbers, for its backward.  The gradient is that of the whole batch; the memory that of one part.
+Towers and objective meet at the features (`cibr_kernels.accumulate`): the objective's backward ends in their gradients,
+and the towers' begins there.  So a batch can be encoded in parts without being cut for the loss.
 
 Random numbers are drawn anew from (seed, step, rank, part) before each encoding and from (seed, step) before the
 objective, so a step depends on nothing that came before it but the weights.
@@ -23,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import cibr_kernels as ck
 from cibr.config import RunConfig
-from cibr.models import Batch, Model, Output, concatenate
+from cibr.models import Batch, Model, Output
 from cibr.objectives import Objective
 from cibr.run.clock import Clock
 from cibr.run.ema import Ema
@@ -97,28 +96,19 @@ def forward_backward(players: Players, batch: Batch, step: int) -> dict[str, Ten
     """Leaves the whole batch's gradients, averaged over ranks, in the parameters; returns the parts of the loss."""
     rows = len(batch["index"])
     cuts = slices(rows, min(players.config.optim.accumulate, rows))
-    pieces = [{name: t[part] for name, t in batch.items()} for part in cuts]
-    buffers = [(buffer, buffer.clone()) for buffer in players.model.buffers()] if len(cuts) > 1 else []
-    if len(cuts) == 1:
-        output = encode(players, batch, step, 0)
-    else:
-        with torch.no_grad():
-            output = concatenate([encode(players, piece, step, k).copy() for k, piece in enumerate(pieces)])
-    leaves = output.leaves()
-    players.clock.mark("loss")
-    players.seed(step)
-    parts = players.objective(leaves, batch)
-    players.scaler.scale(parts["loss"]).backward()
-    players.clock.mark("towers")
-    gradients = leaves.gradients()
-    if len(cuts) == 1:
-        backward(output, gradients)
-    else:
-        for buffer, value in buffers:
-            buffer.copy_(value)
-        with unsynchronised(players.called):
-            for k, (piece, part) in enumerate(zip(pieces, cuts, strict=True)):
-                backward(encode(players, piece, step, k), [g[part] if g.ndim else g / len(cuts) for g in gradients])
+    parts: dict[str, Tensor] = {}
+
+    def encode_part(k: int) -> list[Tensor]:
+        return encode(players, {name: t[cuts[k]] for name, t in batch.items()}, step, k).tensors()
+
+    def loss(*tensors: Tensor) -> Tensor:
+        players.clock.mark("loss")
+        players.seed(step)
+        parts.update(players.objective(Output.of(tensors), batch))
+        return players.scaler.scale(parts["loss"])
+
+    with contextlib.nullcontext() if len(cuts) == 1 else unsynchronised(players.called):
+        ck.accumulate(encode_part, range(len(cuts)), loss, buffers=players.model.buffers())
     players.ranks.average(left_to_average(players, parted=len(cuts) > 1))
     return parts
 
@@ -137,16 +127,13 @@ def left_to_average(players: Players, *, parted: bool) -> Iterator[nn.Parameter]
 
 
 def encode(players: Players, piece: Batch, step: int, part: int) -> Output:
+    players.clock.mark("towers")
     players.seed(step, players.ranks.rank, part)
     with players.autocast():
-        return players.called(piece)
-
-
-def backward(output: Output, gradients: list[Tensor]) -> None:
-    """From the gradients of an output's tensors to those of the parameters."""
-    needed = [(t, g) for t, g in zip(output.tensors(), gradients, strict=True) if t.requires_grad]
-    if needed:
-        torch.autograd.backward([t for t, _ in needed], [g for _, g in needed])
+        output = players.called(piece)
+    if output.image.embedding.requires_grad:
+        output.image.embedding.register_hook(lambda _: players.clock.mark("towers"))  # where their backward begins
+    return output
 
 
 def slices(total: int, count: int) -> list[slice]:

@@ -18,6 +18,7 @@ from cibr_kernels.information.estimators import (
     mutual_information,
 )
 from cibr_kernels.information.moments import critic_moments, derangement, permutation, shifts
+from cibr_kernels.losses.accumulate import accumulate
 from cibr_kernels.losses.cibr import cibr_loss
 from cibr_kernels.losses.clip.op import clip_loss
 from cibr_kernels.losses.siglip.op import siglip_loss
@@ -26,6 +27,7 @@ from cibr_kernels.primitives.log_mean_exp.op import log_mean_exp
 
 __version__ = "0.1.0"
 __all__ = [
+    "accumulate",
     "bound",
     "cibr_loss",
     "clip_loss",

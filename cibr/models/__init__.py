@@ -12,12 +12,12 @@ from torch import nn
 
 from cibr.errors import UsageError
 from cibr.models.conv import Conv
-from cibr.models.features import Batch, Features, Output, concatenate
+from cibr.models.features import Batch, Features, Output
 from cibr.models.heads import Heads
 from cibr.models.model import Facts, Model
 from cibr.models.open_clip import OpenClip
 
-__all__ = ["DEFAULT", "MODELS", "Batch", "Facts", "Features", "Model", "Output", "build", "concatenate", "rebuild"]
+__all__ = ["DEFAULT", "MODELS", "Batch", "Facts", "Features", "Model", "Output", "build", "rebuild"]
 
 MODELS: dict[str, type[Model]] = {"conv": Conv, "heads": Heads, "open_clip": OpenClip}
 DEFAULT = "conv"

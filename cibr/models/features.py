@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 Batch = dict[str, Tensor]  # as cibr.data.batch makes it; models do not import data
@@ -34,23 +33,3 @@ class Output:
         """The inverse of `tensors`."""
         image_inputs, image, text_inputs, text, scale, *bias = tensors
         return cls(Features(image_inputs, image), Features(text_inputs, text), scale, bias[0] if bias else None)
-
-    def copy(self) -> Output:
-        """In memory of its own: pooled features are often views that would keep all tokens alive."""
-        return Output.of([t.clone() for t in self.tensors()])
-
-    def leaves(self) -> Output:
-        """The same numbers without their history, to be differentiated by."""
-        return Output.of([t.detach().requires_grad_() for t in self.tensors()])
-
-    def gradients(self) -> list[Tensor]:
-        """Of `tensors`, once a loss of them has gone backward; zeros where it does not depend on them."""
-        return [torch.zeros_like(t) if t.grad is None else t.grad for t in self.tensors()]
-
-
-def concatenate(outputs: Sequence[Output]) -> Output:
-    """The output of a batch from those of its parts, in order."""
-    *features, scale = zip(*(output.tensors()[:5] for output in outputs), strict=True)
-    rows = [torch.cat(parts) for parts in features]
-    bias = outputs[0].logit_bias
-    return Output.of([*rows, scale[0], *([] if bias is None else [bias])])
