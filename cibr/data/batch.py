@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from cibr.data.dataset import Dataset, Skipped
 from cibr.data.features import FeatureSet
-from cibr.data.options import DataOptions
+from cibr.data.options import DataOptions, require_read
 from cibr.data.order import Order
 from cibr.data.steps import Rows, Steps
 from cibr.data.stream import Stream, StreamSteps
@@ -46,7 +46,10 @@ class Batches:
         transform: Transform | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        """Raises UsageError where there are fewer samples than a batch takes, or nothing to tell a pair from."""
+        """Raises UsageError where there are fewer samples than a batch takes, nothing to tell a pair from, or options
+        that this kind of data does not have.
+        """
+        require_read(options)
         self.dataset, self.options, self.batch_size, self.seed = dataset, options, batch_size, seed
         self.transform, self.tokenizer = transform, tokenizer
         self.order = None if isinstance(dataset, Stream) else make_order(dataset, options, batch_size, seed)

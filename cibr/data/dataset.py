@@ -28,7 +28,7 @@ class Skipped:
         self.first: dict[str, str] = {}
 
     def add(self, reason: str, name: str, count: int = 1) -> None:
-        self.first.setdefault(reason, name)
+        self.first.setdefault(reason, printable(name))
         self.counts[reason] += count
 
     def update(self, other: Skipped) -> None:
@@ -42,6 +42,11 @@ class Skipped:
     def __str__(self) -> str:
         """One line a reason: `3 unreadable image (the first: 000017.jpg in a.tar)`."""
         return "\n".join(f"{n} {reason} (the first: {self.first[reason]})" for reason, n in self.counts.most_common())
+
+
+def printable(name: str) -> str:
+    """A name out of a data set as a terminal may see it: neither its control sequences nor megabytes of it."""
+    return "".join(c if c.isprintable() else "?" for c in name[:200])
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,15 @@ from typing import Literal
 from cibr.config import option
 from cibr.errors import UsageError
 
+READ_BY = {  # options of some kinds of data only
+    "hold_out": ("emoji",),
+    "unseen_fraction": ("emoji",),
+    "image_column": ("csv", "hf"),
+    "caption_column": ("csv", "hf", "webdataset"),
+    "separator": ("csv",),
+    "hf_split": ("hf",),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
@@ -40,3 +49,11 @@ class DataOptions:
     def __post_init__(self) -> None:
         if self.separator is not None and len(self.separator.replace("\\t", "\t")) != 1:
             raise UsageError(f"--separator is {self.separator!r}, but must be one character")
+
+
+def require_read(options: DataOptions) -> None:
+    """Raises UsageError for an option that data of this kind would ignore: whoever set it believes in it."""
+    kind, colon, _ = options.data.partition(":")
+    for name, kinds in READ_BY.items():
+        if colon and kind not in kinds and getattr(options, name) != getattr(DataOptions(), name):
+            raise UsageError(f"--{name.replace('_', '-')} is an option of {' and '.join(kinds)} data, not of {kind}")

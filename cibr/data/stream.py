@@ -90,7 +90,7 @@ def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, url: str, bad: Bad) -
     try:
         check_member(member)
     except SkipSample as reason:
-        bad.append((f"{member.name[:200]} in {url}", str(reason)))
+        bad.append((f"{member.name} in {url}", str(reason)))
         return
     content = tar.extractfile(member)
     assert content is not None

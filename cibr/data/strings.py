@@ -8,10 +8,10 @@ import numpy as np
 
 
 class Strings:
-    """A sequence of strings kept as UTF-8 in one array, and where each begins."""
+    """A sequence of strings kept as UTF-8 in one array, and where each begins; other bytes of file names stay."""
 
     def __init__(self, strings: Iterable[str]) -> None:
-        encoded = [string.encode() for string in strings]
+        encoded = [string.encode(errors="surrogateescape") for string in strings]
         self.bytes = np.frombuffer(b"".join(encoded), np.uint8)
         self.starts = np.cumsum([0, *map(len, encoded)], dtype=np.int64)  # (n + 1,)
 
@@ -30,7 +30,7 @@ class Strings:
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < len(self):
             raise IndexError(f"string {index} of {len(self)}")
-        return self.bytes[self.starts[index] : self.starts[index + 1]].tobytes().decode()
+        return self.bytes[self.starts[index] : self.starts[index + 1]].tobytes().decode(errors="surrogateescape")
 
     def __iter__(self) -> Iterator[str]:
         return map(self.__getitem__, range(len(self)))

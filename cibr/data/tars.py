@@ -118,7 +118,7 @@ def samples(path: Path, skipped: Skipped) -> dict[str, dict[str, Place]]:
             if ending in found.get(key, ()):
                 raise SkipSample("tar member of a name that was there before")
         except SkipSample as reason:
-            skipped.add(str(reason), f"{member.name[:200]} in {path.name}")
+            skipped.add(str(reason), f"{member.name} in {path.name}")
             continue
         found.setdefault(key, {})[ending] = Place(member.offset_data, member.size)
     return found

@@ -13,7 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from cibr.data import DataOptions, in_order, open_dataset
-from cibr.data.dataset import SkipSample
+from cibr.data.dataset import Skipped, SkipSample
 from cibr.data.images import decode
 from cibr.errors import UsageError
 
@@ -64,6 +64,12 @@ def test_nothing_of_a_damaged_tar_is_lost_unnoticed(tmp_path: Path) -> None:
 
 def test_the_names_of_bad_cases_are_distinct() -> None:
     assert len({case.name for case in bad_data.CASES}) == len(bad_data.CASES) > 50
+
+
+def test_names_are_printed_without_control_characters() -> None:
+    skipped = Skipped()
+    skipped.add("no image", "a\x1b[2J\nb" + 1000 * "c")
+    assert skipped.first["no image"][:9] == "a?[2J?bcc" and len(str(skipped)) < 300
 
 
 def read(image: Image.Image, kind: str = "PNG", **options: object) -> Image.Image:

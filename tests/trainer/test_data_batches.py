@@ -174,6 +174,22 @@ def test_too_few_samples_and_a_single_group_are_refused() -> None:
         batches(Numbers(9, captions=[("same",)] * 9))
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"hold_out": "google"}, "--hold-out is an option of emoji data, not of synthetic"),
+        (
+            {"caption_column": "title"},
+            "--caption-column is an option of csv and hf and webdataset data",
+        ),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(option: dict[str, str], words: str) -> None:
+    options = DataOptions(data="synthetic:9", workers=0, **option)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=words):
+        Batches(open_dataset(options), options, batch_size=3, seed=0)
+
+
 def test_an_order_of_groups_takes_one_row_of_each() -> None:
     groups = np.array([7, 7, 7, 3, 3, 9, 9, 9, 9, 1])
     order = Order(10, 4, 0, groups)
