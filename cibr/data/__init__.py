@@ -31,6 +31,7 @@ __all__ = [
     "Sample",
     "SkipSample",
     "Skipped",
+    "Source",
     "in_order",
     "open_dataset",
     "training_transform",
