@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -48,7 +49,9 @@ class Block:
 
     def compiled(self) -> Any:
         """The code, whose line numbers are the page's."""
-        return compile("\n" * (self.line - 1) + self.code, str(ROOT / "docs" / f"{self.page}.md"), "exec")
+        return compile(
+            "\n" * (self.line - 1) + self.code, str(ROOT / "docs" / f"{self.page}.md"), "exec", dont_inherit=True
+        )
 
 
 def blocks(page: str) -> list[Block]:
@@ -75,13 +78,14 @@ SCRIPTS = [block for page in PAGES for block in blocks(page) if block.ranks > 1]
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_blocks_of_a_page_run(page: str) -> None:
+def test_the_blocks_of_a_page_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert PAGES[page].count("```python") == len(blocks(page))
-    names: dict[str, Any] = {"__name__": page}
+    module = ModuleType(f"docs_{page}")  # a dataclass looks for its module
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     for block in blocks(page):
         code = block.compiled()
         if block.ranks == 1 and all(here(need) for need in block.needs):
-            exec(code, names)
+            exec(code, module.__dict__)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=[f"{block.page}:{block.line}" for block in SCRIPTS])
