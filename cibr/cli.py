@@ -113,12 +113,10 @@ def report(outcome: Any, config: RunConfig) -> None:
     """The end of a run: what came out, what was skipped, and what to do next."""
     loss = f", loss {outcome.last['loss']:.4f}" if "loss" in outcome.last else ""
     print(f"{outcome.step} steps in {outcome.seconds:.0f} s of training{loss}")
-    for count, what in (
-        (outcome.skipped_steps, "steps without a finite loss or gradient"),
-        (outcome.skipped_samples, "unreadable samples"),
-    ):
-        if count:
-            print(f"{count} {what} skipped")
+    if outcome.skipped_steps:
+        print(f"{outcome.skipped_steps} steps without a finite loss or gradient skipped")
+    for line in outcome.skipped_samples.splitlines():
+        print(f"skipped: {line}")
     if outcome.stopped_by is not None:
         print(
             f"stopped by signal {outcome.stopped_by}; cibr train --resume --out {config.run.out} goes on",

@@ -100,16 +100,21 @@ def prepare(config: RunConfig, found: Path | None, ranks: Ranks) -> Session:
         tokenizer=model.tokenizer if model.text_key == "text" else None,
     )
     validation = Validation(config) if config.run.eval_every is not None else None
-    for line in description(config, players, batches, counters):
+    for line in (*description(config, players, batches, counters), *left_out(batches)):
         say(line)
     about = {"config": config.to_dict(), "recipe": model.recipe, "fingerprint": fingerprint}
     return Session(config, players, batches, validation, about, counters)
 
 
+def left_out(batches: Batches) -> Iterator[str]:
+    """What the data's listing has left out, by reason."""
+    for line in str(batches.skipped).splitlines():
+        yield f"skipped    {line}"
+
+
 def facts(config: RunConfig, dataset: Dataset) -> models.Facts:
     """What a new model may ask of the data and the objective; SigLIP starts at scale 10 and bias -10 (2303.15343)."""
-    sigmoid = "siglip" in (config.objective.objective, getattr(config.objective, "contrastive", ""))
-    start = {"logit_scale": 10.0, "logit_bias": -10.0} if sigmoid else {}
+    start = {"logit_scale": 10.0, "logit_bias": -10.0} if config.objective.sigmoid() else {}
     return models.Facts(dataset.words(), dataset.image_width, dataset.text_width, **start)
 
 

@@ -37,7 +37,7 @@ class Outcome:
     step: int
     seconds: float  # of training
     skipped_steps: int  # loss or gradient not finite
-    skipped_samples: int  # unreadable
+    skipped_samples: str  # unreadable: how many for each reason, a line each
     stopped_by: int | None  # the signal that ended it early
     last: dict[str, Any]  # the last entry of the log
 
@@ -69,7 +69,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Outcome:
             write_text(run / "environment.json", json.dumps(environment(), indent=1))
         stopped_by, last = loop(session)
     counters = session.counters
-    skipped = session.batches.skipped.total
+    skipped = str(session.batches.skipped)
     return Outcome(counters.step, counters.seconds, counters.skipped, skipped, stopped_by, last)
 
 
@@ -77,6 +77,7 @@ def loop(session: Session) -> tuple[int | None, dict[str, Any]]:
     """Takes the steps that are left; returns the signal that ended it early and the log's last entry."""
     config, players, counters = session.config, session.players, session.counters
     stages, last, in_a_row, asked = stages_of(config.optim), {}, 0, 0
+    warned = False
     done = progress(config.optim, counters.step, counters.seconds)
     with stop_signals() as stop, open_journal(session, done) as journal:
         batches = session.batches.start(counters.step, players.ranks.part(config.optim.batch_size))
@@ -107,6 +108,9 @@ def loop(session: Session) -> tuple[int | None, dict[str, Any]]:
             if counters.step % config.run.log_every == 0 or counters.step == 1 or done >= 1:
                 last = entry_of(session)
                 journal.write(counters.step, last)
+                if not warned and (text := players.objective.warning(last, config.optim.batch_size)):
+                    warned = True
+                    journal.say(text)
             journal.step(counters.step, done)
             if config.run.eval_every is not None and (counters.step % config.run.eval_every == 0 or done >= 1):
                 evaluate(session, journal)

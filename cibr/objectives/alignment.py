@@ -35,13 +35,14 @@ class CebOptions(PenaltyOptions):
 class Align(Penalised):
     Options = AlignOptions
 
-    def penalty(self, output: Output, lam: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        zv, zt = scaled(output.image.embedding, lam), scaled(output.text.embedding, lam)
+    def penalty(self, output: Output, lam_image: Tensor, lam_text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        both = (lam_image + lam_text) / 2  # the bound is the same both ways
+        zv, zt = scaled(output.image.embedding, both), scaled(output.text.embedding, both)
         nats = ck.conditional_mutual_information(
             zv, output.image.inputs, zt, None, estimator="align", noise_std=self.options.noise_std,
             process_group=self.shards,
         )  # fmt: skip
-        return 2 * nats, {"image_cmi": nats.detach(), "text_cmi": nats.detach()}  # the bound is the same both ways
+        return 2 * nats, {"image_cmi": nats.detach(), "text_cmi": nats.detach()}
 
 
 class Ceb(Penalised):
@@ -58,11 +59,11 @@ class Ceb(Penalised):
             for width in (model.text_width, model.image_width)
         )
 
-    def penalty(self, output: Output, lam: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def penalty(self, output: Output, lam_image: Tensor, lam_text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         xv = self.standardize_image(output.image.inputs.detach(), self.shards)
         xt = self.standardize_text(output.text.inputs.detach(), self.shards)
-        image = self.bound(scaled(output.image.embedding, lam), xv, xt, self.image_mean)
-        text = self.bound(scaled(output.text.embedding, lam), xt, xv, self.text_mean)
+        image = self.bound(scaled(output.image.embedding, lam_image), xv, xt, self.image_mean)
+        text = self.bound(scaled(output.text.embedding, lam_text), xt, xv, self.text_mean)
         return torch.add(image, text), {"image_cmi": image.detach(), "text_cmi": text.detach()}
 
     def bound(self, z: Tensor, own: Tensor, other: Tensor, mean: nn.Module) -> Tensor:

@@ -7,6 +7,7 @@ surrogate         = - sum of the four estimates, with -lam times Z's gradient in
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import cibr_kernels as ck
 from cibr.config import option
 from cibr.errors import UsageError
-from cibr.models import Model, Output
+from cibr.models import Features, Model, Output
 from cibr.objectives.contrastive import NAMES
 from cibr.objectives.penalty import Penalised, PenaltyOptions, scaled
 
@@ -36,6 +37,9 @@ class CibrOptions(PenaltyOptions):
     )
     negatives: str = option("all", "pairs for the product of marginals: all, shifts:K, derangement:K or permutation:K")
     diagonal: Literal["exclude", "include"] = option("exclude", "whether a pair is also its own negative")
+    remine_rho: float = option(0.1, "of --estimator remine: weight of its regulariser", least=0)
+    remine_c: float = option(0.0, "of --estimator remine: where it holds the log-mean-exp")
+    smile_tau: float = option(5.0, "of --estimator smile: scores are clamped to [-tau, tau]", above=0)
     ema_decay: float | None = option(
         None, "MINE's moving average; default none, for which all pairs need none", below=1
     )
@@ -57,6 +61,8 @@ class Cibr(Penalised):
         if options.ema_decay is not None:
             self.ema.update({name: ck.nn.LogEMA(options.ema_decay) for name in TERMS})
         self.negatives = parse_negatives(options.negatives)
+        remine, smile = {"rho": options.remine_rho, "c": options.remine_c}, {"tau": options.smile_tau}
+        self.estimator_options: dict[str, Any] = {"remine": remine, "smile": smile}.get(options.estimator, {})
 
     def _critic(self, width: int, embed_dim: int) -> nn.Module:
         options = self.options
@@ -64,20 +70,44 @@ class Cibr(Penalised):
             return ck.nn.SeparableCritic(width, embed_dim, options.critic_hidden)
         return ck.nn.ConcatCritic(width, embed_dim, options.critic_hidden, activation=options.critic_activation)
 
-    def penalty(self, output: Output, lam: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def penalty(self, output: Output, lam_image: Tensor, lam_text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         xv = self.standardize_image(output.image.inputs.detach(), self.shards)
         xt = self.standardize_text(output.text.inputs.detach(), self.shards)
         zv, zt = self.noisy(output.image.embedding), self.noisy(output.text.embedding)
         nats = {
-            "image_own": self.information("image_own", xv, scaled(zv, -lam)),
-            "image_other": self.information("image_other", xt, scaled(zv, lam)),
-            "text_own": self.information("text_own", xt, scaled(zt, -lam)),
-            "text_other": self.information("text_other", xv, scaled(zt, lam)),
+            "image_own": self.information("image_own", xv, scaled(zv, -lam_image)),
+            "image_other": self.information("image_other", xt, scaled(zv, lam_image)),
+            "text_own": self.information("text_own", xt, scaled(zt, -lam_text)),
+            "text_other": self.information("text_other", xv, scaled(zt, lam_text)),
         }
         parts = {name: value.detach() for name, value in nats.items()}
         parts["image_cmi"] = parts["image_own"] - parts["image_other"]
         parts["text_cmi"] = parts["text_own"] - parts["text_other"]
+        parts |= {"image_capacity": self.capacity(output.image), "text_capacity": self.capacity(output.text)}
         return -torch.stack(list(nats.values())).sum(), parts
+
+    @torch.no_grad()
+    def capacity(self, features: Features) -> Tensor:
+        """1/2 log det(I + Cov(Z) / s^2) nats, of this rank's rows: I(Z; X) is no more, and near it for a Gaussian Z."""
+        z = features.embedding - features.embedding.mean(0)
+        covariance = z.T @ z / (len(z) * self.options.noise_std**2)
+        return torch.linalg.slogdet(covariance + torch.eye(z.shape[1], device=z.device)).logabsdet / 2
+
+    def warning(self, means: Mapping[str, float], rows: int) -> str:
+        if "image_own" not in means:
+            return ""
+        limit = math.log(rows) - 1
+        highest = max(TERMS, key=lambda name: means[name])
+        if (
+            self.options.estimator == "js"
+            or max(means[highest], means["image_capacity"], means["text_capacity"]) < limit
+        ):
+            return ""
+        return (
+            f"critics can tell up to about log(n) - 1 = {limit:.1f} nats in batches of {rows}. {highest} is estimated at "
+            f"{means[highest]:.1f}, and the embeddings can carry {means['image_capacity']:.1f} (image) and "
+            f"{means['text_capacity']:.1f} (text): what is above is not seen; a larger batch or --noise-std helps"
+        )
 
     def noisy(self, z: Tensor) -> Tensor:
         """What critics see of a unit-norm z (n, d): noise added, entries of order 1.
@@ -92,6 +122,7 @@ class Cibr(Penalised):
         return ck.mutual_information(
             x, z, self.critics[name], estimator=self.options.estimator, negatives=self.negatives,
             diagonal=self.options.diagonal, ema=self.ema[name] if len(self.ema) else None, process_group=self.shards,
+            **self.estimator_options,
         )  # fmt: skip
 
 

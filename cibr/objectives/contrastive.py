@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,21 +16,36 @@ NAMES = "clip, siglip, cibr, align, ceb"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipOptions:
+class ObjectiveOptions:
+    """What every objective's options derive from; a subclass has a field `objective`."""
+
+    def sigmoid(self) -> bool:
+        """Whether logits want a bias, and to begin as SigLIP's do."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipOptions(ObjectiveOptions):
     objective: str = option("clip", NAMES)
     label_smoothing: float = option(0.0, "of the softmax's targets", least=0, below=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SigLipOptions:
+class SigLipOptions(ObjectiveOptions):
     objective: str = option("siglip", NAMES)
+
+    def sigmoid(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
-class EitherOptions:
+class EitherOptions(ObjectiveOptions):
     """Of an objective that adds a penalty to one of the two."""
 
     contrastive: Literal["clip", "siglip"] = option("clip", "the loss that the penalty is added to")
+
+    def sigmoid(self) -> bool:
+        return self.contrastive == "siglip"
 
 
 class Objective(nn.Module):
@@ -51,6 +66,10 @@ class Objective(nn.Module):
 
     def forward(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         raise NotImplementedError
+
+    def warning(self, means: Mapping[str, float], rows: int) -> str:
+        """What somebody who reads these entries of the log should know, of batches of `rows`; "" for nothing."""
+        return ""
 
 
 class Clip(Objective):

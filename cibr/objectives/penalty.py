@@ -22,6 +22,7 @@ from cibr.objectives.contrastive import EitherOptions, Objective, contrastive
 @dataclass(frozen=True, kw_only=True)
 class PenaltyOptions(EitherOptions):
     lam: float = option(0.5, "weight of the penalty", least=0)
+    lam_text: float | None = option(None, "weight of the text's term; default --lam", least=0)
     lam_warmup_steps: int = option(50, "steps at weight 0, in which only the critics learn", least=0)
     lam_ramp_steps: int = option(50, "steps in which the weight then grows to --lam", least=0)
     noise_std: float = option(0.25, "noise on the unit-norm embeddings, without which information is infinite", above=0)
@@ -37,33 +38,34 @@ class Penalised(Objective):
         self.contrastive = contrastive(options.contrastive, model)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
-    def lam(self) -> Tensor:
-        """0-d: 0 in the warm-up, then linear growth, then the options' lam."""
+    def lams(self) -> tuple[Tensor, Tensor]:
+        """Weights of the image's and the text's term, 0-d: 0 in the warm-up, then linear growth to the options'."""
         options = self.options
         grown = (self.step - options.lam_warmup_steps + 1).clamp(min=0) / (options.lam_ramp_steps + 1)
-        return options.lam * grown.clamp(max=1.0)
+        text = options.lam if options.lam_text is None else options.lam_text
+        return options.lam * grown.clamp(max=1.0), text * grown.clamp(max=1.0)
 
-    def penalty(self, output: Output, lam: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def penalty(self, output: Output, lam_image: Tensor, lam_text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What players descend on, 0-d, and the log's entries, detached: "image_cmi", "text_cmi" (nats) and others."""
         raise NotImplementedError
 
     def forward(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         self.contrastive.shards = self.shards
         loss = self.contrastive(output, batch)["loss"]
-        lam = self.lam()
+        lam_image, lam_text = self.lams()
         self.mark("critics")
-        surrogate, parts = self.penalty(output, lam)
+        surrogate, parts = self.penalty(output, lam_image, lam_text)
         self.mark("loss")
         for part, phase in ((surrogate, "critics"), (loss, "loss")):  # the backward comes to the later part first
             if part.requires_grad:
                 part.register_hook(lambda _, phase=phase: self.mark(phase))
-        value = lam * (parts["image_cmi"] + parts["text_cmi"])
+        value = lam_image * parts["image_cmi"] + lam_text * parts["text_cmi"]
         if self.training:
             self.step += 1
         return {
             "loss": loss + value + (surrogate - surrogate.detach()),
             "contrastive_loss": loss.detach(),
-            "lam": lam,
+            "lam": lam_image,
             **parts,
         }
 

@@ -12,6 +12,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from cibr.errors import UsageError
+
 SHOWN = ("loss", "contrastive_loss", "image_cmi", "text_cmi", "samples_per_second")
 BAR = "{percentage:3.0f}%|{bar}| {elapsed} < {remaining} {desc}{postfix}"
 
@@ -124,8 +126,10 @@ def flat(entry: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 def open_wandb(project: str, run: Path, about: dict[str, Any]) -> Any:
     """Goes on with the run's own history there."""
-    import wandb
-
+    try:
+        import wandb
+    except ImportError as error:
+        raise UsageError("--wandb needs a package that is not installed: pip install wandb") from error
     return wandb.init(project=project, name=run.name, id=run.name, resume="allow", dir=str(run), config=about)
 
 

@@ -36,6 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cibr on siglip": {**CIBR, "contrastive": "siglip"},
     "cibr, separable": {**CIBR, "critic": "separable", "estimator": "infonce"},
     "cibr, shifts": {**CIBR, "negatives": "shifts:3", "ema_decay": 0.9},
+    "cibr, remine": {**CIBR, "estimator": "remine", "remine_rho": 0.2, "lam_text": 0.1},
     "align": {"objective": "align", "lam_warmup_steps": 0, "lam_ramp_steps": 1},
     "ceb": {"objective": "ceb", "critic_hidden": 8, "lam_warmup_steps": 0, "lam_ramp_steps": 1},
 }
@@ -181,6 +182,36 @@ def test_penalties_give_encoders_and_critics_their_own_gradients(tmp_path: Path)
             assert same == (lam == 0)
         still = [n for n, p in objective.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
         assert all(n.endswith("out.bias") for n in still)  # a constant in the scores is no information
+
+
+def test_each_modality_has_its_weight() -> None:
+    """Without the text's, its embeddings see the contrastive loss alone."""
+    torch.manual_seed(0)
+    model = models.build(models.options_type("heads")(embed_dim=8), Facts((), 6, 5))
+    options = objectives.options_type("ceb")(lam=0.5, lam_text=0.0, lam_warmup_steps=0, lam_ramp_steps=0)
+    batch = {"image_features": torch.randn(32, 6), "text_features": torch.randn(32, 5)}
+    leaves, alone = leaves_of(model(batch)), leaves_of(model(batch))
+    objectives.build(options, model)(leaves, batch)["loss"].backward()
+    ck.clip_loss(alone.image.embedding, alone.text.embedding, alone.logit_scale).backward()
+    torch.testing.assert_close(leaves.text.embedding.grad, alone.text.embedding.grad)
+    assert not torch.allclose(leaves.image.embedding.grad, alone.image.embedding.grad)  # type: ignore[arg-type]
+
+
+def test_what_critics_cannot_see_is_said() -> None:
+    """The capacity is a Gaussian's information, d/2 log(1 + v / s^2) for variance v in each of d directions."""
+    model = models.build(models.options_type("heads")(embed_dim=64), Facts((), 6, 5))
+    objective = objectives.build(objectives.options_type("cibr")(noise_std=0.25), model)
+    z = torch.nn.functional.normalize(torch.randn(20_000, 64), dim=1)
+    capacity = objective.capacity(models.Features(z, z)).item()  # type: ignore[operator]
+    assert capacity == pytest.approx(32 * math.log(1 + 1 / 64 / 0.25**2), rel=1e-3)
+    means = dict.fromkeys(("image_own", "image_other", "text_own", "text_other"), 1.0)
+    assert not objective.warning({**means, "image_capacity": 3.0, "text_capacity": 3.0}, 512)
+    said = objective.warning({**means, "image_capacity": capacity, "text_capacity": 3.0}, 512)
+    assert "log(n) - 1 = 5.2 nats in batches of 512" in said and "can carry 7.1 (image) and 3.0 (text)" in said
+    assert "image_own is estimated at 9.0" in objective.warning(
+        {**means, "image_own": 9.0, "image_capacity": 3.0, "text_capacity": 3.0}, 512
+    )
+    assert not objective.warning({"seconds": 3.0}, 512)
 
 
 def test_cibr_is_the_loss_of_cibr_kernels(tmp_path: Path) -> None:
