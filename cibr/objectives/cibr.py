@@ -104,8 +104,8 @@ class Cibr(Penalised):
         ):
             return ""
         return (
-            f"critics can tell up to about log(n) - 1 = {limit:.1f} nats in batches of {rows}. {highest} is estimated at "
-            f"{means[highest]:.1f}, and the embeddings can carry {means['image_capacity']:.1f} (image) and "
+            f"critics can tell up to about log(n) - 1 = {limit:.1f} nats in batches of {rows}. {highest} is estimated "
+            f"at {means[highest]:.1f}, and the embeddings can carry {means['image_capacity']:.1f} (image) and "
             f"{means['text_capacity']:.1f} (text): what is above is not seen; a larger batch or --noise-std helps"
         )
 

@@ -8,32 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-KEPT = [
-    "objective",
-    "hold_out",
-    "unseen_fraction",
-    "limit",
-    "steps",
-    "seconds",
-    "batch_size",
-    "lr",
-    "lr_warmup_steps",
-    "weight_decay",
-    "lam",
-    "lam_warmup_steps",
-    "lam_ramp_steps",
-    "noise_std",
-    "critic_hidden",
-    "critic_lr",
-    "image_size",
-    "text_layers",
-    "context_length",
-    "embed_dim",
-    "seed",
-    "threads",
-    "save_every",
-    "log_every",
-]
 RENAMED = {"image_width": "conv_width", "text_width": "text_tower_width"}
 PRECISIONS = {"auto": "auto", "float32": "fp32", "bfloat16": "amp_bf16"}
 PENALTY = ("lam", "lam_warmup_steps", "lam_ramp_steps", "noise_std", "critic_hidden")  # clip had them too, unused
@@ -60,8 +34,8 @@ def read_about(path: Path) -> dict[str, Any]:
     """Its facts as about.json would hold them, with those of the split: "seen", "train_styles", "test_styles"."""
     old = json.loads((path / "model.json").read_text())
     given = old["config"]
-    config = {name: given[name] for name in KEPT} | {new: given[name] for name, new in RENAMED.items()}
-    config |= {"data": f"emoji:{given['data']}", "out": given["out"], "model": "conv"}
+    config = {RENAMED.get(name, name): value for name, value in given.items()}
+    config |= {"data": f"emoji:{given['data']}", "model": "conv"}
     config |= {"precision": PRECISIONS[given["precision"]], "augment": "drawing" if given["augment"] else "none"}
     if given["objective"] == "clip":
         config = {name: value for name, value in config.items() if name not in PENALTY}
