@@ -1,15 +1,16 @@
-"""Plants faults in the GPU kernels and says which check finds each.
+"""Plants faults in the kernels of the CPU and the GPU and says which check finds each.
 
     python tests/mutations/mutations.py [word ...]
 
 A fault is a change of source text that must occur exactly once in its file, or of one instruction of the compiled PTX.
-Each faulty kernel runs a small suite of its op (gpu_suites.py) in the emulator.  It is
+A faulty C++ kernel is judged by the project's own tests of its op (cpu_kernels.py).  A faulty GPU kernel runs a small
+suite of its op (gpu_suites.py) in the emulator.  It is
 
-    caught       the emulator raises, or an output breaks the tolerance rule of cibr_kernels/testing.py
-    equivalent   every output of the suite has the same bits as without the fault
+    caught       a test fails; the emulator raises, or an output breaks the tolerance rule of cibr_kernels/testing.py
+    equivalent   every output of the suite has the same bits as without the fault; GPU only
     missed       anything else
 
-Words restrict the run to the faults whose name or suite contains one of them.
+Words restrict the run to the faults whose name or suite contains one of them; "cpu" and "gpu" are words too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -78,6 +80,9 @@ class Verdict:
     kind: str  # caught, equivalent, missed
     by: str
     seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.kind:10} {self.seconds:5.1f} s  {self.fault.suite:14} {self.fault.name:45} {self.by[:150]}"
 
 
 def delete(text: str, number: int = 0) -> Callable[[str], str]:
@@ -161,27 +166,46 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def main(words: Sequence[str]) -> int:
-    from gpu_faults import FAULTS
-    from gpu_suites import SUITES, missing
+def chosen(
+    words: Sequence[str], device: str, faults: Sequence[Fault], missing: Callable[[str], str | None]
+) -> list[Fault]:
+    """The faults that the words ask for; says which cannot be judged here."""
+    asked = [f for f in faults if not words or device in words or any(w in f.name or w in f.suite for w in words)]
+    for suite in dict.fromkeys(f.suite for f in asked):
+        if reason := missing(suite):
+            print(f"not run: {device} {suite}, {reason}")
+    return [f for f in asked if not missing(f.suite)]
 
-    for name in SUITES:
-        if reason := missing(name):
-            print(f"not run: {name}, {reason}")
-    chosen = [f for f in FAULTS if not missing(f.suite)]
-    chosen = [f for f in chosen if not words or any(w in f.name or w in f.suite for w in words)]
-    torch.set_num_threads(1)
-    start, count = time.perf_counter(), {"caught": 0, "equivalent": 0, "missed": 0}
-    with poisoned():
-        for v in run(chosen, SUITES):
-            count[v.kind] += 1
-            print(f"{v.kind:10} {v.seconds:5.1f} s  {v.fault.suite:14} {v.fault.name:45} {v.by[:150]}", flush=True)
-    total = len(chosen) - count["equivalent"]
+
+def score(device: str, verdicts: Sequence[Verdict], seconds: float) -> int:
+    """Prints it; the number of faults missed."""
+    count = Counter(v.kind for v in verdicts)
     print(
-        f"score {count['caught']} of {total}; {count['equivalent']} equivalent (bit-identical outputs over the suite); "
-        f"{time.perf_counter() - start:.0f} s"
+        f"{device} score {count['caught']} of {len(verdicts) - count['equivalent']}; {count['equivalent']} equivalent "
+        f"(bit-identical outputs over the suite); {seconds:.0f} s"
     )
     return count["missed"]
+
+
+def main(words: Sequence[str]) -> int:
+    import cpu_faults
+    import cpu_kernels
+    import gpu_faults
+    import gpu_suites
+
+    torch.set_num_threads(1)
+    missed = 0
+    if faults := chosen(words, "cpu", cpu_faults.FAULTS, cpu_kernels.missing):
+        start = time.perf_counter()
+        missed += score("cpu", cpu_kernels.run(faults), time.perf_counter() - start)
+    if faults := chosen(words, "gpu", gpu_faults.FAULTS, gpu_suites.missing):
+        start, verdicts = time.perf_counter(), []
+        with poisoned():
+            for verdict in run(faults, gpu_suites.SUITES):
+                print(verdict, flush=True)
+                verdicts.append(verdict)
+        missed += score("gpu", verdicts, time.perf_counter() - start)
+    return missed
 
 
 if __name__ == "__main__":
