@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from cases import each_dtype, each_isa, towers, with_gradients
+from cases import DTYPES, ISAS, each_isa, towers, with_gradients
+from covering import each_pair
 from torch import Tensor
 
 from cibr_kernels import testing
@@ -61,22 +62,17 @@ def check(shape: tuple, dtype: torch.dtype, kind: str, scale: float, include: bo
         testing.assert_close(name, a, e, t, terms=m + k, exponent=exponent, features=dtype, magnitude=magnitude)
 
 
-@each_isa
-@pytest.mark.parametrize("include", [False, True], ids=["exclude", "include"])
-@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
-@each_dtype
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_pair(shape=SHAPES, dtype=DTYPES, scale=(1.0, 14.3, 100.0), include=(False, True), isa=ISAS)
 def test_kernel_matches_float64(shape, dtype, scale, include, isa):
     check(shape, dtype, "unit", scale, include, isa)
 
 
-@each_isa
-@pytest.mark.parametrize("include", [False, True], ids=["exclude", "include"])
-@each_dtype
-@pytest.mark.parametrize(("kind", "scale"), [("raw", 1.0), ("raw", 3.0), ("opposed", 100.0)])
-@pytest.mark.parametrize("shape", [(5, 5, 0, 31), (40, 100, 17, 65), (300, 301, 1, 33)], ids=str)
-def test_kernel_keeps_a_maximum_where_one_exponent_is_not_enough(shape, kind, scale, dtype, include, isa):
-    check(shape, dtype, kind, scale, include, isa)
+@each_pair(
+    shape=[(5, 5, 0, 31), (40, 100, 17, 65), (300, 301, 1, 33)],
+    regime=[("raw", 1.0), ("raw", 3.0), ("opposed", 100.0)], dtype=DTYPES, include=(False, True), isa=ISAS,
+)  # fmt: skip
+def test_kernel_keeps_a_maximum_where_one_exponent_is_not_enough(shape, regime, dtype, include, isa):
+    check(shape, dtype, *regime, include, isa)
 
 
 @each_isa

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import LARGE, each_dtype, each_isa, towers, with_gradients
+from cases import DTYPES, ISAS, LARGE, each_dtype, each_isa, towers, with_gradients
+from covering import each_pair
 from torch import Tensor
 
 import cibr_kernels as ck
@@ -89,21 +90,18 @@ def check(case: Case, isa: str, budgets: tuple[int, ...] = (0, LARGE)) -> None:
             )
 
 
-@each_isa
-@pytest.mark.parametrize("one_way", [False, True], ids=["both", "one_way"])
-@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])  # at 100 an unmasked column hides; at 1 a bad shift hides
-@each_dtype
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+# at a scale of 100 an unmasked column hides; at 1 a bad first positive hides
+@each_pair(shape=SHAPES, dtype=DTYPES, scale=(1.0, 14.3, 100.0), one_way=(False, True), isa=ISAS)
 def test_kernel_matches_float64(shape, dtype, scale, one_way, isa):
     check(Case(shape, dtype, "unit", scale, one_way), isa)
 
 
-@each_isa
-@each_dtype
-@pytest.mark.parametrize(("kind", "scale"), [("raw", 1.0), ("raw", 14.3), ("opposed", 100.0)])
-@pytest.mark.parametrize("shape", [(5, 5, 0, 31), (33, 33, 0, 100), (40, 100, 17, 65), (300, 301, 1, 33)], ids=str)
-def test_kernel_keeps_a_maximum_where_one_exponent_is_not_enough(shape, kind, scale, dtype, isa):
-    check(Case(shape, dtype, kind, scale, False), isa)
+@each_pair(
+    shape=[(5, 5, 0, 31), (33, 33, 0, 100), (40, 100, 17, 65), (300, 301, 1, 33)],
+    regime=[("raw", 1.0), ("raw", 14.3), ("opposed", 100.0)], dtype=DTYPES, isa=ISAS,
+)  # fmt: skip
+def test_kernel_keeps_a_maximum_where_one_exponent_is_not_enough(shape, regime, dtype, isa):
+    check(Case(shape, dtype, *regime, False), isa)
 
 
 @each_isa
@@ -112,10 +110,7 @@ def test_features_wider_than_one_sweep(dtype, isa):
     check(Case(DEEP, dtype, "unit", 14.3, False), isa)
 
 
-@each_isa
-@pytest.mark.parametrize("kind", ["unit", "raw"])
-@each_dtype
-@pytest.mark.parametrize("shape", [PANELS, WHOLE], ids=str)
+@each_pair(shape=[PANELS, WHOLE], dtype=DTYPES, kind=["unit", "raw"], isa=ISAS)
 def test_several_panels_and_chunks(shape, dtype, kind, isa):
     check(Case(shape, dtype, kind, 14.3, False), isa)
 

@@ -7,10 +7,12 @@ import functools
 import pytest
 import torch
 from additive import check_moments, each_activation
-from cases import each_isa, with_gradients
+from cases import ISAS, each_isa, with_gradients
+from covering import each_pair
 
 from cibr_kernels import testing
 from cibr_kernels.primitives.additive.moments.op import additive_moments
+from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
 from cibr_kernels.primitives.additive.moments.reference import additive_moments as reference
 
 SHAPES = [(2, 2, 0, 1), (5, 5, 0, 31), (48, 48, 0, 64), (33, 33, 0, 100), (20, 70, 17, 65), (1, 40, 3, 16)]
@@ -22,17 +24,12 @@ def check(shape: tuple, activation: str, isa: str, **options) -> None:
         check_moments(shape, activation, "native", **options)
 
 
-@each_isa
-@pytest.mark.parametrize("include", [False, True], ids=["exclude", "include"])
-@each_activation
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_pair(shape=SHAPES, activation=list(ACTIVATIONS), include=(False, True), isa=ISAS)
 def test_kernel_matches_float64(shape, activation, include, isa):
     check(shape, activation, isa, include=include)
 
 
-@each_isa
-@each_activation
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@each_pair(dtype=[torch.bfloat16, torch.float16], activation=list(ACTIVATIONS), isa=ISAS)
 def test_half_precision_storage(dtype, activation, isa):
     check((33, 70, 9, 100), activation, isa, dtype=dtype)
 
@@ -57,9 +54,7 @@ def test_large_scores_move_the_shared_exponent(activation, isa):
     check((33, 70, 9, 100), activation, isa, size=60.0)
 
 
-@each_isa
-@each_activation
-@pytest.mark.parametrize("shift", [30.0, -30.0])
+@each_pair(shift=[30.0, -30.0], activation=list(ACTIVATIONS), isa=ISAS)
 def test_large_biases_that_cancel(activation, shift, isa):
     check((20, 70, 17, 65), activation, isa, shift=shift)
 
@@ -70,18 +65,14 @@ def test_several_groups_and_blocks(activation, isa):
     check(BLOCKS, activation, isa)
 
 
-@each_isa
-@each_activation
-@pytest.mark.parametrize(("grad_j", "grad_l"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
-def test_each_moment_alone(activation, grad_j, grad_l, isa):
+@each_pair(weights=[(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)], activation=list(ACTIVATIONS), isa=ISAS)
+def test_each_moment_alone(weights, activation, isa):
     torch.manual_seed(3)
     a, b, w = torch.randn(20, 33), torch.randn(70, 33), torch.randn(33) / 6
     kernel = functools.partial(additive_moments, activation=activation, slope=0.3, first_positive=17, backend="native")
     with testing.instruction_set(isa):
-        actual = with_gradients(kernel, a, b, w, weights=(grad_j, grad_l))
-    truth = with_gradients(
-        lambda *t: reference(*t, activation, 0.3, 17), a, b, w, weights=(grad_j, grad_l), dtype=torch.float64
-    )
+        actual = with_gradients(kernel, a, b, w, weights=weights)
+    truth = with_gradients(lambda *t: reference(*t, activation, 0.3, 17), a, b, w, weights=weights, dtype=torch.float64)
     for got, t in zip(actual, truth, strict=True):
         torch.testing.assert_close(got.double(), t, rtol=1e-5, atol=1e-6)
 

@@ -7,10 +7,12 @@ import functools
 import pytest
 import torch
 from additive import check_scores, each_activation, outcome
-from cases import each_dtype, each_isa
+from cases import DTYPES, ISAS, each_isa
+from covering import each_pair
 from torch import Tensor
 
 from cibr_kernels import testing
+from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
 from cibr_kernels.primitives.additive.scores.op import additive_scores
 
 SHAPES = [(1, 1, 1), (5, 3, 31), (48, 64, 64), (33, 70, 100), (1, 40, 16)]
@@ -22,17 +24,12 @@ def check(shape: tuple, activation: str, isa: str, dtype=torch.float32, **option
         check_scores(shape, activation, "native", dtype=dtype, scores_as=dtype, **options)
 
 
-@each_isa
-@each_activation
-@each_dtype
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_pair(shape=SHAPES, dtype=DTYPES, activation=list(ACTIVATIONS), isa=ISAS)
 def test_kernel_matches_float64(shape, dtype, activation, isa):
     check(shape, activation, isa, dtype=dtype)
 
 
-@each_isa
-@each_activation
-@pytest.mark.parametrize("shift", [30.0, -30.0])
+@each_pair(shift=[30.0, -30.0], activation=list(ACTIVATIONS), isa=ISAS)
 def test_large_biases_that_cancel(activation, shift, isa):
     check((20, 70, 65), activation, isa, shift=shift)
 
@@ -43,9 +40,7 @@ def test_several_groups_and_blocks(activation, isa):
     check(PANEL, activation, isa)
 
 
-@each_isa
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu"])
-@pytest.mark.parametrize("needs", [(0,), (1,), (2,), (0, 1), (1, 2)])
+@each_pair(needs=[(0,), (1,), (2,), (0, 1), (1, 2)], activation=["relu", "leaky_relu", "silu"], isa=ISAS)
 def test_gradients_that_are_asked_for_and_nothing_else(needs, activation, isa):
     torch.manual_seed(2)
     inputs, grad = (torch.randn(20, 33), torch.randn(70, 33), torch.randn(33)), torch.randn(20, 70)
@@ -84,10 +79,7 @@ def test_the_number_of_threads_changes_no_bit(activation, isa):
         assert torch.equal(one, other)
 
 
-@each_isa
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh"])
-@pytest.mark.parametrize("which", range(4), ids=["a", "b", "w", "grad"])
-@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+@each_pair(bad=[float("nan"), float("-inf")], which=range(4), activation=["relu", "leaky_relu", "tanh"], isa=ISAS)
 def test_what_is_not_finite_gives_nan(bad, which, activation, isa):
     torch.manual_seed(4)
     tensors = [torch.randn(5, 9), torch.randn(7, 9), torch.randn(9), torch.randn(5, 7)]

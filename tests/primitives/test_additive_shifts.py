@@ -8,12 +8,14 @@ import pytest
 import torch
 from additive import check_shifts as check
 from additive import each_activation, inputs
-from cases import each_isa, with_gradients
+from cases import ISAS, each_isa, with_gradients
+from covering import each_pair
 from torch import Tensor
 from torch.library import opcheck
 
 from cibr_kernels import testing
 from cibr_kernels.dispatch import backends
+from cibr_kernels.primitives.additive.moments.reference import ACTIVATIONS
 from cibr_kernels.primitives.additive.shifts.op import additive_shifts
 from cibr_kernels.primitives.additive.shifts.reference import additive_shifts as reference
 
@@ -75,17 +77,13 @@ def test_nan_reaches_the_scores_it_takes_part_in():
     assert torch.equal(scores.isnan(), torch.stack([(i + s) % 6 == 2 for s in (1, 2)]))
 
 
-@each_isa
-@each_activation
-@pytest.mark.parametrize("case", KERNEL_CASES, ids=str)
+@each_pair(case=KERNEL_CASES, activation=list(ACTIVATIONS), isa=ISAS)
 def test_kernel_matches_float64(case, activation, isa):
     with testing.instruction_set(isa):
         check(case, activation, "native")
 
 
-@each_isa
-@each_activation
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_pair(dtype=[torch.bfloat16, torch.float16], activation=list(ACTIVATIONS), isa=ISAS)
 def test_kernel_in_half_precision(dtype, activation, isa):
     with testing.instruction_set(isa):
         check((40, 43, 100, 2, 9), activation, "native", dtype=dtype)
@@ -105,9 +103,7 @@ def values(tensors: list[Tensor], grad: Tensor, *, first: int = 1, needs=(0, 1, 
     return [scores.detach(), *torch.autograd.grad(scores, [own[k] for k in needs], grad)]
 
 
-@each_isa
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu"])
-@pytest.mark.parametrize("needs", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)], ids=str)
+@each_pair(needs=[(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)], activation=["relu", "leaky_relu", "silu"], isa=ISAS)
 def test_gradients_that_are_asked_for_and_nothing_else(needs, activation, isa):
     tensors, grad = inputs(20, 27, 33), torch.randn(5, 20)
     options = {"activation": activation, "slope": 0.3}
@@ -132,10 +128,7 @@ def test_the_number_of_threads_changes_no_bit(activation, isa):
         assert all(torch.equal(one, other) for other in others)
 
 
-@each_isa
-@each_activation
-@pytest.mark.parametrize("which", range(4), ids=["a", "b", "w", "grad"])
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@each_pair(bad=[math.nan, math.inf, -math.inf], which=range(4), activation=list(ACTIVATIONS), isa=ISAS)
 def test_what_is_not_finite_reaches_what_it_enters_and_nothing_else(bad, which, activation, isa):
     n, m, k = 6, 9, 2
     tensors = [*inputs(n, m, 21), torch.randn(k, n)]

@@ -10,7 +10,8 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LARGE, each_dtype, each_isa, leaves, towers
+from cases import DTYPES, ISAS, LARGE, each_isa, leaves, towers
+from covering import each_pair
 from torch import Tensor
 
 import cibr_kernels as ck
@@ -19,6 +20,7 @@ from cibr_kernels.primitives.dot.lse.op import dot_lse, dot_lse_forward, stash_b
 from cibr_kernels.primitives.dot.lse.reference import dot_lse as reference
 
 SHAPES = [(1, 1, 0, 8), (1, 3, 1, 5), (33, 33, 0, 100), (40, 100, 17, 65)]
+REGIMES = [("unit", 1.0), ("unit", 100.0), ("raw", 14.3), ("opposed", 100.0)]  # kind of towers, scale
 NAMES = ("rows", "cols", "positives", "row_max", "col_max", "dx", "dy", "dscale")
 FAR = 2**62  # ids are any int64
 
@@ -82,23 +84,17 @@ def check(shape, dtype, kind, scale, mask, isa, grouping="none", budgets=(0, LAR
             )  # fmt: skip
 
 
-@each_isa
-@pytest.mark.parametrize("mask", [True, False], ids=["masked", "unmasked"])
-@pytest.mark.parametrize(("kind", "scale"), [("unit", 1.0), ("unit", 100.0), ("raw", 14.3)])
-@each_dtype
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_any_weights(shape, dtype, kind, scale, mask, isa):
-    check(shape, dtype, kind, scale, mask, isa)
+@each_pair(shape=SHAPES, dtype=DTYPES, regime=REGIMES[:3], mask=(True, False), isa=ISAS)
+def test_any_weights(shape, dtype, regime, mask, isa):
+    check(shape, dtype, *regime, mask, isa)
 
 
-@each_isa
-@pytest.mark.parametrize("mask", [True, False], ids=["masked", "unmasked"])
-@pytest.mark.parametrize(("kind", "scale"), [("unit", 1.0), ("unit", 100.0), ("raw", 14.3), ("opposed", 100.0)])
-@pytest.mark.parametrize("grouping", ["few", "one", "row", "column"])
-@each_dtype
-@pytest.mark.parametrize("shape", [(7, 10, 3, 5), (40, 100, 17, 65)], ids=str)
-def test_groups(shape, dtype, grouping, kind, scale, mask, isa):
-    check(shape, dtype, kind, scale, mask, isa, grouping)
+@each_pair(
+    shape=[(7, 10, 3, 5), (40, 100, 17, 65)], dtype=DTYPES, grouping=["few", "one", "row", "column"], regime=REGIMES,
+    mask=(True, False), isa=ISAS,
+)  # fmt: skip
+def test_groups(shape, dtype, grouping, regime, mask, isa):
+    check(shape, dtype, *regime, mask, isa, grouping)
 
 
 @each_isa

@@ -6,7 +6,8 @@ import functools
 
 import pytest
 import torch
-from cases import each_dtype, each_isa, leaves, towers
+from cases import DTYPES, ISAS, each_dtype, each_isa, leaves, towers
+from covering import each_pair
 from torch import Tensor
 
 from cibr_kernels import testing
@@ -20,7 +21,7 @@ SHAPES = [(1, 3, 1, 8), (33, 33, 0, 100), (40, 100, 17, 65), (70, 40, 40, 31), (
 REGIMES = [("unit", 1.0, -0.5), ("unit", 100.0, -10.0), ("raw", 14.3, 5.0), ("opposed", 100.0, 40.0)]
 NAMES = ("rows", "cols", "total", "dx", "dy", "dscale", "dbias", "d row_weights", "d col_weights")
 
-each_grouping = pytest.mark.parametrize("grouping", ["none", "apart", "attract", "one", "one that attracts"])
+GROUPINGS = ("none", "apart", "attract", "one", "one that attracts")
 
 
 def groups(kind: str, n: int, m: int) -> dict[str, Tensor | bool | None]:
@@ -86,13 +87,9 @@ def check(shape, dtype, kind, scale, bias, grouping, isa) -> None:
         compare((*NAMES[:2], *NAMES[3:7]), [rows.detach(), cols.detach(), *grads])
 
 
-@each_isa
-@each_grouping
-@pytest.mark.parametrize(("kind", "scale", "bias"), REGIMES)
-@each_dtype
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_sums_and_gradients(shape, dtype, kind, scale, bias, grouping, isa):
-    check(shape, dtype, kind, scale, bias, grouping, isa)
+@each_pair(shape=SHAPES, dtype=DTYPES, regime=REGIMES, grouping=GROUPINGS, isa=ISAS)
+def test_sums_and_gradients(shape, dtype, regime, grouping, isa):
+    check(shape, dtype, *regime, grouping, isa)
 
 
 @each_isa

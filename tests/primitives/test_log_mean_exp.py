@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from cases import each_dtype, each_isa, leaves, with_gradients
+from cases import DTYPES, ISAS, each_isa, leaves, with_gradients
+from covering import each_pair
 from torch import Tensor
 
 import cibr_kernels as ck
@@ -16,10 +17,7 @@ from cibr_kernels.primitives.log_mean_exp.reference import log_mean_exp as refer
 SHAPES = [(1,), (31,), (64, 64), (7, 13, 5), (16_384,), (40_001,)]  # a piece is 16,384 scores
 
 
-@each_isa
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-@each_dtype
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@each_pair(shape=SHAPES, dtype=DTYPES, masked=(False, True), isa=ISAS)
 def test_kernel_matches_float64(shape, dtype, masked, isa):
     for scale, shift in ((1.0, 0.0), (100.0, 0.0), (10.0, -300.0)):
         torch.manual_seed(1)
