@@ -3,7 +3,8 @@
     python tests/gpu_without_gpu/static_table.py            what would change
     python tests/gpu_without_gpu/static_table.py --update   writes the table
 
-Kernels and their configurations are those that the launchers ask for in CASES; nothing is listed by hand.
+Kernels and their configurations are those that the launchers ask for in CASES; nothing is listed by hand.  A row is
+kept on disk (tests/support/disk_cache.py) under everything that decides it: what did not change is not compiled again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ if __name__ == "__main__":
 
 import nvcc  # noqa: E402
 import torch  # noqa: E402
+from disk_cache import cached  # noqa: E402
 
 import cibr_kernels as ck  # noqa: E402
 from bench.static import compiled, record, sass  # noqa: E402
@@ -177,20 +180,41 @@ def compute(target: int | str, doing: str = os.devnull) -> dict[str, Facts]:
     rows = {}
     for name, launch in launches(target):
         Path(doing).write_text(f"{target} {name}")
-        if isinstance(target, str):
-            rows[f"{target} {name}"] = compiled.amd_facts(launch, target)
-        else:
-            rows[f"sm_{target} {name}"] = facts(compiled.compile_launch(launch, target))
+        label = target if isinstance(target, str) else f"sm_{target}"
+        rows[f"{label} {name}"] = cached(launch_key(launch, target), partial(launch_facts, launch, target))
     if isinstance(target, int) and nvcc.find():
         for source in SOURCES:
             rows |= {f"sm_{target} {source}: {name}": row for name, row in cuda(ROOT / source, target).items()}
     return rows
 
 
+def launch_facts(launch: record.Launch, target: int | str) -> Facts:
+    if isinstance(target, str):
+        return dict(compiled.amd_facts(launch, target))
+    return facts(compiled.compile_launch(launch, target))
+
+
+@lru_cache
+def judges() -> tuple[str, ...]:
+    """What, besides a kernel, decides its row: compilers, disassemblers, and the code that reads what they print."""
+    tools = [sass.run(sass.tool(name), "--version") for name in ("ptxas", "nvdisasm", "cuobjdump")]
+    code = [Path(__file__), *sorted(Path(sass.__file__).parent.glob("*.py"))]
+    return json.dumps(versions()), *tools, *(path.read_text() for path in code)
+
+
+def launch_key(launch: record.Launch, target: int | str) -> list[str]:
+    """Triton's hash of the kernel, of what it calls and how it is specialised; the options; the target."""
+    return [compiled.source(launch).hash(), json.dumps(launch.options, sort_keys=True), str(target), *judges()]
+
+
 def cuda(source: Path, capability: int) -> dict[str, Facts]:
     """{kernel: row} of a .cu file; its dynamic shared memory, which only a launch knows, is not in "shared"."""
+    ptx = nvcc.compile_ptx(source, ARCHITECTURES[capability], include=[ROOT / "csrc"])
+    return cached([ptx, str(capability), *judges()], partial(cuda_facts, ptx, capability))
+
+
+def cuda_facts(ptx: str, capability: int) -> dict[str, Facts]:
     arch = ARCHITECTURES[capability]
-    ptx = nvcc.compile_ptx(source, arch, include=[ROOT / "csrc"])
     threads = {m[1]: int(m[2]) for m in re.finditer(r"\.entry (\w+)\([^)]*\)[^{]*?\.maxntid (\d+)", ptx)}
     with tempfile.TemporaryDirectory() as folder:
         text, cubin = Path(folder) / "k.ptx", Path(folder) / "k.cubin"

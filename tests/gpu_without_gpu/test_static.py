@@ -6,15 +6,21 @@ The numbers are in static_table.json; `python tests/gpu_without_gpu/static_table
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
+from typing import Any
 
 import pytest
 from filelock import FileLock
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
-import static_table
+import disk_cache  # noqa: E402
+import static_table  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from bench.static import record  # noqa: E402
 
 UPDATE = "python tests/gpu_without_gpu/static_table.py --update"
 TENSOR = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
@@ -120,3 +126,47 @@ def test_the_table_is_written_one_kernel_a_line(tmp_path, monkeypatch):
     assert static_table.load() == table == json.loads(static_table.TABLE.read_text())
     assert [line.strip()[:9] for line in static_table.TABLE.read_text().splitlines()].count('"sm_90 a"') == 1
     assert not list(tmp_path.glob("*.partial"))
+
+
+def kernels() -> tuple[Any, Any]:
+    """Two of the same name, arguments and constants, that differ in a number."""
+
+    @triton.jit
+    def copy(x, out, BLOCK: tl.constexpr):
+        at = tl.arange(0, BLOCK)
+        tl.store(out + at, tl.load(x + at) + 1)
+
+    one = copy
+
+    @triton.jit
+    def copy(x, out, BLOCK: tl.constexpr):
+        at = tl.arange(0, BLOCK)
+        tl.store(out + at, tl.load(x + at) + 2)
+
+    return one, copy
+
+
+def test_a_row_is_kept_under_everything_that_decides_it():
+    one, other = kernels()
+    pointer = record.Argument("*fp32", True)
+    launch = record.Launch(one, (1,), {"x": pointer, "out": pointer}, {"BLOCK": 32}, {"num_warps": 4})
+    changed = [
+        dataclasses.replace(launch, kernel=other),
+        dataclasses.replace(launch, args={"x": pointer, "out": record.Argument("*fp16", True)}),
+        dataclasses.replace(launch, args={"x": pointer, "out": record.Argument("*fp32", False)}),
+        dataclasses.replace(launch, constants={"BLOCK": 64}),
+        dataclasses.replace(launch, options={"num_warps": 8}),
+    ]
+    keys = [static_table.launch_key(found, 80) for found in (launch, *changed)]
+    keys += [static_table.launch_key(launch, target) for target in (90, "gfx942")]
+    assert len({tuple(key) for key in keys}) == len(keys)
+    assert static_table.launch_key(launch, 80) == keys[0]
+
+
+def test_what_was_compiled_is_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk_cache, "FOLDER", tmp_path)
+    monkeypatch.setattr(static_table, "CASES", {"log_mean_exp": static_table.CASES["log_mean_exp fp32"]})
+    monkeypatch.setattr(static_table, "SOURCES", ())
+    rows = static_table.compute(80)
+    monkeypatch.setattr(static_table, "launch_facts", lambda *launch: pytest.fail("compiled again"))
+    assert static_table.compute(80) == rows and len(rows) > 1

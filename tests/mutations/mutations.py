@@ -10,7 +10,7 @@ suite of its op (gpu_suites.py) in the emulator.  It is
     equivalent   every output of the suite has the same bits as without the fault; GPU only
     missed       anything else
 
-Words restrict the run to the faults whose name or suite contains one of them; "cpu" and "gpu" are words too.
+Words restrict the run to the faults one of them is in: "cpu", "gpu", "cpu lse:", "stash" in "cpu lse: a stash ...".
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def chosen(
     words: Sequence[str], device: str, faults: Sequence[Fault], missing: Callable[[str], str | None]
 ) -> list[Fault]:
     """The faults that the words ask for; says which cannot be judged here."""
-    asked = [f for f in faults if not words or device in words or any(w in f.name or w in f.suite for w in words)]
+    asked = [f for f in faults if not words or any(w in f"{device} {f.suite}: {f.name}" for w in words)]
     for suite in dict.fromkeys(f.suite for f in asked):
         if reason := missing(suite):
             print(f"not run: {device} {suite}, {reason}")

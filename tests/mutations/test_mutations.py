@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import mutations
@@ -13,6 +16,10 @@ from torch import Tensor
 from cibr_kernels.dispatch import triton_call
 
 triton = pytest.importorskip("triton")
+import cpu_faults  # noqa: E402
+import cpu_kernels  # noqa: E402
+import gpu_faults  # noqa: E402
+import gpu_suites  # noqa: E402
 import triton.language as tl  # noqa: E402
 from executor import emulated  # noqa: E402
 
@@ -64,20 +71,30 @@ def test_a_stale_anchor_is_an_error() -> None:
         next(mutations.run([Fault("stale", "own", kernel="total", ptx=delete("bar.sync", 99))], {"own": Suite()}))
 
 
-def test_anchors_of_the_faults_are_there() -> None:
-    from gpu_faults import FAULTS
-
-    for fault in FAULTS:
+@pytest.mark.parametrize("faults", [cpu_faults.FAULTS, gpu_faults.FAULTS], ids=["cpu", "gpu"])
+def test_anchors_of_the_faults_are_there(faults: list[Fault]) -> None:
+    for fault in faults:
         assert fault.path == "" or fault.source()
-    assert len(FAULTS) >= 20 and all(f.path or f.ptx for f in FAULTS)
+    assert len(faults) >= 30 and all(f.path or f.ptx for f in faults)
+    assert len({(f.suite, f.name) for f in faults}) == len(faults)
+
+
+SAMPLE = cpu_faults.FAULTS[::4]  # all of them: python tests/mutations/mutations.py cpu
 
 
 @pytest.mark.slow
-def test_no_fault_is_missed() -> None:
-    from gpu_faults import FAULTS
-    from gpu_suites import SUITES, missing
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_no_fault_of_a_sample_of_the_cpu_kernels_is_missed() -> None:
+    """In a process of its own, whose pytest judges them."""
+    names = [f"cpu {f.suite}: {f.name}" for f in SAMPLE if cpu_kernels.missing(f.suite) is None]
+    command = [sys.executable, str(mutations.HERE / "mutations.py"), *names]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and f"cpu score {len(names)} of {len(names)};" in done.stdout, done.stdout + done.stderr
 
-    chosen = [f for f in FAULTS if missing(f.suite) is None]
-    verdicts = list(mutations.run(chosen, SUITES))
+
+@pytest.mark.slow
+def test_no_fault_of_the_gpu_kernels_is_missed() -> None:
+    chosen = [f for f in gpu_faults.FAULTS if gpu_suites.missing(f.suite) is None]
+    verdicts = list(mutations.run(chosen, gpu_suites.SUITES))
     assert [v.fault.name for v in verdicts if v.kind == "missed"] == []
     assert sum(v.kind == "equivalent" for v in verdicts) <= len(verdicts) // 10
