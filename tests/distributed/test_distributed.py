@@ -15,30 +15,15 @@ import sharded_runs
 import torch
 import torch.multiprocessing as mp
 from readme import BLOCKS
+from sharded import F32, F64, check
 
 import cibr_kernels as ck
 from bench.experiments import scale
 from bench.experiments import sharded as measured
 
-F32, F64 = torch.float32, torch.float64
-# relative, in the Euclidean norm; on another processor a rank of one row, whose gradient cancels, had 1.9e-6
-LIMIT = {F32: 3e-6, F64: 1e-12}
-
 # rows of each rank
 EVEN = [(6,), (5, 5), (4, 4, 4), (6, 6, 6, 6)]
 UNEVEN = [(7, 1), (3, 8, 1), (9, 2, 5, 40), (1, 1, 1, 1), (1, 33, 2, 3)]
-
-
-def check(answers: list[sharded.Errors], dtype: torch.dtype) -> None:
-    """Errors of every rank are below the limit, or three times those of one process where that misses it by itself."""
-    assert answers and all(answers)
-    above = {
-        (rank, name): f"{ours:.1e}, one process {one:.1e}"
-        for rank, answer in enumerate(answers)
-        for name, (ours, one) in answer.items()
-        if not ours <= max(LIMIT[dtype], 3 * one)
-    }
-    assert not above
 
 
 # ------------------------------------------------------------------------------------- equal to one process

@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 import wrapped_runs
-from test_distributed import F32, check
+from sharded import F32, check
 
 import cibr_kernels as ck
 

@@ -141,6 +141,25 @@ def test_an_empty_sum_is_told_from_one_that_underflowed(budget, isa):
 
 
 @each_isa
+@pytest.mark.parametrize("far", ["row", "column"])
+def test_one_sum_far_below_the_shared_exponent(far, isa):
+    """Only that of row 1, or of column 1, underflows, and it alone has to end the fixed shift."""
+    x, y = far_below(40, 70)
+    if far == "row":
+        y[1] = y[0]
+    else:
+        x[1] = x[0]
+    with testing.instruction_set(isa):
+        rows, cols, *_, shift, _ = dot_lse_forward(
+            x, y, torch.tensor(100.0), None, None, 0, True, True, False, 0, "native"
+        )
+    truth = reference(x.double(), y.double(), torch.tensor(100.0, dtype=torch.float64))
+    assert torch.isnan(shift) and (rows[1] if far == "row" else cols[1]) < -90
+    for actual, t in zip((rows, cols), truth[:2], strict=True):
+        torch.testing.assert_close(actual.double(), t, rtol=2e-6, atol=0)
+
+
+@each_isa
 @pytest.mark.parametrize("scale", [3.0, 90.0, 300.0])
 def test_the_number_of_threads_changes_no_bit(scale, isa):
     x, y = towers(500, 700, 70, 30)
