@@ -50,7 +50,7 @@ class ConvTower(nn.Module):
 
 
 class Conv(Tempered):
-    """Recipe besides: the BPE ids of its vocabulary, and whether that has an unknown token."""
+    """Recipe besides: the BPE ids of its vocabulary."""
 
     Options = ConvOptions
 
@@ -61,7 +61,7 @@ class Conv(Tempered):
         width = options.text_tower_width
         if width % 32:
             raise UsageError(f"--text-tower-width is {width}, but must be a multiple of 32 (the width of a head)")
-        self.vocabulary = Vocabulary(recipe["bpe_ids"], options.context_length, unknown=recipe["unknown"])
+        self.vocabulary = Vocabulary(recipe["bpe_ids"], options.context_length)
         self.image_tower = ConvTower(options.conv_width).to(memory_format=torch.channels_last)
         self.text_tower = TextTransformer(
             options.context_length,
@@ -84,7 +84,7 @@ class Conv(Tempered):
                 "--model conv makes its vocabulary of the captions, which a stream does not tell beforehand"
             )
         bpe_ids = Vocabulary.of(facts.texts, options.context_length).bpe_ids
-        return {**super().new_recipe(options, facts), "bpe_ids": bpe_ids, "unknown": True}
+        return {**super().new_recipe(options, facts), "bpe_ids": bpe_ids}
 
     def encode_image(self, images: Tensor) -> Features:
         inputs = self.image_tower(images)

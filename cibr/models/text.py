@@ -7,40 +7,47 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+LETTERS = range(512)  # BPE's pieces of one byte, 256 in and 256 at the end of a word; piece 512 + k is its merge k
+
 
 class Vocabulary:
-    """Our ids: 0 padding, 1 start, 2 unknown, then the BPE ids in use, last the end of text (where CLIP pools).
+    """Our ids: 0 padding, 1 start, then the BPE ids in use, last the end of text (where CLIP pools: the greatest).
 
-    Without `unknown`, as runs of version 0.1 were made, pieces that did not occur in training are left out.
+    A piece that is not in use is spelled by the parts that BPE merged it from, down to letters, so that unseen words
+    are neither empty nor all alike. Runs of version 0.1 have no letters, and leave such pieces out.
     """
 
-    def __init__(self, bpe_ids: Iterable[int], context_length: int, *, unknown: bool = True) -> None:
+    def __init__(self, bpe_ids: Iterable[int], context_length: int) -> None:
         from open_clip.tokenizer import SimpleTokenizer
 
         self.bpe_ids = sorted(set(bpe_ids))
-        self.context_length, self.unknown = context_length, unknown
+        self.context_length = context_length
         self._tokenizer = SimpleTokenizer()
-        self._own = {bpe: own for own, bpe in enumerate(self.bpe_ids, start=3 if unknown else 2)}
+        self._merges = list(self._tokenizer.bpe_ranks)
+        self._own = {bpe: [own] for own, bpe in enumerate(self.bpe_ids, start=2)}
+        self._spells = set(LETTERS) <= set(self.bpe_ids)
 
     @classmethod
     def of(cls, texts: Iterable[str], context_length: int) -> Vocabulary:
-        """The vocabulary of the pieces that occur in `texts`."""
+        """The vocabulary of the pieces that occur in `texts`, and of all letters."""
         pieces = cls((), context_length)._tokenizer
-        return cls({piece for text in set(texts) for piece in pieces.encode(text)}, context_length)
+        return cls({*LETTERS, *(piece for text in set(texts) for piece in pieces.encode(text))}, context_length)
 
     def __len__(self) -> int:
-        return len(self.bpe_ids) + (4 if self.unknown else 3)
+        return len(self.bpe_ids) + 3
 
     def __call__(self, texts: list[str]) -> Tensor:
         """n texts -> (n, context_length) int64, with start and end; what is too long is cut."""
         ids = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
         for row, text in zip(ids, texts, strict=True):
-            own = [1, *self._encode(text)[: self.context_length - 2], len(self) - 1]
+            spelled = [own for piece in self._tokenizer.encode(text) for own in self._spell(piece)]
+            own = [1, *spelled[: self.context_length - 2], len(self) - 1]
             row[: len(own)] = torch.tensor(own)
         return ids
 
-    def _encode(self, text: str) -> list[int]:
-        pieces = self._tokenizer.encode(text)
-        if self.unknown:
-            return [self._own.get(piece, 2) for piece in pieces]
-        return [self._own[piece] for piece in pieces if piece in self._own]
+    def _spell(self, piece: int) -> list[int]:
+        """Our ids of a BPE piece."""
+        if piece not in self._own and self._spells:
+            parts = self._merges[piece - len(LETTERS)]
+            self._own[piece] = [own for part in parts for own in self._spell(self._tokenizer.encoder[part])]
+        return self._own.get(piece, [])

@@ -39,7 +39,7 @@ def read_about(path: Path) -> dict[str, Any]:
     config |= {"precision": PRECISIONS[given["precision"]], "augment": "drawing" if given["augment"] else "none"}
     if given["objective"] == "clip":
         config = {name: value for name, value in config.items() if name not in PENALTY}
-    recipe = {"bpe_ids": old["bpe_ids"], "unknown": False, "logit_scale": 1 / 0.07, "logit_bias": None}
+    recipe = {"bpe_ids": old["bpe_ids"], "logit_scale": 1 / 0.07, "logit_bias": None}
     split = {name: old[name] for name in ("seen", "train_styles", "test_styles")}
     return {"format": 1, "step": int(path.name.rpartition("-")[2]), "config": config, "recipe": recipe, **split}
 
