@@ -13,15 +13,13 @@ from cibr.config import option
 from cibr.errors import UsageError
 from cibr.models.batch_norm import BatchNorm
 from cibr.models.features import Features
-from cibr.models.model import Facts, TemperatureOptions, Tempered, features_of
+from cibr.models.model import SPECS, Facts, TemperatureOptions, Tempered, features_of
 from cibr.models.text import Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvOptions(TemperatureOptions):
-    model: str = option(
-        "conv", "conv; open_clip:NAME[/TAG_OR_FILE]; open_clip:local-dir:DIR; open_clip:FILE.json; heads"
-    )
+    model: str = option("conv", SPECS)
     image_size: int = option(64, "pixels", least=8)
     conv_width: int = option(32, "channels of the first convolution; the last has eight times as many", least=1)
     text_tower_width: int = option(128, "width of the text transformer, a multiple of 32", least=32)

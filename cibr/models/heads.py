@@ -10,14 +10,12 @@ from torch import Tensor, nn
 from cibr.config import option
 from cibr.errors import UsageError
 from cibr.models.features import Features
-from cibr.models.model import Facts, TemperatureOptions, Tempered, features_of
+from cibr.models.model import SPECS, Facts, TemperatureOptions, Tempered, features_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsOptions(TemperatureOptions):
-    model: str = option(
-        "heads", "conv; open_clip:NAME[/TAG_OR_FILE]; open_clip:local-dir:DIR; open_clip:FILE.json; heads"
-    )
+    model: str = option("heads", SPECS)
     head_hidden: int = option(0, "units of a hidden layer before each projection; 0: a linear head", least=0)
     head_dropout: float = option(0.0, "of the features, in training", least=0, below=1)
     embed_dim: int = option(256, "width of the common space", least=1)

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from cibr.config import option
 from cibr.models.features import Batch, Features, Output
 
+SPECS = "conv; open_clip:NAME[/TAG_OR_FILE]; open_clip:local-dir:DIR; open_clip:FILE.json; heads"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TemperatureOptions:
@@ -53,7 +55,6 @@ class Model(nn.Module):
     image_key = "image"
     text_key = "text"
     image_prefix = "image_"  # of the names of the image tower's parameters
-    text_prefix = "text_"
     notes: tuple[str, ...] = ()
 
     def __init__(self, options: Any, recipe: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from cibr.config import option
 from cibr.errors import UsageError
 from cibr.models.features import Features
-from cibr.models.model import Facts, Model, TemperatureOptions, features_of
+from cibr.models.model import SPECS, Facts, Model, TemperatureOptions, features_of
 
 Encode = Callable[[Tensor], Tensor]
 IDENTITY = "the {} tower has no projection: X is its pooled output and the projection the identity"
@@ -38,7 +38,7 @@ IDENTITY = "the {} tower has no projection: X is its pooled output and the proje
 
 @dataclass(frozen=True, kw_only=True)
 class OpenClipOptions(TemperatureOptions):
-    model: str = option("", "conv; open_clip:NAME[/TAG_OR_FILE]; open_clip:local-dir:DIR; open_clip:FILE.json; heads")
+    model: str = option("", SPECS)
     lock_image: bool = option(False, "train the text tower only (LiT); --unlock-image leaves some of it free")
     lock_text: bool = option(False, "train the image tower only")
     unlock_image: int = option(
@@ -54,7 +54,6 @@ class OpenClipOptions(TemperatureOptions):
 class OpenClip(Model):
     Options = OpenClipOptions
     image_prefix = "clip.visual."
-    text_prefix = "clip."
 
     def __init__(self, options: OpenClipOptions, recipe: dict[str, Any]) -> None:
         super().__init__(options, recipe)

@@ -100,9 +100,9 @@ class Journal(Silent):
         self.bar.update(min(done, 1.0) - self.bar.n)
 
     def say(self, text: str) -> None:
-        self.bar.clear()
+        if self.err.isatty():
+            self.bar.clear()
         self.out.write(text + "\n")
-        self.bar.refresh()
 
     def write(self, step: int, entry: dict[str, Any]) -> None:
         self.log.write(json.dumps({"step": step, **entry}) + "\n")

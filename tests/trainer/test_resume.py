@@ -330,6 +330,20 @@ def test_a_killed_first_save_asks_for_nothing_again(tmp_path: Path) -> None:
     assert "2 steps in" in out and f"next: cibr evaluate --checkpoint {tmp_path / 'run'}" in out
 
 
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path) -> None:
+    """The command of the documentation: one rank speaks, and a signal to the launcher ends in a checkpoint."""
+    options = config(tmp_path / "run", **{**RUN, "steps": 100_000, "log_every": 1}).to_dict()
+    (tmp_path / "run.json").write_text(json.dumps(options))
+    process = start("train", "--config", tmp_path / "run.json", ranks=2)
+    while last_step(tmp_path / "run") < 5 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert out.count("steps in") == 1 and out.count("objective  cibr") == 1, err
+    assert checkpoint.find(tmp_path / "run") is not None
+
+
 def test_a_rank_that_hangs_is_not_waited_for_without_end(tmp_path: Path) -> None:
     settings = config(tmp_path / "run", **RUN, rank_timeout=3.0)
     first, second = two_ranks(settings)
