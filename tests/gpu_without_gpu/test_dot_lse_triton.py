@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from cases import DTYPES, towers
+from covering import pairs
 from executor import emulated
 from torch import Tensor
 
@@ -62,7 +63,7 @@ CASES = [
 RUNS = [(capability, dtype, RAGGED) for capability in CAPABILITIES for dtype in DTYPES] + [
     (CAPABILITIES[i % 4], DTYPES[i % 3], case) for i, case in enumerate(CASES)
 ]
-ALL = [(c, dtype, case) for c in CAPABILITIES for dtype in DTYPES for case in CASES if (c, dtype, case) not in RUNS]
+ALL = [run for run in pairs(CAPABILITIES, DTYPES, CASES) if run not in RUNS]
 SMALL = Case(n=37, m=70, d=32, first_positive=17)
 GROUPED = [  # (mask, cols, stash) everywhere, the groups in turn
     *(SMALL._replace(groups="few", kind=kind) for kind in ("unit", "raw")),

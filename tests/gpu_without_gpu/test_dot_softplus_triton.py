@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from cases import DTYPES, towers
+from covering import pairs
 from executor import emulated
 from torch import Tensor
 
@@ -63,7 +64,7 @@ CASES = [
 RUNS = [(capability, torch.bfloat16, RAGGED) for capability in CAPABILITIES] + [
     (CAPABILITIES[i % 4], DTYPES[i % 3], case) for i, case in enumerate(CASES)
 ]
-EVERY = [(c, dtype, case) for c in CAPABILITIES for dtype in DTYPES for case in (RAGGED, *CASES)]
+EVERY = pairs(CAPABILITIES, DTYPES, (RAGGED, *CASES))
 ALL = [run for run in EVERY if run not in RUNS and (run[1] != torch.float16 or run[2].bias > -60)]
 Inputs = dict[str, Tensor | None]
 

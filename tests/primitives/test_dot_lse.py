@@ -30,8 +30,8 @@ def groups(kind: str, n: int, m: int) -> dict[str, Tensor | None]:
     row: row 0 shares its group with every column; column: the last column with every row."""
     if kind == "none":
         return {"row_ids": None, "col_ids": None}
-    if kind == "few":
-        return {"row_ids": torch.arange(n) % 4 - FAR, "col_ids": torch.arange(m) % 7 - FAR}
+    if kind == "few":  # 5 and 7 divide no panel of rows or chunk of columns: another's ids are wrong ones
+        return {"row_ids": torch.arange(n) % 5 - FAR, "col_ids": torch.arange(m) % 7 - FAR}
     rows, cols = torch.full((n,), 5), torch.full((m,), 5)
     if kind == "row":
         rows[1:] = FAR

@@ -27,7 +27,7 @@ GROUPINGS = ("none", "apart", "attract", "one", "one that attracts")
 def groups(kind: str, n: int, m: int) -> dict[str, Tensor | bool | None]:
     if kind == "none":
         return {"row_ids": None, "col_ids": None, "attract": True}
-    numbers = (torch.arange(n) % 4, torch.arange(m) % 7) if not kind.startswith("one") else (n * [3], m * [3])
+    numbers = (torch.arange(n) % 5, torch.arange(m) % 7) if not kind.startswith("one") else (n * [3], m * [3])
     row_ids, col_ids = (torch.as_tensor(t) - 2**62 for t in numbers)
     return {"row_ids": row_ids, "col_ids": col_ids, "attract": "attract" in kind}
 
