@@ -14,6 +14,7 @@ import sharded
 import sharded_runs
 import torch
 import torch.multiprocessing as mp
+from covering import pairs
 from readme import BLOCKS
 from sharded import F32, F64, check
 
@@ -63,16 +64,24 @@ CONTRASTIVE: list[tuple[str, dict]] = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-@pytest.mark.parametrize("strategy", ["gather", "ring"])
-@pytest.mark.parametrize("rows", [(5, 5), (3, 8, 2), (4, 4, 4, 4)], ids=str)
-@pytest.mark.parametrize(("name", "options"), CONTRASTIVE, ids=lambda v: str(v))
-def test_contrastive_options(ranks, name, options, rows, strategy, dtype):
-    if strategy == "ring":
-        if options.get("queues") or (name, options.get("group_mode")) == ("clip_loss", "positives"):
-            return  # refused: test_clip_options.py
-        if name == "siglip_loss" and options.get("reduction") == "none":
-            return  # refused: test_siglip_loss.py
+def on_a_ring(name: str, options: dict) -> bool:
+    """Not refused there: test_clip_options.py, test_siglip_loss.py."""
+    if options.get("queues") or (name, options.get("group_mode")) == ("clip_loss", "positives"):
+        return False
+    return (name, options.get("reduction")) != ("siglip_loss", "none")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "case", "rows", "dtype"),
+    [
+        (strategy, *row)
+        for strategy, cases in (("gather", CONTRASTIVE), ("ring", [c for c in CONTRASTIVE if on_a_ring(*c)]))
+        for row in pairs(cases, [(5, 5), (3, 8, 2), (4, 4, 4, 4)], [F32, F64])
+    ],
+    ids=str,
+)
+def test_contrastive_options(ranks, strategy, case, rows, dtype):
+    name, options = case
     check(ranks.run(sharded.contrastive, len(rows), rows, dtype, name, strategy=strategy, **options), dtype)
 
 
