@@ -17,11 +17,11 @@ import pytest
 import torch
 from additive import expected_moments
 from cases import LARGE, each_dtype, leaves, towers
+from rectangular import rectangular_clip_loss
 from torch import Tensor
 
 import cibr_kernels as ck
 from cibr_kernels import testing
-from cibr_kernels.losses.clip.op import rectangular_clip_loss
 from cibr_kernels.losses.clip.reference import clip_loss as clip_reference
 from cibr_kernels.primitives.additive.moments.op import additive_moments
 from cibr_kernels.primitives.additive.moments.reference import additive_moments as moments_reference

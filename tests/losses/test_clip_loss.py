@@ -9,11 +9,11 @@ import pytest
 import torch
 from cases import DTYPES, ISAS, LARGE, each_dtype, each_isa, towers, with_gradients
 from covering import each_pair
+from rectangular import rectangular_clip_loss
 from torch import Tensor
 
 import cibr_kernels as ck
 from cibr_kernels import testing
-from cibr_kernels.losses.clip.op import rectangular_clip_loss
 from cibr_kernels.losses.clip.reference import clip_loss as reference
 
 # (n, m, first_positive, d): one pair, smaller than a tile (32), whole tiles, ragged in every dimension, a rectangle,

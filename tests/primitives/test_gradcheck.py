@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rectangular import rectangular_clip_loss
 from torch import Tensor
 from torch.autograd import gradcheck
 
 import cibr_kernels as ck
 from cibr_kernels.information.dot_moments.op import dot_moments
 from cibr_kernels.information.estimators import BOUNDS
-from cibr_kernels.losses.clip.op import rectangular_clip_loss
 from cibr_kernels.primitives.additive.activations import ACTIVATIONS
 from cibr_kernels.primitives.additive.moments.op import additive_moments
 from cibr_kernels.primitives.additive.scores.op import additive_scores

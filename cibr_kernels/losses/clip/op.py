@@ -24,8 +24,6 @@ from cibr_kernels.distributed.shards import Agreement, Shards
 from cibr_kernels.losses import targets
 from cibr_kernels.losses.clip.directions import Problem
 from cibr_kernels.losses.clip.fast_path import plain_loss
-from cibr_kernels.numerics import softplus
-from cibr_kernels.primitives.dot.lse.op import dot_lse
 
 
 def clip_loss(
@@ -140,14 +138,3 @@ def _inputs(
     x, y = targets.check_features(image_features, text_features)
     scale = checks.scalar_or_rows("logit_scale", logit_scale, x)
     return x, y, scale, None if logit_bias is None else checks.scalar("logit_bias", logit_bias, x)
-
-
-def rectangular_clip_loss(
-    x: Tensor, y: Tensor, scale: Tensor, *, first_positive: int = 0, one_way: bool = False, backend: str = "auto"
-) -> Tensor:
-    """The loss of n rows against m columns; row i's positive is column first_positive + i < m.  No checks."""
-    rows, cols, positives = dot_lse(x, y, scale, first_positive=first_positive, need_cols=not one_way, backend=backend)
-    loss = softplus(rows - positives).mean()
-    if one_way:
-        return loss
-    return (loss + softplus(cols[first_positive : first_positive + x.shape[0]] - positives).mean()) / 2
