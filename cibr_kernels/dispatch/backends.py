@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -96,8 +97,8 @@ def choose(op: str, backend: str, *tensors: Tensor) -> ModuleType:
         raise ValueError(f"backend is {backend!r}; known are 'auto', {', '.join(map(repr, NAMES))}")
     refusals = []
     for name in NAMES if backend == "auto" else (backend,):
-        module = _module(op, name)
-        reason = _unsupported(module, name, tensors) if module else "not written for this op"
+        module, unsupported = _module(op, name)
+        reason = unsupported(*tensors) if module else "not written for this op"
         if backend == "auto" and name == "reference" and tensors[0].device.type != "cpu":
             reason = "it builds the N x N matrix; ask for it by name to run it on an accelerator"
         if module and reason is None:
@@ -106,33 +107,31 @@ def choose(op: str, backend: str, *tensors: Tensor) -> ModuleType:
     raise RuntimeError(f"no backend can run {op}: " + "; ".join(refusals))
 
 
-def _unsupported(module: ModuleType, name: str, tensors: tuple[Tensor, ...]) -> str | None:
-    """Why an op's backend cannot run on these tensors; None when it can."""
-    if hasattr(module, "unsupported"):
-        return module.unsupported(*tensors)
-    if name == "triton":
-        return triton_call.unsupported(*tensors)
-    return native_unsupported(*tensors) if name == "native" else None
-
-
 def fused(op: str, backend: str, *tensors: Tensor) -> str | None:
     """The backend with kernels of its own for `op`, which has other ways too; None where there is none for these."""
     for name in NAMES if backend == "auto" else (backend,):
-        module = _module(op, name) if name in NAMES and name != "reference" else None
-        if module is not None and _unsupported(module, name, tensors) is None:
+        module, unsupported = _module(op, name) if name in NAMES and name != "reference" else (None, _always)
+        if module is not None and unsupported(*tensors) is None:
             return name
     return None
 
 
+def _always(*tensors: Tensor) -> None:
+    """What a backend says that can run on any tensors."""
+
+
 @lru_cache
-def _module(op: str, name: str) -> ModuleType | None:
+def _module(op: str, name: str) -> tuple[ModuleType | None, Callable[..., str | None]]:
+    """The backend of an op, None where it has none, and what says why it cannot run on tensors: None when it can."""
     path = f"{home(op)}.{name}"
     try:
-        return importlib.import_module(path)
+        module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name != path:
             raise
-        return None
+        return None, _always
+    usual = {"native": native_unsupported, "triton": triton_call.unsupported, "reference": _always}
+    return module, getattr(module, "unsupported", usual[name])
 
 
 def run(op: str, direction: str, backend: str, tensors: tuple[Tensor, ...], *args: Any) -> Any:

@@ -137,8 +137,9 @@ def with_gradients(
             grads = tuple(next(made) if need else None for need in needs)
         elif g.device.type != "cpu" or g.item() != 1.0:  # what loss.backward() asks for
             grads = [t * g if need else None for t, need in zip(grads, needs, strict=True)]
-        grads = [t.to(own.dtype) if need else None for t, own, need in zip(grads, tensors, needs, strict=True)]
-        return *grads, *(None,) * len(options)
+        if any(t is not None and t.dtype != own.dtype for t, own in zip(grads, tensors, strict=True)):
+            grads = [t if t is None else t.to(own.dtype) for t, own in zip(grads, tensors, strict=True)]
+        return *[t if need else None for t, need in zip(grads, needs, strict=True)], *(None,) * len(options)
 
     methods = {"forward": staticmethod(make), "backward": staticmethod(scale)}
     node: type[torch.autograd.Function] = type(name, (torch.autograd.Function,), methods)
@@ -162,7 +163,9 @@ def only_autograd_looks_on(*inputs: Any) -> bool:
     """Nobody but autograd, backward, wants to see a call with these inputs."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or has_tangents(inputs):
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if forward_ad._current_level >= 0 and has_tangents(inputs):
         return False
     if torch._C._len_torch_function_stack() and not _only_devices():
         return False

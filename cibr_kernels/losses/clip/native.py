@@ -13,8 +13,8 @@ def forward(
     x: Tensor, y: Tensor, scale: Tensor, one_way: bool, need_dx: bool, need_dy: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """-> loss (), dx (n, d), dy (n, d), each None unless needed, dscale () with them; float32 for float16."""
-    if need_dx or need_dy:
-        x, y = (t.to(early_dtype(t.dtype)) for t in (x, y))
+    if (need_dx or need_dy) and (made := early_dtype(x.dtype)) != x.dtype:
+        x, y = x.to(made), y.to(made)
     n, d = x.shape
     dx, dy = scratch_like(x) if need_dx else None, scratch_like(y) if need_dy else None
     loss, dscale = torch.empty_like(scale), torch.empty_like(scale) if need_dx or need_dy else None

@@ -16,8 +16,8 @@ def forward(
 
     The gradients are float32 for float16.
     """
-    if need_dx or need_dy:
-        x, y = (t.to(early_dtype(t.dtype)) for t in (x, y))
+    if (need_dx or need_dy) and (made := early_dtype(x.dtype)) != x.dtype:
+        x, y = x.to(made), y.to(made)
     n, d = x.shape
     dx, dy = scratch_like(x) if need_dx else None, scratch_like(y) if need_dy else None
     loss = torch.empty_like(scale)
