@@ -34,7 +34,7 @@ def open_karpathy(place: str, options: DataOptions, split: str) -> Dataset:
         with listing.row(name):
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise SkipSample("image outside the set's folder")
-            listing.add(name, clean(sentence["raw"] for sentence in image["sentences"]), None, name)
+            listing.add(name, clean([sentence["raw"] for sentence in image["sentences"]]), None, name)
     folder = image_folder(path, name_of(chosen[0]))
     return FileImages(folder, listing.places, options.max_pixels, **listing.columns())
 

@@ -16,8 +16,10 @@ MAX_TEXT_BYTES = 1 << 20  # of a .txt, .json or .cls
 TEMPLATE = "a photo of a {}."
 
 
-def clean(captions: Iterable[object]) -> tuple[str, ...]:
+def clean(captions: Any) -> tuple[str, ...]:
     """Captions less surrounding space and empty ones. Raises SkipSample for what is no text and where none is left."""
+    if not isinstance(captions, (list, tuple)):
+        raise SkipSample("captions that are no list of texts")
     kept = []
     for caption in captions:
         if not isinstance(caption, str):
@@ -62,19 +64,18 @@ def captions_and_class(
     Raises SkipSample where there is neither caption nor class, and for what cannot be read.
     """
     about = decode_json(members["json"]) if "json" in members else {}
-    captions: Any = ()
     if caption_key is not None and caption_key in about:
         captions = about[caption_key]
     elif "captions" in about:
         captions = about["captions"]
     elif "txt" in members:
         captions = decode_text(members["txt"]).splitlines()
-    elif "caption" in about:
-        captions = about["caption"]
+    else:
+        captions = about.get("caption")
     named = _class(members, about)
-    if captions is None or (captions == () and named is not None):
-        return () if named is not None else clean(()), named
-    return clean([captions] if isinstance(captions, str) else list(captions)), named
+    if captions is None and named is not None:
+        return (), named  # captions are made from the class's name
+    return clean([captions] if isinstance(captions, str) else captions or ()), named
 
 
 def _class(members: Mapping[str, bytes], about: Mapping[str, Any]) -> str | int | None:

