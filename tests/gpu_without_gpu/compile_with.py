@@ -1,6 +1,6 @@
 """Compiles every Triton kernel by the run time of whichever Triton this process has; prints one line a kernel.
 
-    PYTHONPATH=<folder of a Triton>:. python tests/gpu_without_gpu/compile_with.py 80 90
+    PYTHONPATH=<folder of a Triton>:.:tests/support python tests/gpu_without_gpu/compile_with.py 80 90
 
 Each capability's kernels are those that the launchers ask for there, through `kernel.warmup`: what a launch on such a
 GPU does before it runs.

@@ -21,7 +21,7 @@ def test_every_kernel_compiles_with_the_oldest_triton(tmp_path):
     """That of PyTorch 2.6, which knows no capability above 9.0."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "old")]
     subprocess.run([*pip, f"triton=={OLDEST}.0"], check=True)
-    paths = os.pathsep.join([str(tmp_path / "old"), str(ROOT)])
+    paths = os.pathsep.join(map(str, (tmp_path / "old", ROOT, ROOT / "tests/support")))
     environment = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, str(HERE / "compile_with.py"), "80", "90"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
