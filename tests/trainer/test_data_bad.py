@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import random
 import tracemalloc
 from pathlib import Path
@@ -9,12 +11,16 @@ from pathlib import Path
 import bad_data
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from cibr.data import DataOptions, in_order, open_dataset
 from cibr.data.dataset import Skipped, SkipSample
+from cibr.data.emoji import checked_drawing
 from cibr.data.images import decode
+from cibr.data.listing import captions_and_class
 from cibr.errors import UsageError
 
 
@@ -64,6 +70,35 @@ def test_nothing_of_a_damaged_tar_is_lost_unnoticed(tmp_path: Path) -> None:
 
 def test_the_names_of_bad_cases_are_distinct() -> None:
     assert len({case.name for case in bad_data.CASES}) == len(bad_data.CASES) > 50
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+ENTRIES = ("caption", "captions", "cls", "concept", "style", "family", "label", "keywords", "group")
+
+
+@given(st.dictionaries(st.sampled_from(ENTRIES), JSON), st.none() | st.sampled_from(ENTRIES))
+@settings(max_examples=300, deadline=None)
+def test_any_json_is_taken_or_skipped(about: dict[str, object], key: str | None) -> None:
+    with contextlib.suppress(SkipSample):
+        captions, named = captions_and_class({"json": json.dumps(about).encode()}, key)
+        assert captions or named is not None
+        assert all(isinstance(text, str) and text.strip() == text != "" for text in captions)
+    with contextlib.suppress(SkipSample):
+        entry = checked_drawing(about)
+        assert entry["label"] and all(isinstance(word, str) for word in entry["keywords"])
+
+
+@given(st.binary(max_size=60), st.sampled_from(["txt", "cls", "json"]))
+@settings(max_examples=200, deadline=None)
+def test_any_bytes_are_taken_or_skipped(data: bytes, ending: str) -> None:
+    with contextlib.suppress(SkipSample):
+        captions_and_class({ending: data})
+    with contextlib.suppress(SkipSample):
+        decode(data, 10_000)
 
 
 def test_names_are_printed_without_control_characters() -> None:
