@@ -288,19 +288,21 @@ def test_others_can_read_checkpoints_and_the_best_is_kept(tmp_path: Path, monkey
 
 
 def test_several_ranks_take_the_steps_of_one(tmp_path: Path) -> None:
-    """On two processes, with 9 and 8 rows, as on one; `eps` keeps Adam from making steps of rounding."""
-    common = {**RUN, "steps": 6, "batch_size": 17, "log_every": 1, "eps": 1e-3}
+    """On two processes, with 9 and 8 rows, as on one; `eps` keeps Adam from making steps of rounding.
+
+    With seed 0 a ReLU is at its kink in the first step, and the rounding of a sum decides its side.
+    """
+    common = {**RUN, "steps": 6, "batch_size": 17, "log_every": 1, "eps": 1e-3, "seed": 1}
     train(config(tmp_path / "one", **common))
     for process in two_ranks(config(tmp_path / "two", **common)):
         process.join(120)
         assert process.exitcode == 0
     for one, other in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
-        for name in ("loss", "contrastive_loss", "image_own", "text_other", "scale"):
+        for name in ("loss", "contrastive_loss", "image_own", "text_other", "scale", "gradient_norm"):
             assert other[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5), (one["step"], name)
-        assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-4)
     for key, value in state(tmp_path / "one").items():
         if value.is_floating_point() and not key.startswith("optimizer."):
-            assert (state(tmp_path / "two")[key] - value).abs().max() < 1e-4, key
+            assert (state(tmp_path / "two")[key] - value).abs().max() < 1e-5, key
 
 
 @pytest.mark.parametrize("more", [{}, {"fsdp": True}])
