@@ -114,9 +114,9 @@ def grad_cam(model: Model, chosen: Set, rows: list[int]) -> tuple[np.ndarray, li
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     except ImportError as error:
         raise missing_extra(error) from error
+    if model.image_key != "image" or chosen.dataset.image_width is not None:
+        raise UsageError("Grad-CAM looks into images, and these are cached features; --no-grad-cam leaves it out")
     transform = model.transform(False)
-    if transform is None or chosen.dataset.image_width is not None:
-        raise UsageError("Grad-CAM looks into images, and the model takes cached features")
     layer, reshape = target_layer(model)
     texts = encode_texts(model, concatenated([chosen.dataset.captions(row)[:1] for row in rows])).embedding
     inputs = torch.stack([transform(chosen.dataset.image(row)) for row in rows])

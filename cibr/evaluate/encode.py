@@ -35,7 +35,8 @@ def encode_images(model: Model, dataset: Dataset, options: DataOptions) -> Image
     if (model.image_key == "image_features") != (dataset.image_width is not None):
         raise UsageError(f"{options.data} holds {kind}, which the model does not take")
     found, rows = [], []
-    batches = in_order(dataset, options, batch_size=BATCH_SIZE, transform=model.transform(False))
+    transform = None if dataset.image_width else model.transform(False)
+    batches = in_order(dataset, options, batch_size=BATCH_SIZE, transform=transform)
     for batch in batches:
         found.append(model.encode_image(batch[model.image_key].to(device_of(model))))
         rows.append(batch["index"])

@@ -12,12 +12,17 @@ import torch
 import torch.nn.functional as F
 import toyset
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cibr import models
 from cibr.data import DataOptions, open_dataset
+from cibr.data.features import save_strings
+from cibr.data.strings import Strings
 from cibr.errors import UsageError
-from cibr.evaluate.report import evaluate, table
+from cibr.evaluate.report import Set, evaluate, table
 from cibr.models import Features, Model
+from cibr.pictures import draw_grad_cam
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* queries score a candidate of another group")  # shapes of a colour
 COLOURS = {
@@ -144,11 +149,38 @@ def test_what_cannot_be_evaluated_is_refused_before_any_work(model: Model, folde
 
 
 def test_features_do_not_fit_a_model_of_images(model: Model, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     starts, groups = torch.tensor([0, 1, 2]), torch.tensor([0, 1])
     tensors = {"image_features": torch.rand(2, 4), "text_features": torch.rand(2, 4)}
     save_file({**tensors, "caption_starts": starts, "group_ids": groups}, tmp_path / "x.safetensors")
     assert open_dataset(options(f"features:{tmp_path}/x.safetensors")).image_width == 4
     with pytest.raises(UsageError, match="holds cached features, which the model does not take"):
         evaluate(model, retrieval={"x": f"features:{tmp_path}/x.safetensors"}, options=options("none"))
+
+
+def write_features(path: Path, n: int = 40, classes: int = 4) -> Path:
+    """Rows of `classes` classes, two prompts each, that a linear map of either side could match."""
+    labels = torch.arange(n) % classes
+    names = Strings(f"class {c}" for c in range(classes))
+    prompts = torch.tensor([0.0, 0.01]).repeat(n)[:, None]
+    tensors = {
+        "image_features": F.one_hot(labels, 8).float() + 0.01 * torch.rand(n, 8),
+        "text_features": F.one_hot(labels, 8).float().repeat_interleave(2, 0) + prompts,
+        "caption_starts": 2 * torch.arange(n + 1), "group_ids": labels.repeat_interleave(2), "labels": labels,
+    }  # fmt: skip
+    save_strings(tensors, "class_names", names)
+    save_file(tensors, path)
+    return path
+
+
+def test_heads_on_cached_features(tmp_path: Path) -> None:
+    path = write_features(tmp_path / "x.safetensors")
+    facts = models.Facts(image_width=8, text_width=8)
+    heads = models.build(models.options_type("heads")(model="heads", embed_dim=8), facts).eval()
+    with torch.no_grad():
+        heads.text_projection.weight.copy_(heads.image_projection.weight)  # type: ignore[union-attr,operator]
+    specs = {"x": f"features:{path}"}
+    report = evaluate(heads, zero_shot=specs, retrieval=specs, probe=True, options=options("none"))
+    assert report["zero_shot"]["x"]["top1"] == report["retrieval"]["x"]["text_to_image@1"] == 100
+    assert report["sets"]["x"]["classes"] == 4 and report["probe"]["x"]["linear"]["accuracy"] == 100
+    with pytest.raises(UsageError, match="Grad-CAM looks into images, and these are cached features"):
+        draw_grad_cam([("heads", heads)], Set(options(specs["x"]), "test"), tmp_path / "grad_cam.png")
