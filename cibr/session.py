@@ -114,7 +114,8 @@ def left_out(batches: Batches) -> Iterator[str]:
 
 def facts(config: RunConfig, dataset: Dataset) -> models.Facts:
     """What a new model may ask of the data and the objective; SigLIP starts at scale 10 and bias -10 (2303.15343)."""
-    start = {"logit_scale": 10.0, "logit_bias": -10.0} if config.objective.sigmoid() else {}
+    sigmoid = objectives.OBJECTIVES[config.objective.objective].sigmoid(config.objective)
+    start = {"logit_scale": 10.0, "logit_bias": -10.0} if sigmoid else {}
     return models.Facts(dataset.words(), dataset.image_width, dataset.text_width, **start)
 
 

@@ -21,7 +21,11 @@ class Validation:
     """Calls evaluate the whole of one set, the same rows in the same batches each time."""
 
     def __init__(self, config: RunConfig) -> None:
-        options = dataclasses.replace(config.data, data=config.run.val_data or config.data.data)
+        options = config.data
+        if config.run.val_data is not None:
+            options = dataclasses.replace(
+                options, data=config.run.val_data, limit=None
+            )  # the limit is of the run's own
         self.set = Set(options, config.run.val_split or "test")
         self.batch_size = config.optim.batch_size
         if self.set.dataset.class_names is not None:

@@ -16,36 +16,21 @@ NAMES = "clip, siglip, cibr, align, ceb"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveOptions:
-    """What every objective's options derive from; a subclass has a field `objective`."""
-
-    def sigmoid(self) -> bool:
-        """Whether logits want a bias, and to begin as SigLIP's do."""
-        return False
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipOptions(ObjectiveOptions):
+class ClipOptions:
     objective: str = option("clip", NAMES)
     label_smoothing: float = option(0.0, "of the softmax's targets", least=0, below=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SigLipOptions(ObjectiveOptions):
+class SigLipOptions:
     objective: str = option("siglip", NAMES)
-
-    def sigmoid(self) -> bool:
-        return True
 
 
 @dataclass(frozen=True, kw_only=True)
-class EitherOptions(ObjectiveOptions):
+class EitherOptions:
     """Of an objective that adds a penalty to one of the two."""
 
     contrastive: Literal["clip", "siglip"] = option("clip", "the loss that the penalty is added to")
-
-    def sigmoid(self) -> bool:
-        return self.contrastive == "siglip"
 
 
 class Objective(nn.Module):
@@ -63,6 +48,11 @@ class Objective(nn.Module):
     def __init__(self, options: Any, model: Model) -> None:
         super().__init__()
         self.options = options
+
+    @classmethod
+    def sigmoid(cls, options: Any) -> bool:
+        """Whether logits want a bias, and to begin as SigLIP's do."""
+        return False
 
     def forward(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -83,6 +73,10 @@ class Clip(Objective):
 
 class SigLip(Objective):
     Options = SigLipOptions
+
+    @classmethod
+    def sigmoid(cls, options: Any) -> bool:
+        return True
 
     def forward(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         loss = ck.siglip_loss(

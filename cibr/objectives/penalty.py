@@ -38,6 +38,10 @@ class Penalised(Objective):
         self.contrastive = contrastive(options.contrastive, model)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
+    @classmethod
+    def sigmoid(cls, options: Any) -> bool:
+        return options.contrastive == "siglip"
+
     def lams(self) -> tuple[Tensor, Tensor]:
         """Weights of the image's and the text's term, 0-d: 0 in the warm-up, then linear growth to the options'."""
         options = self.options
