@@ -264,10 +264,12 @@ def _allocations() -> int:
 
 def _counts(cases: Sequence[str]) -> None:
     """Prints [case, columns] in json, a line each; leaves out what needs kernels of CUDA C++ that are not built."""
+    import torch
     from fake_device.counters import Counters
 
     from cibr_kernels.dispatch import backends
 
+    torch.autograd.set_multithreading_enabled(False)  # a process that ends with its threads may abort
     counters, names = Counters(), backends.NAMES
     with counters.planned_launches():
         for case in cases:

@@ -13,7 +13,9 @@ from covering import pairs
 from executor import emulated
 from torch import Tensor
 
+import cibr_kernels as ck
 from cibr_kernels.dispatch import triton_call
+from cibr_kernels.losses.clip.reference import clip_loss as clip_reference
 from cibr_kernels.primitives.dot import triton_parts
 from cibr_kernels.primitives.dot.lse import reference, triton_configs
 from cibr_kernels.primitives.dot.lse import triton as backend
@@ -274,6 +276,51 @@ def test_columns_of_a_panel():
     }
     assert cols == {100: 100, 8192: 8192, 16384: 8192, 65536: 16384, 1 << 20: 16384}
     assert triton_parts.cols_of_panel(most, size, 8192, 70001, 70001, 96, 4) % 128 == 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "n", "d", "kind", "one_way"),
+    [
+        (90, torch.bfloat16, 200, 96, "unit", False),
+        (80, torch.float32, 37, 24, "unit", True),
+        (100, torch.bfloat16, 140, 40, "opposed", False),  # underflows, then online
+        (120, torch.float32, 1, 1, "unit", False),
+        (90, torch.float16, 40, 32, "unit", False),  # its ends are PyTorch's
+    ],
+)
+def test_clip_loss_and_its_gradients(capability, dtype, n, d, kind, one_way):
+    """The loss without options, whose ends are kernels too, against float64."""
+    x, y = (t.to(dtype) for t in towers(n, n, d, 0, kind))
+    scale = torch.tensor(100.0)
+    with emulated(capability) as gpu:
+        ours = loss_and_gradients(lambda *t: ck.clip_loss(*t, one_way=one_way, backend="triton"), x, y, scale)
+    eager = loss_and_gradients(lambda *t: clip_reference(*t, 0, one_way), x, y, scale)
+    truth = loss_and_gradients(lambda *t: clip_reference(*t, 0, one_way), x.double(), y.double(), scale.double())
+    products = x.double() @ y.double().T
+    for name, t in truth.items():
+        features = torch.float32 if name == "loss" else dtype
+        assert_close(
+            name, ours[name], eager[name], t, terms=n, exponent=100 * products.abs().max().item(), features=features,
+            magnitude=products.abs().max().item(),
+        )  # fmt: skip
+    names = [name for name, _ in gpu.launches]
+    assert ("slopes_kernel" in names, "exponent_kernel" in names) == (
+        (True, False) if dtype != torch.float16 else (False, True)
+    )
+
+
+def loss_and_gradients(loss, *inputs: Tensor) -> dict[str, Tensor]:
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    value = loss(*leaves)
+    return dict(zip(("loss", "dx", "dy", "dscale"), [value.detach(), *torch.autograd.grad(value, leaves)], strict=True))
+
+
+def test_clip_loss_of_what_is_not_finite():
+    x, y = towers(20, 20, 32, 0)
+    y[3, 3] = math.inf
+    with emulated(80):
+        ours = loss_and_gradients(lambda *t: ck.clip_loss(*t, backend="triton"), x, y, torch.tensor(10.0))
+    assert all(t.isnan().all() for t in ours.values()), ours
 
 
 def test_a_long_sum_is_made_by_several_programs(monkeypatch):

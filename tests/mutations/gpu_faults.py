@@ -375,7 +375,7 @@ FAULTS = [
         "attraction without its sign in G", "softplus", PAIRS, "g = tl.where(same, -g, g)", "g = tl.where(same, g, g)"
     ),
     Fault("pairs that attract left out", "softplus", PAIRS, "-t2 if ATTRACT else nothing", "nothing"),
-    Fault("log(1 + u) that cancels", "softplus", PAIRS, "log1p = _log1p(u)", "log1p = tl.log(1.0 + u)"),
+    Fault("log(1 + u) that cancels", "softplus", PAIRS, "log1p = log1p_of(u)", "log1p = tl.log(1.0 + u)"),
     Fault("coefficient of the logarithm", "softplus", PAIRS, "q * u + 0.333213225", "q * u + 0.333203225"),
     Fault("sigmoid of the magnitude", "softplus", PAIRS, "tl.exp2(tl.minimum(t2, 0.0) - log1p", "tl.exp2(-log1p"),
     Fault(

@@ -6,7 +6,7 @@ longer than the matmuls.  The arithmetic is clip_loss/op.py's:
 
 One node of autograd; and on the CPU one call of C++ for a loss without gradients, or for one whose logits are small,
 which makes the gradients with it.  (Without a backward they are made for nothing, but at this size that costs less than
-coming back.)
+coming back.)  On a GPU, but for float16, the loss and the slopes are a launch each.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from cibr_kernels.primitives.dot.lse.op import (
     stash_budget,
     stash_budget_on,
 )  # fmt: skip
+from cibr_kernels.primitives.dot.problem import LseProblem, LseSums
 
 FUSED_BACKWARD_BYTES = 1 << 22  # bytes of float32 logits up to which gradients are made with the loss: n = 1024
 
@@ -37,17 +38,16 @@ def plain_loss(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str)
         return (_with_gradients if native and small else _Plain.apply)(x, y, scale, one_way, backend)
     if native:
         return _loss_and_gradients(x, y, scale, one_way, backend, None)[0]
-    margins, _ = _margins(x, y, scale, one_way, 0, backend)
-    return _mean_softplus(margins)
+    return _mean_softplus(_margins(*_sums(x, y, scale, one_way, 0, backend)[:3]))
 
 
-def _margins(
-    x: Tensor, y: Tensor, scale: Tensor, one_way: bool, budget: int, backend: str
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """-> t (k, n), and what dot_lse gave."""
-    outputs = dot_lse_forward.function(x, y, scale, None, None, 0, True, not one_way, False, budget, backend)
-    rows, cols, positives, *_ = outputs
-    return torch.stack((rows,) if one_way else (rows, cols)).sub_(positives), outputs
+def _sums(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, budget: int, backend: str) -> tuple[Tensor, ...]:
+    return dot_lse_forward.function(x, y, scale, None, None, 0, True, not one_way, False, budget, backend)
+
+
+def _margins(rows: Tensor, cols: Tensor, positives: Tensor) -> Tensor:
+    """-> t (k, n)."""
+    return torch.stack((rows, cols) if cols.numel() else (rows,)).sub_(positives)
 
 
 def _mean_softplus(margins: Tensor) -> Tensor:
@@ -57,24 +57,30 @@ def _mean_softplus(margins: Tensor) -> Tensor:
 class _Plain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str) -> Tensor:
-        margins, (rows, cols, positives, _, _, *stash) = _margins(
-            x, y, scale, one_way, stash_budget_on(x.device), backend
-        )
-        ctx.save_for_backward(margins, x, y, scale, rows, cols, positives, *stash)
+        outputs = _sums(x, y, scale, one_way, stash_budget_on(x.device), backend)
+        rows, cols, positives, _, _, *stash = outputs
+        ctx.save_for_backward(x, y, scale, rows, cols, positives, *stash)
         ctx.backend = backend
-        return _mean_softplus(margins)
+        if backends.fused("clip_loss", backend, x) == "triton":
+            return backends.run("clip_loss", "forward", "triton", (x,), LseSums(rows, cols, positives, *stash))
+        return _mean_softplus(_margins(rows, cols, positives))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        margins, x, y, scale, rows, cols, *rest = ctx.saved_tensors
+        x, y, scale, rows, cols, positives, *stash = ctx.saved_tensors
         need_x, need_y, need_scale, *_ = ctx.needs_input_grad
-        slopes = torch.sigmoid(margins) * (g / margins.numel())
-        g_rows, g_cols = slopes.unbind(0) if cols.numel() else (slopes[0], cols)
-        # dscale comes from <x, dx> or <y, dy>: one of the two is computed for it
-        dx, dy, dscale = dot_lse_backward(
-            g_rows, g_cols, slopes.sum(0).neg_(), x, y, scale, None, None, rows, cols, *rest, 0, True,
-            need_x or not need_y, need_y, ctx.backend,
-        )  # fmt: skip
+        needs = need_x or not need_y, need_y  # dscale comes from <x, dx> or <y, dy>: one of the two is computed for it
+        if backends.fused("clip_loss", ctx.backend, x) == "triton" and not torch.is_grad_enabled():
+            problem, sums = LseProblem(x, y, scale, None, None, 0, True), LseSums(rows, cols, positives, *stash)
+            dx, dy, dscale = backends.run("clip_loss", "backward", "triton", (x,), g, problem, sums, *needs)
+        else:
+            margins = _margins(rows, cols, positives)
+            slopes = torch.sigmoid(margins) * (g / margins.numel())
+            g_rows, g_cols = slopes.unbind(0) if cols.numel() else (slopes[0], cols)
+            dx, dy, dscale = dot_lse_backward(
+                g_rows, g_cols, slopes.sum(0).neg_(), x, y, scale, None, None, rows, cols, positives, *stash, 0, True,
+                *needs, ctx.backend,
+            )  # fmt: skip
         return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, None, None
 
 

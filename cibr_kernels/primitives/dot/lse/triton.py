@@ -140,17 +140,24 @@ def backward(
     problem: LseProblem, sums: LseSums, gradients: LseGradients, need_dx: bool, need_dy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dx (n, d), dy (m, d), each empty unless needed, dscale ()."""
+    return weighted(problem, Weights.of(gradients, sums), gradients.positives, sums.stash, need_dx, need_dy)
+
+
+def weighted(
+    problem: LseProblem, weights: Weights, g_positives: Tensor, stash: Tensor, need_dx: bool, need_dy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`backward` from the weights that its gradients make."""
     if not (is_aligned(problem.x) and is_aligned(problem.y)):
-        dx, dy, dscale = backward(_aligned_problem(problem), sums, gradients, need_dx, need_dy)
+        wide = _aligned_problem(problem)
+        dx, dy, dscale = weighted(wide, weights, g_positives, stash, need_dx, need_dy)
         d = problem.x.shape[1]
         return dx[:, :d].contiguous() if need_dx else dx, dy[:, :d].contiguous() if need_dy else dy, dscale
     (n, m, d), x, y, scale = problem.sizes, problem.x, problem.y, problem.scale
-    new, stash, first_positive = scale.new_empty, sums.stash, problem.first_positive
+    new, first_positive = scale.new_empty, problem.first_positive
     with_dx = need_dx or not need_dy  # dscale needs one of the two
-    weights = _Weights.of(gradients, sums)
     dx = torch.empty_like(x) if with_dx else x.new_empty(0)
     along_x, along_y = new(blocks(n, BLOCK_R) if with_dx else 0), new(blocks(m, BLOCK_R) if need_dy else 0)
-    finish_x: dict[str, Any] = {"g_positives": gradients.positives, "scale": scale, "exponent": weights.exponent}
+    finish_x: dict[str, Any] = {"g_positives": g_positives, "scale": scale, "exponent": weights.exponent}
     finish_y = {**finish_x, "shift": -first_positive, "g_shift": -first_positive}
     if stash.numel() == 0 and x.element_size() == 2 and d <= panels.owned_width:
         if with_dx:
@@ -178,7 +185,7 @@ def backward(
             if need_dy:
                 multiply_into(dy_sums[left:right], p.T, x[first:end], accumulate=first > 0)
         if with_dx:
-            finish_x["g_positives"] = gradients.positives[first:end]
+            finish_x["g_positives"] = g_positives[first:end]
             features_gradient(
                 dx_sums, x[first:end], y, dx[first:end], along_x[first // BLOCK_R :], **finish_x,
                 shift=first + first_positive, g_shift=0,
@@ -236,7 +243,7 @@ def _choose_mode(problem: LseProblem, positives: Tensor) -> tuple[Tensor, Tensor
 
 
 @dataclass(frozen=True)
-class _Weights:
+class Weights:
     """What P is made of besides the scores: triton_backward.weights_kernel."""
 
     u: Tensor  # (n,)
@@ -246,17 +253,17 @@ class _Weights:
     exponent: Tensor  # ()
     stash_shift: Tensor  # ()
 
-    def columns(self, left: int, right: int) -> _Weights:
+    def columns(self, left: int, right: int) -> Weights:
         """Those of some columns."""
         v, cols2 = self.v[left:right], self.cols2[left:right]
-        return _Weights(self.u, v, self.rows2, cols2, self.exponent, self.stash_shift)
+        return Weights(self.u, v, self.rows2, cols2, self.exponent, self.stash_shift)
 
     @staticmethod
-    def of(g: LseGradients, sums: LseSums) -> _Weights:
+    def of(g: LseGradients, sums: LseSums) -> Weights:
         from cibr_kernels.primitives.dot.lse import triton_backward as kernels
 
         n, m, new = sums.rows.numel(), sums.cols.numel(), sums.rows.new_empty
-        w = _Weights(new(n), new(m), new(n), new(m), new(()), sums.stash_shift)
+        w = Weights(new(n), new(m), new(n), new(m), new(()), sums.stash_shift)
         gradients = {"g_rows": g.rows, "g_cols": g.cols, "exponent": w.exponent, "n": n, "m": m}
         triton_call.launch(kernels.exponent_kernel, (1,), gradients, {"BLOCK": 4096}, num_warps=8)
         triton_call.launch(
@@ -268,11 +275,11 @@ class _Weights:
         return w
 
     @property
-    def transposed(self) -> _Weights:
+    def transposed(self) -> Weights:
         return replace(self, u=self.v, v=self.u, rows2=self.cols2, cols2=self.rows2)
 
 
-def _panels(problem: LseProblem, w: _Weights, stash: Tensor) -> Any:
+def _panels(problem: LseProblem, w: Weights, stash: Tensor) -> Any:
     """-> f(panel, first, end), which writes P of rows [first, end) to panel (at least end - first, pitch)."""
     from cibr_kernels.primitives.dot.lse import triton_backward as kernels
 
@@ -311,7 +318,7 @@ def _panels(problem: LseProblem, w: _Weights, stash: Tensor) -> Any:
     return make
 
 
-def _owned_gradient(problem: LseProblem, w: _Weights) -> Tensor:
+def _owned_gradient(problem: LseProblem, w: Weights) -> Tensor:
     """-> P y (n, d) float32."""
     from cibr_kernels.primitives.dot.lse import triton_backward as kernels
 

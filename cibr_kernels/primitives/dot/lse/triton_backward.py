@@ -36,10 +36,8 @@ def _largest_magnitude(values, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _weights(g, lse, weight, lse2, exponent, stash_shift, block, length, BLOCK_L: tl.constexpr):
-    at = block * BLOCK_L + tl.arange(0, BLOCK_L)
-    inside = at < length
-    value, grad = tl.load(lse + at, mask=inside, other=0.0), tl.load(g + at, mask=inside, other=0.0)
+def store_weights(value, grad, weight, lse2, at, inside, exponent, stash_shift):
+    """weight and lse2 at `at`, of a log-sum-exp and its gradient: weights_kernel."""
     none = (value == -float("inf")) | (grad == 0.0)
     value2 = value * LOG2E
     grad *= tl.exp2(exponent)
@@ -47,6 +45,14 @@ def _weights(g, lse, weight, lse2, exponent, stash_shift, block, length, BLOCK_L
         grad *= tl.exp2(tl.where(none, 0.0, rounded(stash_shift * LOG2E) - value2))
     tl.store(weight + at, tl.where(none, 0.0, grad), mask=inside)
     tl.store(lse2 + at, tl.where(value == -float("inf"), float("inf"), value2), mask=inside)
+
+
+@triton.jit
+def _weights(g, lse, weight, lse2, exponent, stash_shift, block, length, BLOCK_L: tl.constexpr):
+    at = block * BLOCK_L + tl.arange(0, BLOCK_L)
+    inside = at < length
+    value, grad = tl.load(lse + at, mask=inside, other=0.0), tl.load(g + at, mask=inside, other=0.0)
+    store_weights(value, grad, weight, lse2, at, inside, exponent, stash_shift)
 
 
 @triton.jit(do_not_specialize=SIZES)

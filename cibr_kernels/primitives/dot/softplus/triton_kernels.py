@@ -73,7 +73,7 @@ def losses_kernel(
     at = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     inside = at < rows
     t = -tl.load(positives + at, mask=inside, other=0.0)
-    total = tl.where(inside, tl.maximum(t, 0.0) + _log1p(tl.exp2(-tl.abs(t) * LOG2E)), 0.0)
+    total = tl.where(inside, tl.maximum(t, 0.0) + log1p_of(tl.exp2(-tl.abs(t) * LOG2E)), 0.0)
     for first in range(0, tiles, BLOCK_T):
         tile = first + tl.arange(0, BLOCK_T)
         mask = (tile < tiles)[:, None] & inside[None, :]
@@ -84,7 +84,7 @@ def losses_kernel(
 
 
 @triton.jit
-def _log1p(u):
+def log1p_of(u):
     """log(1 + u) for 0 <= u <= 1, to 1e-7 of itself: u + u^2 q(u), q fitted to the relative error."""
     q = u * 0.00536481226 - 0.030065744
     q = q * u + 0.0792044573
@@ -121,7 +121,7 @@ def _tile(
         counts = (i < n)[:, None] & (j < m)[None, :] & (j[None, :] != i[:, None] + first_positive)
         t2 = tl.where(counts, t2, nothing)
     u = tl.exp2(-tl.abs(t2))
-    log1p = _log1p(u)
+    log1p = log1p_of(u)
     e = tl.maximum(t2, 0.0) * LN2 + log1p
     tl.store(row_sum + top + tl.arange(0, BLOCK_M), tl.sum(e, 1), mask=i < n)
     if COLS:
