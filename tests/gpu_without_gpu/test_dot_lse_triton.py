@@ -237,8 +237,7 @@ def test_launches():
     panels = 2
     before, after = ["statistics_kernel", "choose_kernel"], ["fold_kernel"]
     forward = [
-        *before, *["scores_kernel", *after] * panels, "finish_kernel",
-        *["online_scores_kernel", *after] * panels, "finish_kernel",
+        *before, *["scores_kernel", *after] * panels, *["online_scores_kernel", *after] * panels,
     ]  # fmt: skip
     weights = ["exponent_kernel", "weights_kernel"]
     for stash, kernel in ((False, "gradient_kernel"), (True, "unstash_kernel")):

@@ -44,7 +44,7 @@ MAKERS = ("empty", "empty_like", "empty_strided")
 METHODS = ("new_empty", "new_empty_strided")
 SHARED = {  # (kernel, argument): why its blocks may read and write it without order
     (
-        "finish_kernel",
+        "fold_kernel",
         "mode",
     ): "all writers write ONLINE, and what a block left out or wrote the next launch writes again",
 }

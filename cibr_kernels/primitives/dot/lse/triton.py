@@ -97,11 +97,9 @@ def forward(problem: LseProblem, need_cols: bool, need_max: bool, stash: Tensor)
     maxima = {"row_max": part_rows[0], "col_max": part_cols[0]}
     kept = maxima if need_max else dict.fromkeys(maxima)
     totals = {"row_max": new(n), "row_sum": rows, "col_max": new(cols.shape), "col_sum": cols}
-    vectors = blocks(n, BLOCK_L) + blocks(cols.numel(), BLOCK_L)
     finish = {
-        "mode": mode, "shift_log2": shift_log2, **pairs[0], "row_max": totals["row_max"], "rows": rows,
-        "col_max": totals["col_max"], "cols": cols, "positives": positives, "stash_shift": stash_shift, "n": n,
-        "m": m, "row_blocks": blocks(n, BLOCK_L),
+        "mode": mode, "shift_log2": shift_log2, **pairs[0], **totals, "positives": positives,
+        "stash_shift": stash_shift, "n": n, "m": m, "panel": height,
     }  # fmt: skip
 
     for wanted, t, strip_rows in ((kernels.FIXED, tiles, strip), (kernels.ONLINE, online, online_strip)):
@@ -124,14 +122,10 @@ def forward(problem: LseProblem, need_cols: bool, need_max: bool, stash: Tensor)
             parts = {f"part_{name}": part for name, part in (sums | maxima).items()}
             triton_call.launch(
                 kernels.fold_kernel, (blocks(end - first, BLOCK_F) + blocks(cols.numel(), BLOCK_F),),
-                {"mode": mode, **parts, **totals, "first_row": first, "rows": end - first, "m": m, "panel": height,
-                 "strips": strips, "col_tiles": col_tiles, "row_blocks": blocks(end - first, BLOCK_F)},
-                {"WANTED": wanted, "MAX": need_max or t is online, "BLOCK_T": BLOCK_T, "BLOCK_L": BLOCK_F},
+                {**finish, **parts, "first_row": first, "rows": end - first, "strips": strips, "col_tiles": col_tiles,
+                 "row_blocks": blocks(end - first, BLOCK_F)},
+                {"WANTED": wanted, **pairs[1], "MAX": need_max or t is online, "BLOCK_T": BLOCK_T, "BLOCK_L": BLOCK_F},
             )  # fmt: skip
-        triton_call.launch(
-            kernels.finish_kernel, (vectors,), finish,
-            {"WANTED": wanted, **pairs[1], "MAX": need_max, "BLOCK_T": BLOCK_T, "BLOCK_L": BLOCK_L},
-        )  # fmt: skip
     found = (totals["row_max"], totals["col_max"]) if need_max else (new(0), new(0))
     return rows, cols, positives, *found, stash_shift
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of dot_lse's forward: statistics, choose, (scores, fold) per panel, finish; then again online."""
+"""The Triton kernels of dot_lse's forward: statistics, choose, (scores, fold) per panel; then again online."""
 
 from __future__ import annotations
 
@@ -272,59 +272,6 @@ def online_scores_kernel(
 
 
 @triton.jit
-def _fold(part_max, part_sum, out_max, out_sum, block, tiles, length, pitch, fresh,
-          WANTED: tl.constexpr, MAX: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr):  # fmt: skip
-    """out[l] = (0 if fresh else out[l]) + sum_t part[t, l] for one block of l; where MAX the maxima likewise.
-
-    WANTED = ONLINE: with maxima, which the sums are in units of.
-    """
-    at = block * BLOCK_L + tl.arange(0, BLOCK_L)
-    inside = at < length
-    old = inside & (fresh == 0)
-    total = tl.load(out_sum + at, mask=old, other=0.0)
-    if MAX:
-        top = tl.load(out_max + at, mask=old, other=-float("inf"))
-    for first in range(0, tiles, BLOCK_T):
-        t = first + tl.arange(0, BLOCK_T)
-        mask = (t < tiles)[:, None] & inside[None, :]
-        here = t.to(tl.int64)[:, None] * pitch + at[None, :]
-        part = tl.load(part_sum + here, mask=mask, other=0.0)
-        if MAX:
-            height = tl.load(part_max + here, mask=mask, other=-float("inf"))
-            highest = tl.max(height, 0)
-        if WANTED == ONLINE:
-            finite = tl.where(highest == -float("inf"), 0.0, highest)
-            top, total = _merge(top, total, highest, tl.sum(part * tl.exp2(height - finite[None, :]), 0))
-        else:
-            total += tl.sum(part, 0)
-            if MAX:
-                top = tl.maximum(top, highest)
-    tl.store(out_sum + at, total, mask=inside)
-    if MAX:
-        tl.store(out_max + at, top, mask=inside)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def fold_kernel(
-    mode, part_row_max, part_row_sum, part_col_max, part_col_sum, row_max, row_sum, col_max, col_sum,
-    first_row, rows, m, panel, strips, col_tiles, row_blocks,
-    WANTED: tl.constexpr, MAX: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr,
-):  # fmt: skip
-    """One panel's sums of tiles into row_sum[first_row:] and, added to the panels before, col_sum (m,).
-
-    Where MAX the maxima too.
-    """
-    if tl.load(mode) == WANTED:
-        pid = tl.program_id(0)
-        if pid < row_blocks:
-            _fold(part_row_max, part_row_sum, row_max + first_row, row_sum + first_row, pid, col_tiles, rows, panel, 1,
-                  WANTED, MAX, BLOCK_T, BLOCK_L)  # fmt: skip
-        else:
-            _fold(part_col_max, part_col_sum, col_max, col_sum, pid - row_blocks, strips, m, m, first_row == 0,
-                  WANTED, MAX, BLOCK_T, BLOCK_L)  # fmt: skip
-
-
-@triton.jit
 def _is_in_a_sum(asked, at, own_ids, other_ids, length, others, shift, MASK: tl.constexpr, IDS: tl.constexpr,
                  BLOCK_T: tl.constexpr):  # fmt: skip
     """Where asked: does a pair of row `at` and any of `others` columns take part in a sum?  Its positive is at + shift.
@@ -350,77 +297,94 @@ def _is_in_a_sum(asked, at, own_ids, other_ids, length, others, shift, MASK: tl.
 
 
 @triton.jit
-def _finish(lse, top, mode, state, shift_log2, own_ids, other_ids, block, length, others, shift,
-            WANTED: tl.constexpr, MASK: tl.constexpr, IDS: tl.constexpr, MAX: tl.constexpr, BLOCK_T: tl.constexpr,
-            BLOCK_L: tl.constexpr):  # fmt: skip
-    """Sums to log-sum-exp, in place, for one block of rows (or columns) with `others` columns (or rows).
+def _finished(total, top, mode, state, shift_log2, own_ids, other_ids, at, inside, length, others, first_positive,
+              WANTED: tl.constexpr, MASK: tl.constexpr, IDS: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
+    """-> log-sum-exps of sums, and their maxima, from units of log2 to nats, for rows `at` with `others` columns.
 
-    Where MAX the maxima from units of log2 to nats, too.
+    WANTED = FIXED: where something underflowed it sets mode to ONLINE, and what it gives will be written again.
+    WANTED = ONLINE: NaN if the mode is REFUSED.
     """
-    at = block * BLOCK_L + tl.arange(0, BLOCK_L)
-    inside = at < length
     if WANTED == FIXED:
-        value = (tl.log2(tl.load(lse + at, mask=inside, other=1.0)) + shift_log2) * LN2
-        if MAX:
-            high = (tl.load(top + at, mask=inside, other=0.0) + shift_log2) * LN2
+        value, high = (tl.log2(total) + shift_log2) * LN2, (top + shift_log2) * LN2
         low = inside & (value < shift_log2 * LN2 - UNDERFLOW)
         if tl.sum(low.to(tl.int32), 0) > 0:  # underflowed, unless it is the sum of nothing, rightly -inf
-            low = _is_in_a_sum(low, at, own_ids, other_ids, length, others, shift, MASK, IDS, BLOCK_T)
+            low = _is_in_a_sum(low, at, own_ids, other_ids, length, others, first_positive, MASK, IDS, BLOCK_T)
             if tl.sum(low.to(tl.int32), 0) > 0:
                 tl.store(mode, ONLINE)  # every writer writes the same
     else:
-        value = float("nan") + tl.zeros((BLOCK_L,), tl.float32)
-        high = value
-        if state == ONLINE:
-            height = tl.load(top + at, mask=inside, other=0.0)
-            value = (tl.log2(tl.load(lse + at, mask=inside, other=1.0)) + height) * LN2
-            high = height * LN2
-    tl.store(lse + at, value, mask=inside)
+        nothing = tl.where(state == ONLINE, 0.0, float("nan"))
+        value, high = (tl.log2(total) + top) * LN2 + nothing, top * LN2 + nothing
+    return value, high
+
+
+@triton.jit
+def _fold(part_max, part_sum, out_max, out_sum, mode, state, shift_log2, own_ids, other_ids, start, block, tiles, count,
+          pitch, fresh, last, length, others, first_positive, WANTED: tl.constexpr, MASK: tl.constexpr,
+          IDS: tl.constexpr, MAX: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr):  # fmt: skip
+    """out[l] = (0 if fresh else out[l]) + sum_t part[t, l] for one block of `count` l from `start` on; MAX: maxima too.
+
+    WANTED = ONLINE: with maxima, which the sums are in units of.  Where it is the last to add, `_finished`.
+    """
+    here = block * BLOCK_L + tl.arange(0, BLOCK_L)
+    at = start + here
+    inside = here < count
+    old = inside & (fresh == 0)
+    total = tl.load(out_sum + at, mask=old, other=0.0)
+    top = tl.full((BLOCK_L,), -float("inf"), tl.float32)
     if MAX:
-        tl.store(top + at, high, mask=inside)
+        top = tl.load(out_max + at, mask=old, other=-float("inf"))
+    for first in range(0, tiles, BLOCK_T):
+        t = first + tl.arange(0, BLOCK_T)
+        mask = (t < tiles)[:, None] & inside[None, :]
+        place = t.to(tl.int64)[:, None] * pitch + here[None, :]
+        part = tl.load(part_sum + place, mask=mask, other=0.0)
+        if MAX:
+            height = tl.load(part_max + place, mask=mask, other=-float("inf"))
+            highest = tl.max(height, 0)
+        if WANTED == ONLINE:
+            finite = tl.where(highest == -float("inf"), 0.0, highest)
+            top, total = _merge(top, total, highest, tl.sum(part * tl.exp2(height - finite[None, :]), 0))
+        else:
+            total += tl.sum(part, 0)
+            if MAX:
+                top = tl.maximum(top, highest)
+    if last:
+        total, top = _finished(
+            tl.where(inside, total, 1.0), tl.where(inside, top, 0.0), mode, state, shift_log2, own_ids, other_ids, at,
+            inside, length, others, first_positive, WANTED, MASK, IDS, BLOCK_T,
+        )  # fmt: skip
+    tl.store(out_sum + at, total, mask=inside)
+    if MAX:
+        tl.store(out_max + at, top, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def finish_kernel(
-    mode,
-    shift_log2,
-    row_ids,
-    col_ids,
-    row_max,
-    rows,
-    col_max,
-    cols,
-    positives,
-    stash_shift,
-    n,
-    m,
-    first_positive,
-    row_blocks,
-    WANTED: tl.constexpr,
-    MASK: tl.constexpr,
-    IDS: tl.constexpr,
-    MAX: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+def fold_kernel(
+    mode, shift_log2, part_row_max, part_row_sum, part_col_max, part_col_sum, row_ids, col_ids, row_max, row_sum,
+    col_max, col_sum, positives, stash_shift, first_row, rows, n, m, panel, strips, col_tiles, first_positive,
+    row_blocks, WANTED: tl.constexpr, MASK: tl.constexpr, IDS: tl.constexpr, MAX: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_L: tl.constexpr,
-):
-    """rows (n,) and cols (m,) from sums to log-sum-exp, in place; where MAX row_max (n,) and col_max (m,) to nats.
+):  # fmt: skip
+    """One panel's sums of tiles into row_sum[first_row:] (n,) and, added to the panels before, col_sum (m,).
 
-    WANTED = FIXED: where something underflowed it sets mode to ONLINE, and what it wrote will be written again.
-    WANTED = ONLINE, the last word: stash_shift, and NaN everywhere if the mode is REFUSED.
+    Rows at once, columns with the last panel, become log-sum-exps; where MAX the maxima too, in nats (in the online
+    mode they always are there).  The launch of the online mode has the last word: stash_shift, and NaN everywhere if
+    the mode is REFUSED.
     """
     pid = tl.program_id(0)
-    state = tl.load(mode)
-    shift = tl.load(shift_log2)
-    if WANTED == ONLINE:
-        if pid == 0:
-            tl.store(stash_shift, tl.where(state == FIXED, shift * LN2, float("nan")))
-        if state == REFUSED and pid < row_blocks:
-            at = pid * BLOCK_L + tl.arange(0, BLOCK_L)
-            tl.store(positives + at, float("nan") + tl.zeros((BLOCK_L,), tl.float32), mask=at < n)
+    state, shift = tl.load(mode), tl.load(shift_log2)
+    if (WANTED == ONLINE) & (pid == 0):
+        tl.store(stash_shift, tl.where(state == FIXED, shift * LN2, float("nan")))
     if (state == FIXED) == (WANTED == FIXED):
+        refused = state == REFUSED
         if pid < row_blocks:
-            _finish(rows, row_max, mode, state, shift, row_ids, col_ids, pid, n, m, first_positive,
-                    WANTED, MASK, IDS, MAX, BLOCK_T, BLOCK_L)  # fmt: skip
+            if refused:
+                at = pid * BLOCK_L + tl.arange(0, BLOCK_L)
+                tl.store(positives + first_row + at, float("nan") + tl.zeros((BLOCK_L,), tl.float32), mask=at < rows)
+            _fold(part_row_max, part_row_sum, row_max, row_sum, mode, state, shift, row_ids, col_ids, first_row, pid,
+                  tl.where(refused, 0, col_tiles), rows, panel, 1, True, n, m, first_positive,
+                  WANTED, MASK, IDS, MAX, BLOCK_T, BLOCK_L)  # fmt: skip
         else:
-            _finish(cols, col_max, mode, state, shift, col_ids, row_ids, pid - row_blocks, m, n, -first_positive,
-                    WANTED, MASK, IDS, MAX, BLOCK_T, BLOCK_L)  # fmt: skip
+            _fold(part_col_max, part_col_sum, col_max, col_sum, mode, state, shift, col_ids, row_ids, 0,
+                  pid - row_blocks, tl.where(refused, 0, strips), m, m, first_row == 0, first_row + rows == n, m, n,
+                  -first_positive, WANTED, MASK, IDS, MAX, BLOCK_T, BLOCK_L)  # fmt: skip
