@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from cibr_kernels.dispatch import backends
 from cibr_kernels.distributed import merge
 from cibr_kernels.distributed.shards import Shards
 from cibr_kernels.information.critics import Additive, Dot
@@ -83,16 +84,17 @@ def moments(pairs: Pairs) -> tuple[Tensor, Tensor]:
         return sharded_dot_moments(
             f, g, pairs.shards, strategy="ring", include_diagonal=pairs.include, backend=pairs.backend
         )
-    j, el = _moments(pairs)
-    j = j * pairs.health()
+    j, el, looked = _moments(pairs)
+    if not looked:
+        j = j * pairs.health()
     return (j, el) if pairs.shards is None else merge.moments(j, el, pairs.shards)
 
 
-def _moments(pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """(J, L) of this rank's rows."""
+def _moments(pairs: Pairs) -> tuple[Tensor, Tensor, bool]:
+    """(J, L) of this rank's rows, and whether numbers that are not finite have made them NaN."""
     if pairs.negatives != "all":
         scores = sampled_scores(pairs)
-        return scores[0].mean(), log_mean_exp(scores[1:], backend=pairs.backend)
+        return scores[0].mean(), log_mean_exp(scores[1:], backend=pairs.backend), False
     scored = pairs.scored()
     right = pairs.all_columns(scored.right)
     common: dict[str, Any] = {
@@ -101,11 +103,13 @@ def _moments(pairs: Pairs) -> tuple[Tensor, Tensor]:
     if isinstance(scored, Additive):
         options: dict[str, Any] = {"activation": scored.activation, "slope": scored.slope, **common}
         j, el = additive_moments(scored.left, right, scored.w, **options)
-        return j + scored.bias, el + scored.bias
+        projections = scored.left, right, scored.w  # the kernels look for what is not finite, the reference does not
+        looked = backends.fused("additive_moments", pairs.backend, *projections) is not None
+        return j + scored.bias, el + scored.bias, looked
     if isinstance(scored, Dot):
-        return dot_moments(scored.left, right, **common)
+        return *dot_moments(scored.left, right, **common), False
     positives, rows, _ = general_sums(scored, right, "lse", first_positive=pairs.first_positive, include=pairs.include)
-    return positives.mean(), log_mean_exp_of_rows(rows, pairs)
+    return positives.mean(), log_mean_exp_of_rows(rows, pairs), False
 
 
 def log_mean_exp_of_rows(rows: Tensor, pairs: Pairs) -> Tensor:
