@@ -25,6 +25,11 @@ class PenaltyOptions(EitherOptions):
     lam_text: float | None = option(None, "weight of the text's term; default --lam", least=0)
     lam_warmup_steps: int = option(50, "steps at weight 0, in which only the critics learn", least=0)
     lam_ramp_steps: int = option(50, "steps in which the weight then grows to --lam", least=0)
+    gradient_cap: float | None = option(
+        None,
+        "largest norm of the penalty's gradient at the embeddings, as a multiple of the contrastive loss's",
+        above=0,
+    )
     noise_std: float = option(0.25, "noise on the unit-norm embeddings, without which information is infinite", above=0)
 
 
@@ -58,7 +63,10 @@ class Penalised(Objective):
         loss = self.contrastive(output, batch)["loss"]
         lam_image, lam_text = self.lams()
         self.mark("critics")
-        surrogate, parts = self.penalty(output, lam_image, lam_text)
+        branch = Output.of([t.view_as(t) for t in output.tensors()])  # on which a gradient is the penalty's alone
+        surrogate, parts = self.penalty(branch, lam_image, lam_text)
+        if self.options.gradient_cap is not None and surrogate.requires_grad:
+            parts["gradient_ratio"] = self.cap(loss, output, surrogate, branch)
         self.mark("loss")
         for part, phase in ((surrogate, "critics"), (loss, "loss")):  # the backward comes to the later part first
             if part.requires_grad:
@@ -72,6 +80,22 @@ class Penalised(Objective):
             "lam": lam_image,
             **parts,
         }
+
+    def cap(self, loss: Tensor, output: Output, surrogate: Tensor, branch: Output) -> Tensor:
+        """Holds the penalty's gradient in the backward to come; returns its ratio to the contrastive one, uncapped."""
+        ends = ((loss, output), (surrogate, branch))
+        norms = []
+        for end, at in ends:
+            found = torch.autograd.grad(end, [at.image.embedding, at.text.embedding], retain_graph=True)
+            square = torch.stack([g.square().sum() for g in found]).sum()
+            if self.shards is not None:
+                torch.distributed.all_reduce(square, group=self.shards.group)
+            norms.append(square.sqrt())
+        ratio = norms[1] / norms[0]
+        factor = (self.options.gradient_cap / ratio).clamp(max=1.0)
+        for z in (branch.image.embedding, branch.text.embedding):
+            z.register_hook(lambda gradient: gradient * factor)
+        return ratio
 
 
 def scaled(z: Tensor, factor: Tensor | float) -> Tensor:

@@ -197,6 +197,34 @@ def test_each_modality_has_its_weight() -> None:
     assert not torch.allclose(leaves.image.embedding.grad, alone.image.embedding.grad)  # type: ignore[arg-type]
 
 
+def test_the_penaltys_gradient_can_be_capped() -> None:
+    """At the embeddings: what is added to the contrastive gradient is a tenth of it, in the same direction."""
+    torch.manual_seed(0)
+    model = models.build(models.options_type("heads")(embed_dim=8), Facts((), 6, 5))
+    batch = {"image_features": torch.randn(32, 6), "text_features": torch.randn(32, 5)}
+    found = {}
+    for cap in (None, 0.1, 1e6):
+        torch.manual_seed(1)
+        options = objectives.options_type("cibr")(
+            lam=20.0, lam_warmup_steps=0, lam_ramp_steps=0, critic_hidden=8, gradient_cap=cap
+        )
+        objective, leaves = objectives.build(options, model), leaves_of(model(batch))
+        parts = objective(leaves, batch)
+        parts["loss"].backward()
+        critics = torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None])
+        found[cap] = (torch.cat([leaves.image.embedding.grad, leaves.text.embedding.grad]), critics, parts)  # type: ignore[list-item]
+    alone = leaves_of(model(batch))
+    ck.clip_loss(alone.image.embedding, alone.text.embedding, alone.logit_scale).backward()
+    own = torch.cat([alone.image.embedding.grad, alone.text.embedding.grad])  # type: ignore[list-item]
+    penalty, capped = found[None][0] - own, found[0.1][0] - own
+    ratio = penalty.norm() / own.norm()
+    assert ratio > 0.1 and found[0.1][2]["gradient_ratio"].item() == pytest.approx(ratio.item(), rel=1e-4)
+    torch.testing.assert_close(capped, penalty * 0.1 / ratio, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found[1e6][0], found[None][0])
+    for cap in (0.1, 1e6):  # critics are not held
+        torch.testing.assert_close(found[cap][1], found[None][1])
+
+
 def test_what_critics_cannot_see_is_said() -> None:
     """The capacity is a Gaussian's information, d/2 log(1 + v / s^2) for variance v in each of d directions."""
     model = models.build(models.options_type("heads")(embed_dim=64), Facts((), 6, 5))
