@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from cibr.data.dataset import Dataset, Skipped
 from cibr.data.features import FeatureSet
@@ -104,10 +105,12 @@ def in_order(
     What cannot be read is counted in `dataset.skipped`.
     """
     parts = (range(first, min(first + batch_size, len(dataset))) for first in range(0, len(dataset), batch_size))
-    with dead_workers_in_words():
+    bar = tqdm(total=len(dataset), desc="reading", unit="sample", leave=False, delay=2, disable=None)
+    with dead_workers_in_words(), bar:
         for made in loader(Rows(dataset, transform), parts, default_workers(dataset, options), options.prefetch):
             for name, reason in made.bad:
                 dataset.skipped.add(reason, name)
+            bar.update(len(made.bad) + len(made.batch.get("index", ())))
             if made.batch:
                 yield made.batch
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from cibr.data.dataset import Dataset, Skipped, SkipSample
 from cibr.data.images import decode
@@ -186,7 +187,7 @@ def _write_drawings(tars: list[Path], max_pixels: int, folder: Path) -> None:
     order = sorted(range(len(listing.places)), key=lambda k: (listing.places[k][0]["concept"], listing.keys[k]))
     about: list[dict[str, Any]] = []
     stacked: np.ndarray | None = None
-    for k in order:
+    for k in tqdm(order, desc="decoding, once", unit="image", leave=False, delay=2, disable=None):
         entry, tar, offset = listing.places[k]
         with listing.row(listing.keys[k]), tar.open("rb") as file:
             file.seek(offset)

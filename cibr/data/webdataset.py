@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from cibr.data.dataset import Dataset, SkipSample
 from cibr.data.images import decode
@@ -67,7 +68,7 @@ def open_webdataset(place: str, options: DataOptions, split: str) -> Dataset:
         return Stream(place, options)
     tars = find_tars(place, split)
     listing = Listing(options.limit)
-    for number, tar in enumerate(tars):
+    for number, tar in enumerate(tqdm(tars, desc="listing", unit="tar", leave=False, delay=2, disable=None)):
         try:
             list_tar(tar, number, listing, options)
         except OSError as error:

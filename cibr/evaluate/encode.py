@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from cibr.data import DataOptions, Dataset, in_order
 from cibr.errors import UsageError
@@ -48,7 +49,8 @@ def encode_images(model: Model, dataset: Dataset, options: DataOptions) -> Image
 @torch.no_grad()
 def encode_texts(model: Model, texts: Sequence[str] | Tensor) -> Features:
     """Texts through the tokenizer, or features (m, dt) of a frozen tower."""
-    parts = [texts[k : k + BATCH_SIZE] for k in range(0, len(texts), BATCH_SIZE)]
+    starts = tqdm(range(0, len(texts), BATCH_SIZE), desc="texts", unit="batch", leave=False, delay=2, disable=None)
+    parts = (texts[k : k + BATCH_SIZE] for k in starts)
     tokens = (part if isinstance(part, Tensor) else model.tokenizer(list(part)) for part in parts)
     return joined([model.encode_text(part.to(device_of(model))) for part in tokens])
 

@@ -316,7 +316,7 @@ def test_check_reads_everything_and_says_what_is_there(tmp_path: Path) -> None:
 
 
 def test_optional_packages_are_imported_where_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    optional = {"datasets", "webdataset", "braceexpand", "safetensors", "tqdm", "transformers", "resvg_py"}
+    optional = {"datasets", "webdataset", "braceexpand", "safetensors", "transformers", "resvg_py"}
     for path in Path(cibr.data.__file__).parent.glob("*.py"):
         for node in ast.parse(path.read_text()).body:
             names = (
