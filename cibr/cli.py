@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name == "data" and rest and f"data {rest[0]}" in COMMANDS:
         name, rest = f"data {rest[0]}", rest[1:]
     if name not in COMMANDS:
+        if not name.startswith("-"):
+            print(f"cibr: there is no command {name}\n", file=sys.stderr)
         print(USAGE + "\n".join(f"  {known:14}{about}" for known, (_, about) in COMMANDS.items()))
         raise SystemExit(0 if name in ("-h", "--help") else 2)
     try:
@@ -54,17 +56,24 @@ def parse(
         import tyro
     except ImportError as error:
         raise missing_extra(error) from error
-    fields: list[tuple[str, Any, Any]] = []
+    groups: list[tuple[str, Any, Any]] = []
     for kind in kinds:
         hints = typing.get_type_hints(kind)
+        fields: list[tuple[str, Any, Any]] = []
         for field in dataclasses.fields(kind):
-            annotated: Any = Annotated[hints[field.name], tyro.conf.arg(help=field.metadata["help"])]
-            if field.metadata["positional"]:
+            text, place = field.metadata["help"], field.metadata["positional"]
+            shown = tyro.conf.arg(help=text, metavar=field.name.upper() if place else None)
+            annotated: Any = Annotated[hints[field.name], shown]
+            if place:
                 annotated = Annotated[annotated, tyro.conf.Positional]
             fields.append((field.name, annotated, (defaults or {}).get(field.name, field.default)))
-    flags = dataclasses.make_dataclass("Options", fields, kw_only=True)
+        group = dataclasses.make_dataclass(kind.__name__, fields, kw_only=True)
+        name = kind.__name__.removesuffix("Options").lower()
+        groups.append((name, Annotated[group, tyro.conf.OmitArgPrefixes], dataclasses.field(default_factory=group)))
+    flags = dataclasses.make_dataclass("Flags", groups, kw_only=True)
     flags.__doc__ = COMMANDS[command][1]
-    return dict(vars(tyro.cli(flags, args=list(arguments), prog=f"cibr {command}")))
+    found: Any = tyro.cli(flags, args=list(arguments), prog=f"cibr {command}")
+    return {name: value for group in vars(found).values() for name, value in vars(group).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
