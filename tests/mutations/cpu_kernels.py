@@ -202,7 +202,7 @@ def first_failure(items: Sequence[pytest.Item], library: Path, op: Op) -> Failur
         os.close(reader)
         _run_until_failure(items, library, op, writer)
     os.close(writer)
-    deadline, last = time.monotonic() + HANGS, b"0\t"
+    deadline, last = time.monotonic() + HANGS, b"0\t\n"
     with selectors.DefaultSelector() as ready, os.fdopen(reader, "rb", buffering=0) as pipe:
         ready.register(pipe, selectors.EVENT_READ)
         while ready.select(max(0.0, deadline - time.monotonic())) and (read := pipe.read(1 << 16)):
