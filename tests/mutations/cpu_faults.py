@@ -297,7 +297,7 @@ FAULTS = [
     ),
     Fault(
         "scratch of the first thread for all",
-        "moments",
+        "scores",
         PAIRS,
         "omp_get_thread_num() * scratch_size",
         "0 * scratch_size",

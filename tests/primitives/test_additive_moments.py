@@ -88,10 +88,13 @@ def test_relu_is_flat_at_zero(isa):
 @each_isa
 @pytest.mark.parametrize("size", [1.0, 30.0])
 def test_weights_of_the_pairs_sum_to_one(size, isa):
-    # a unit that is 1 on every pair gets dL/dw = sum P
+    # a unit that is 1 on every pair gets dL/dw = sum P, and a and b of it w times their part of P
     torch.manual_seed(4)
-    a, b, w = torch.randn(200, 64), torch.randn(300, 64), size * torch.randn(64) / 8
+    a, b, w = torch.randn(200, 64), torch.randn(1100, 64), size * torch.randn(64) / 8
+    b[600:] += 3 * (w > 0)  # the largest scores come late, amid the second block of 512 columns
     a[:, 5], b[:, 5] = 1.0, 0.0
     with testing.instruction_set(isa):
-        *_, dw = with_gradients(additive_moments, a, b, w, weights=(0, 1))
+        *_, da, db, dw = with_gradients(additive_moments, a, b, w, weights=(0, 1))
     assert abs(dw[5].item() - 1) < 1e-5
+    for gradient in (da, db):
+        assert abs(gradient[:, 5].double().sum().item() / w[5].item() - 1) < 1e-5
