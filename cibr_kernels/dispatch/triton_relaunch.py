@@ -111,9 +111,19 @@ def _triton_is_known() -> bool:
     return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4)
 
 
-def _watched(kernel: Any) -> bool:
-    """Whether somebody, such as a profiler of Triton's, wants to see launches."""
+@lru_cache
+def _runtime() -> Any:
+    """Triton's settings of launches."""
     from triton import knobs
 
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    return bool(kernel.pre_run_hooks) or any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+    return knobs.runtime
+
+
+def _watched(kernel: Any) -> bool:
+    """Whether somebody, such as a profiler of Triton's, wants to see launches."""
+    runtime = _runtime()
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    hooked = (before is not None and getattr(before, "calls", True)) or (
+        after is not None and getattr(after, "calls", True)
+    )
+    return bool(hooked or kernel.pre_run_hooks)
