@@ -27,7 +27,7 @@ def test_shared_and_own_information_of_gaussians() -> None:
 
 
 def test_nothing_is_found_where_nothing_is() -> None:
-    x, z = torch.randn(400, 4), torch.randn(400, 4)
+    x, z = torch.randn(600, 4), torch.randn(600, 4)
     found = information((x, z), (x, z), steps=50, hidden=32)
     assert abs(found["image_own"]) < 0.3 and abs(found["text_other"]) < 0.3  # what was memorised does not count
 
@@ -38,12 +38,12 @@ def test_ceiling_in_closed_form() -> None:
 
 
 def test_too_few_rows_and_broken_features_are_refused() -> None:
-    x = torch.randn(200, 4)
-    with pytest.raises(UsageError, match="needs 128 pairs, got 100"):
+    x = torch.randn(600, 4)
+    with pytest.raises(UsageError, match="needs 512 pairs, got 100"):
         information((x[:100], x[:100]), (x[:100], x[:100]))
-    with pytest.raises(UsageError, match="between 2 and the 100 rows read"):
-        information((x, x), (x, x), sizes=(16, 128))
+    with pytest.raises(UsageError, match="between 2 and the 300 rows read"):
+        information((x, x), (x, x), sizes=(16, 512))
     broken = x.clone()
     broken[3, 0] = math.nan
-    with pytest.raises(UsageError, match="Xt are NaN or infinite in 1 of 200 rows"):
+    with pytest.raises(UsageError, match="Xt are NaN or infinite in 1 of 600 rows"):
         information((x, x), (broken, x))
