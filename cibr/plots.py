@@ -203,7 +203,7 @@ def draw_parts(groups: list[Group], path: Path) -> None:
     penalised = [group for group in groups if any("image_cmi" in entry for entry in group.runs[0].log)]
     with figure(path, 4, width=4.2) as axes:
         for axis, (name, title) in zip(axes[0], PARTS.items(), strict=False):
-            draw_lines(axis, penalised, name)
+            draw_lines(axis, groups, name)
             axis.set(ylabel=title)
         first, axis = penalised[0], axes[0, 3]
         for k, (name, title) in enumerate(ESTIMATES.items()):
@@ -245,28 +245,28 @@ def draw_ablation(groups: list[Group], metrics: list[str], path: Path) -> None:
 
 
 def draw_bars(groups: list[Group], metrics: list[str], path: Path) -> None:
-    """The last evaluation: a block of bars a metric, a bar a group, its standard deviation over seeds as a whisker."""
-    width = 0.8 / len(groups)
-    with figure(path, 1, width=max(5.0, 1.1 * len(metrics) * max(1, len(groups) / 2))) as axes:
+    """The final evaluation: a block of bars a metric, a bar a group, its standard deviation over seeds as a whisker."""
+    thick = 0.8 / len(groups)
+    with figure(path, 1, width=7.0, height=0.8 + len(metrics) * (0.25 + 0.15 * len(groups))) as axes:
         axis = axes[0, 0]
         for k, group in enumerate(groups):
-            for m, metric in enumerate(metrics):
-                values = group.last(metric)
-                if not len(values):
-                    continue
-                place, mean = m + (k - (len(groups) - 1) / 2) * width, values.mean()
-                spread = values.std(ddof=1) if len(values) > 1 else 0
-                axis.bar(
-                    place, mean, 0.9 * width, yerr=spread or None, capsize=3,
-                    color="white" if HATCHES[k % len(HATCHES)] else "0.75", edgecolor=group.line["color"],
-                    hatch=HATCHES[k % len(HATCHES)], label=group.label if m == 0 else None,
-                )  # fmt: skip
-                axis.annotate(
-                    f"{mean:.1f}", (place, mean + spread), (0, 4), textcoords="offset points", ha="center", fontsize=7
-                )
-        names = [metric_name(metric).removesuffix(" (%)").replace(": ", "\n") for metric in metrics]
-        axis.set_xticks(range(len(metrics)), names, fontsize=8)
-        axis.set(ylabel="per cent")
+            found = [(m, group.last(metric)) for m, metric in enumerate(metrics)]
+            found = [(m + (k - (len(groups) - 1) / 2) * thick, values) for m, values in found if len(values)]
+            mean = [values.mean() for _, values in found]
+            spread = [values.std(ddof=1) if len(values) > 1 else 0.0 for _, values in found]
+            hatch = HATCHES[k % len(HATCHES)]
+            axis.barh(
+                [place for place, _ in found], mean, 0.9 * thick, xerr=spread if any(spread) else None, capsize=2,
+                color="white" if hatch else "0.75", edgecolor=group.line["color"], hatch=hatch, label=group.label,
+            )  # fmt: skip
+            for (place, _), value, more in zip(found, mean, spread, strict=True):
+                end = (value + more, place)
+                axis.annotate(f"{value:.1f}", end, (4, 0), textcoords="offset points", va="center", fontsize=7)
+        axis.set_yticks(
+            range(len(metrics)), [metric_name(metric).removesuffix(" (%)") for metric in metrics], fontsize=8
+        )
+        axis.invert_yaxis()
+        axis.set(xlabel="per cent")
 
 
 def plot_logs(paths: Sequence[Path], out: Path) -> list[Path]:
