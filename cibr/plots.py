@@ -250,8 +250,8 @@ def draw_bars(groups: list[Group], metrics: list[str], path: Path) -> None:
     with figure(path, 1, width=7.0, height=0.8 + len(metrics) * (0.25 + 0.15 * len(groups))) as axes:
         axis = axes[0, 0]
         for k, group in enumerate(groups):
-            found = [(m, group.last(metric)) for m, metric in enumerate(metrics)]
-            found = [(m + (k - (len(groups) - 1) / 2) * thick, values) for m, values in found if len(values)]
+            first = (k - (len(groups) - 1) / 2) * thick
+            found = [(m + first, v) for m, metric in enumerate(metrics) if len(v := group.last(metric))]
             mean = [values.mean() for _, values in found]
             spread = [values.std(ddof=1) if len(values) > 1 else 0.0 for _, values in found]
             hatch = HATCHES[k % len(HATCHES)]
