@@ -5,12 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cibr_kernels.dispatch.triton_call import SIZES
 from cibr_kernels.primitives.additive.triton_activations import value_and_slope
 from cibr_kernels.primitives.triton_sums import reduce as reduce
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit
 def scores(
     a, b, w, out, n, m, width, first, slope, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr
 ):
@@ -32,7 +31,7 @@ def scores(
     tl.store(out + r.to(tl.int64) * n + i, tl.sum(acc, 1), mask=i < n)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit
 def gradient(
     x, y, w, grad, dx, partials, rows, others, n, m, width, first, shifts, slope, OF_B: tl.constexpr,
     WEIGHTS: tl.constexpr, STORE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,

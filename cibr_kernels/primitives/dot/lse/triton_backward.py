@@ -112,7 +112,7 @@ def _gradient(
     store_panel(p, weight, top, col, first_row, n, pitch, BLOCK_M, BLOCK_N, TMA)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=["first_row", "n", "strips", "strip_tiles"])  # m too would spill registers
 def gradient_kernel(
     x, y, scale, stash_shift, row_ids, col_ids, u, v, p, first_row, n, m, d, first_positive, pitch, strips, strip_tiles,
     MASK: tl.constexpr, IDS: tl.constexpr, COLS: tl.constexpr, STRIPS: tl.constexpr, BLOCK_M: tl.constexpr,
