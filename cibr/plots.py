@@ -109,9 +109,15 @@ class Group:
         return np.array([run.final[name] for run in self.runs if name in run.final])
 
 
+def comparable(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
+    """The options that matter, of those that all runs of its objective have: one that came later was at its default."""
+    alike = [set(other.config) for other in runs if other.config.get("objective") == run.config.get("objective")]
+    return {name: value for name, value in run.config.items() if name in set.intersection(*alike) - NOT_COMPARED}
+
+
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """By all options but those that do not matter; labelled by the objective and by what tells the groups apart."""
-    compared = [{k: v for k, v in run.config.items() if k not in NOT_COMPARED} for run in runs]
+    compared = [comparable(run, runs) for run in runs]
     keys = [json.dumps(config, sort_keys=True) for config in compared]
     configs = dict(zip(keys, compared, strict=True))
     names = sorted({name for config in configs.values() for name in config} - {"objective"})

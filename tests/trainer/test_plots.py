@@ -41,6 +41,8 @@ def test_seeds_are_one_line_and_the_rest_is_told_apart(tmp_path: Path) -> None:
     paths += [write_run(tmp_path / f"b{lam}", "cibr", lam=lam, noise_std=0.25) for lam in (0.5, 0.1)]
     groups = group_runs([read_run(path) for path in paths])
     assert [(group.label, len(group.runs)) for group in groups] == [("clip", 2), ("cibr, λ 0.1", 1), ("cibr, λ 0.5", 1)]
+    write_run(tmp_path / "later", "cibr", seed=1, lam=0.1, noise_std=0.25, later_option="default")
+    assert len(group_runs([read_run(path) for path in [*paths, tmp_path / "later"]])) == 3
     steps, values = groups[0].values("loss")
     assert steps.tolist() == [10, 20, 30] and values.tolist() == [[3.5, 3.0, 2.5], [4.5, 4.0, 3.5]]
     assert groups[0].last("zero_shot/held_out/top1").tolist() == [30, 31]
