@@ -149,7 +149,7 @@ def _exponentials(
     return e
 
 
-@triton.jit(do_not_specialize=["first_row", "n", "strips", "strip_tiles"])  # m too would spill registers
+@triton.jit(do_not_specialize=["strips", "strip_tiles"])  # more would spill registers
 def scores_kernel(
     x, y, scale, mode, shift_log2, row_ids, col_ids, row_max, row_sum, col_max, col_sum, stash, first_row, n, m, d,
     first_positive, panel, pitch, strips, strip_tiles,
