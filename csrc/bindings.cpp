@@ -63,18 +63,16 @@ namespace {
 #endif
 
 // Runs the copy of `function` built for the instruction set in use, without the GIL.
-#define CK_KERNEL(function, Params, cases)     \
-  m.def(                                       \
-      #function,                               \
-      [](const Params& p) {                    \
-        py::gil_scoped_release unlocked;       \
-        switch (isa()) {                       \
-          CK_CASE_AVX2(function)               \
-          cases                                \
-          default:                             \
-            return generic::function(p);       \
-        }                                      \
-      },                                       \
+#define CK_KERNEL(function, Params, cases)             \
+  m.def(                                               \
+      #function,                                       \
+      [](const Params& p) {                            \
+        py::gil_scoped_release unlocked;               \
+        switch (isa()) {                               \
+          CK_CASE_AVX2(function)                       \
+          cases default : return generic::function(p); \
+        }                                              \
+      },                                               \
       py::arg("params"))
 
 // With products of bf16, and without: CMakeLists.txt.
@@ -152,8 +150,8 @@ PYBIND11_MODULE(_C, m) {
     using P = AdditiveScores;
     py::class_<P> c(m, "AdditiveScores");
     constructible(c);
-    FIELD(a), FIELD(b), FIELD(w), FIELD(n), FIELD(m), FIELD(h), FIELD(activation), FIELD(slope),
-        FIELD(features_dtype), FIELD(threads), FIELD(scores), FIELD(grad), FIELD(ga), FIELD(gb), FIELD(gw);
+    FIELD(a), FIELD(b), FIELD(w), FIELD(n), FIELD(m), FIELD(h), FIELD(activation), FIELD(slope), FIELD(features_dtype),
+        FIELD(threads), FIELD(scores), FIELD(grad), FIELD(ga), FIELD(gb), FIELD(gw);
   }
   {
     using P = AdditiveShifts;

@@ -35,7 +35,8 @@ py::tuple plan_to_python(const cuda::Plan& plan) {
   for (const cuda::Launch& l : plan.launches) {
     py::list arguments;
     for (const cuda::Argument& a : l.arguments) arguments.append(argument(a));
-    launches.append(py::make_tuple(l.kernel, py::make_tuple(l.grid[0], l.grid[1], l.grid[2]), l.block, l.shared, arguments));
+    launches.append(
+        py::make_tuple(l.kernel, py::make_tuple(l.grid[0], l.grid[1], l.grid[2]), l.block, l.shared, arguments));
   }
   for (const cuda::Section& s : plan.workspace) sections.append(py::make_tuple(s.name, s.offset, s.bytes));
   return py::make_tuple(launches, sections);
@@ -65,8 +66,8 @@ void bind_cuda(py::module_& m) {
     using P = cuda::AdditiveMoments;
     py::class_<P, AdditiveMoments> c(m, "AdditiveMomentsCuda");
     constructible(c);
-    FIELD(dtype), FIELD(w_dtype), FIELD(device), FIELD(processors), FIELD(score_budget),
-        FIELD(workspace), FIELD(stream);
+    FIELD(dtype), FIELD(w_dtype), FIELD(device), FIELD(processors), FIELD(score_budget), FIELD(workspace),
+        FIELD(stream);
   }
   {
     using P = cuda::AdditiveShifts;

@@ -22,19 +22,27 @@ struct Vectors {
   vf v[N];
 };
 
-#define CK_EACH(expression)                 \
-  Vectors<N> z;                             \
+#define CK_EACH(expression)                        \
+  Vectors<N> z;                                    \
   for (int n = 0; n < N; n++) z.v[n] = expression; \
   return z
-#define CK_OPERATOR(op)                                                                                       \
-  template <int N>                                                                                            \
-  CK_INLINE Vectors<N> operator op(Vectors<N> x, Vectors<N> y) { CK_EACH(x.v[n] op y.v[n]); }             \
-  template <int N>                                                                                            \
-  CK_INLINE Vectors<N> operator op(Vectors<N> x, vf y) { CK_EACH(x.v[n] op y); }                          \
-  template <int N>                                                                                            \
-  CK_INLINE Vectors<N> operator op(Vectors<N> x, float y) { CK_EACH(x.v[n] op broadcast(y)); }            \
-  template <int N>                                                                                            \
-  CK_INLINE Vectors<N> operator op(float x, Vectors<N> y) { CK_EACH(broadcast(x) op y.v[n]); }
+#define CK_OPERATOR(op)                                          \
+  template <int N>                                               \
+  CK_INLINE Vectors<N> operator op(Vectors<N> x, Vectors<N> y) { \
+    CK_EACH(x.v[n] op y.v[n]);                                   \
+  }                                                              \
+  template <int N>                                               \
+  CK_INLINE Vectors<N> operator op(Vectors<N> x, vf y) {         \
+    CK_EACH(x.v[n] op y);                                        \
+  }                                                              \
+  template <int N>                                               \
+  CK_INLINE Vectors<N> operator op(Vectors<N> x, float y) {      \
+    CK_EACH(x.v[n] op broadcast(y));                             \
+  }                                                              \
+  template <int N>                                               \
+  CK_INLINE Vectors<N> operator op(float x, Vectors<N> y) {      \
+    CK_EACH(broadcast(x) op y.v[n]);                             \
+  }
 
 CK_OPERATOR(+)
 CK_OPERATOR(-)
@@ -102,12 +110,16 @@ CK_INLINE vf where_positive(vf t, vf x, vf y) { return select(t > 0.0f, x, y); }
 CK_INLINE vf where_positive(vf t, float x, vf y) { return select(t > 0.0f, broadcast(x), y); }
 
 // What the functions below need of one vector, for several side by side.
-#define CK_LIFT(f)  \
-  template <int N>  \
-  CK_INLINE Vectors<N> f(Vectors<N> x) { CK_EACH(f(x.v[n])); }
-#define CK_LIFT_TWO(f, Second, y)  \
-  template <int N>                 \
-  CK_INLINE Vectors<N> f(Vectors<N> x, Second s) { CK_EACH(f(x.v[n], y)); }
+#define CK_LIFT(f)                       \
+  template <int N>                       \
+  CK_INLINE Vectors<N> f(Vectors<N> x) { \
+    CK_EACH(f(x.v[n]));                  \
+  }
+#define CK_LIFT_TWO(f, Second, y)                  \
+  template <int N>                                 \
+  CK_INLINE Vectors<N> f(Vectors<N> x, Second s) { \
+    CK_EACH(f(x.v[n], y));                         \
+  }
 
 #if defined(__AVX512F__)
 CK_INLINE vf from_floor(vf y) { return _mm512_maskz_reduce_ps(0xffff, y, 1); }         // y - floor(y)
@@ -155,7 +167,7 @@ struct Exponential {
 // guards no caller here needs, and once more without the 1 that would round r away.
 template <class V>
 CK_INLINE Exponential<V> exponential(V x) {
-  x = at_least(x, -88.0f);  // k = -127 there, whose power below is 0
+  x = at_least(x, -88.0f);                                   // k = -127 there, whose power below is 0
   const V shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
   const V k = shifted - 12582912.0f;
   V r = k * -0.693359375f + x;
@@ -271,9 +283,13 @@ CK_INLINE Activated<V> piecewise(V t, const Pieces& phi) {
 }
 
 template <class V>
-CK_INLINE Activated<V> gelu(V t) { return piecewise(t, gelu_pieces); }
+CK_INLINE Activated<V> gelu(V t) {
+  return piecewise(t, gelu_pieces);
+}
 template <class V>
-CK_INLINE Activated<V> gelu_tanh(V t) { return piecewise(t, gelu_tanh_pieces); }
+CK_INLINE Activated<V> gelu_tanh(V t) {
+  return piecewise(t, gelu_tanh_pieces);
+}
 #else
 // phi = t Phi(t), phi' = Phi(t) + t N(t).  The tail Phi(-|t|) = N(t) Q(k), k = 1 / (1 + 0.295 |t|): one exponential serves
 // both.  Q is a minimax fit: Phi is off by at most 7e-9, before rounding.

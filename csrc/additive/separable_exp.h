@@ -89,9 +89,7 @@ struct FactoredSilu {
   static constexpr bool CENTRED = true;
   static constexpr float SPAN = 40.0f;
 
-  void pack_a(vf x, vf centre, vf* packed) const {
-    packed[0] = x, packed[1] = exponential_parts(x, centre, -1.0).high;
-  }
+  void pack_a(vf x, vf centre, vf* packed) const { packed[0] = x, packed[1] = exponential_parts(x, centre, -1.0).high; }
   void pack_b(vf x, vf centre, vf* packed) const { pack_a(x, centre, packed); }
   template <int N>
   CK_INLINE_MEMBER Vectors<N> value(const Vectors<N>* a, const vf* b, Vectors<N>* kept) const {
@@ -151,7 +149,8 @@ struct FactoredSoftplus {
     const Vectors<N> w = a[0] * b[0] + 1.0f;
     const Vectors<N> index = octave_part(w), z = mantissa(w) * lookup(logarithms.reciprocal, index) - 1.0f;
     const Vectors<N> rough = exponent(w) * 0.693147181f + lookup(logarithms.value, index);
-    for (int n = 0; n < N; n += 2) {  // 1 / x = y / (x y), 1 / y = x / (x y): a reciprocal costs more than three products
+    for (int n = 0; n < N;
+         n += 2) {  // 1 / x = y / (x y), 1 / y = x / (x y): a reciprocal costs more than three products
       const vf r = vreciprocal(w.v[n] * w.v[n + 1]);
       kept[1].v[n] = 1.0f - w.v[n + 1] * r, kept[1].v[n + 1] = 1.0f - w.v[n] * r;
     }

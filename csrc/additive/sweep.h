@@ -46,17 +46,22 @@ struct Features {
   // `count` numbers from `first` on: where they are, or in `buffer`.
   const float* read(int64_t first, int64_t count, float* buffer) const {
     if (dtype == kFloat32) return static_cast<const float*>(data) + first;
-    if (dtype == kBFloat16) widen(static_cast<const bf16*>(data) + first, count, buffer);
-    else widen(static_cast<const _Float16*>(data) + first, count, buffer);
+    if (dtype == kBFloat16)
+      widen(static_cast<const bf16*>(data) + first, count, buffer);
+    else
+      widen(static_cast<const _Float16*>(data) + first, count, buffer);
     return buffer;
   }
 };
 
 // Writes numbers [first, first + count) of an array of `dtype`.
 void write(const float* x, int64_t first, int64_t count, int32_t dtype, void* data) {
-  if (dtype == kFloat32) memcpy(static_cast<float*>(data) + first, x, count * sizeof(float));
-  else if (dtype == kBFloat16) narrow(x, count, static_cast<bf16*>(data) + first);
-  else narrow(x, count, static_cast<_Float16*>(data) + first);
+  if (dtype == kFloat32)
+    memcpy(static_cast<float*>(data) + first, x, count * sizeof(float));
+  else if (dtype == kBFloat16)
+    narrow(x, count, static_cast<bf16*>(data) + first);
+  else
+    narrow(x, count, static_cast<_Float16*>(data) + first);
 }
 
 void write_nan(int64_t count, int32_t dtype, void* data) {
@@ -145,20 +150,29 @@ void with_tile(const Problem& p, const F& f) {
   };
   bool done = false;
   switch (static_cast<Activation>(p.activation)) {
-    case Activation::relu: return f(Kinked{}, 0.0f);
-    case Activation::leaky_relu: return f(Kinked{}, p.slope);
-    case Activation::silu: done = with_factors(FactoredSilu{}); break;
+    case Activation::relu:
+      return f(Kinked{}, 0.0f);
+    case Activation::leaky_relu:
+      return f(Kinked{}, p.slope);
+    case Activation::silu:
+      done = with_factors(FactoredSilu{});
+      break;
     case Activation::elu:
       if constexpr (FUSED) {
-        if (p.slope == 1.0f) done = with_factors(FactoredElu<true>{1.0f});
-        else done = FactoredElu<false>::takes(p.slope) && with_factors(FactoredElu<false>{p.slope});
+        if (p.slope == 1.0f)
+          done = with_factors(FactoredElu<true>{1.0f});
+        else
+          done = FactoredElu<false>::takes(p.slope) && with_factors(FactoredElu<false>{p.slope});
       }
       break;
-    case Activation::softplus: done = with_factors(FactoredSoftplus{}); break;
+    case Activation::softplus:
+      done = with_factors(FactoredSoftplus{});
+      break;
     case Activation::tanh:
       if constexpr (FUSED) done = with_factors(FactoredTanh{});
       break;
-    default: break;
+    default:
+      break;
   }
   if (!done) with_smooth(p.activation, p.slope, [&f](const auto& phi) { f(smooth(direct(phi)), 0.0f); });
 }
@@ -275,7 +289,8 @@ class Operands {
         for (int64_t k = 0; k < h; k++) transposed[k * COLS + j] = centre.data[k] - bj[k];
         double sum = 0.0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t k = 0; k < h; k++) sum += weights[k] * (bj[k] - static_cast<double>(1.0f - below) * centre.data[k]);
+        for (int64_t k = 0; k < h; k++)
+          sum += weights[k] * (bj[k] - static_cast<double>(1.0f - below) * centre.data[k]);
         shift[j] = static_cast<float>(sum);
       }
     }

@@ -27,7 +27,7 @@ namespace CK_ISA {
 namespace {
 
 // GROUP_TILES of a tile: a group of rows has at least as many, to keep the merging of the groups' sums near 2 % of the time.
-constexpr int CHUNK = 64;            // products summed in one accumulator before joining S: keeps its rounding error low
+constexpr int CHUNK = 64;  // products summed in one accumulator before joining S: keeps its rounding error low
 constexpr float NOTHING = -INFINITY;  // the score of a pair outside P
 
 int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
@@ -85,20 +85,21 @@ inline vf add_where(mask m, vf sum, vf x) { return sum + reinterpret_cast<vf>(re
 struct Panel {
   const float* b;         // (B COLS, h) in runs: what Tile packs of b
   const float* negative;  // (h, COLS) centre - b; ReLU family only
-  const float* shift;     // ReLU family: (COLS,) the part of S that depends on j alone; others: (SCORES,) 0.  NOTHING in padding
-  float* gb;              // (COLS, h) in runs: sum_i e_ij phi', of one group
-  float* mass;            // (COLS,) sum_i e_ij, of one group; ReLU family only
+  const float*
+      shift;    // ReLU family: (COLS,) the part of S that depends on j alone; others: (SCORES,) 0.  NOTHING in padding
+  float* gb;    // (COLS, h) in runs: sum_i e_ij phi', of one group
+  float* mass;  // (COLS,) sum_i e_ij, of one group; ReLU family only
 };
 
 // What one thread needs for a tile.
 struct Scratch {
-  float* row;       // (h,) of a or b in float32
-  float* a;         // (A ROWS, h) in runs: what Tile packs of a; ReLU family: -a, then a + centre
-  float* ga;        // (ROWS, h) in runs: sum_j e_ij phi'
-  float* gw;        // (h,) sum_ij e_ij phi; smooth activations only
-  float* s;         // (ROWS, COLS) scores, then e_ij
-  float* mass;      // (ROWS, VL) sums of e_ij over the panels so far, to be added up; (VL,) of all of them if smooth
-  float* kept;      // (KEPT COLS ROWS, h) in runs, of which phi and phi' are made; smooth activations only
+  float* row;   // (h,) of a or b in float32
+  float* a;     // (A ROWS, h) in runs: what Tile packs of a; ReLU family: -a, then a + centre
+  float* ga;    // (ROWS, h) in runs: sum_j e_ij phi'
+  float* gw;    // (h,) sum_ij e_ij phi; smooth activations only
+  float* s;     // (ROWS, COLS) scores, then e_ij
+  float* mass;  // (ROWS, VL) sums of e_ij over the panels so far, to be added up; (VL,) of all of them if smooth
+  float* kept;  // (KEPT COLS ROWS, h) in runs, of which phi and phi' are made; smooth activations only
 };
 
 // ReLU (below = 0) and leaky ReLU.
@@ -250,9 +251,11 @@ CK_INLINE void each(const F& f) {
 template <class Phi>
 struct Smooth {
   static constexpr int GROUP_TILES = 24;
-  static constexpr int ROWS = 4, COLS = VL == 16 ? Phi::COLUMNS : 4;  // what a tile keeps and packs competes for the L1 cache
-  static constexpr int TOGETHER = VL == 16 ? 4 : 2;   // rows that go through phi side by side, as registers allow
-  static constexpr int BESIDE = VL == 16 ? COLS : 1;  // columns of one walk along h: their loops would start and end apart
+  static constexpr int ROWS = 4,
+                       COLS = VL == 16 ? Phi::COLUMNS : 4;  // what a tile keeps and packs competes for the L1 cache
+  static constexpr int TOGETHER = VL == 16 ? 4 : 2;         // rows that go through phi side by side, as registers allow
+  static constexpr int BESIDE =
+      VL == 16 ? COLS : 1;  // columns of one walk along h: their loops would start and end apart
   static constexpr int A = Phi::A, B = Phi::B, KEPT = Phi::KEPT, RUN = VL;
   static constexpr bool KINKED = false, CENTRED = Phi::CENTRED;
   Phi phi;
@@ -300,7 +303,8 @@ struct Smooth {
 #pragma GCC unroll 16
     for (int p = 0; p < PAIRS; p++) e[p] = broadcast(t.s[p]);
     const int64_t runs = (h + VL - 1) / VL;
-    const float *a = t.a + runs * A * ROWS * VL, *b = panel.b + runs * B * COLS * VL, *keep = t.kept + runs * KEPT * PAIRS * VL;
+    const float *a = t.a + runs * A * ROWS * VL, *b = panel.b + runs * B * COLS * VL,
+                *keep = t.kept + runs * KEPT * PAIRS * VL;
     float *ga = t.ga + runs * ROWS * VL, *gb = panel.gb + runs * COLS * VL, *gw = t.gw + runs * VL;
     for (int64_t run = 0; run < runs; run++) {
       a -= A * ROWS * VL, b -= B * COLS * VL, keep -= KEPT * PAIRS * VL, ga -= ROWS * VL, gb -= COLS * VL, gw -= VL;
@@ -344,7 +348,7 @@ struct Smooth {
     for (int64_t k = 0; k < h; k += VL) {
       const vf weight = load(w + k);  // 0 in the padding
       Chain pair[PAIRS];
-      each<LAST + 1 + BEHIND * (PAIRS / 2 - 1)>([&](auto turn) CK_INLINE_LAMBDA {
+      each<LAST + 1 + BEHIND*(PAIRS / 2 - 1)>([&](auto turn) CK_INLINE_LAMBDA {
         each<PAIRS>([&](auto index) CK_INLINE_LAMBDA {
           constexpr int p = decltype(index)::value, step = decltype(turn)::value - BEHIND * (p / 2);
           if constexpr (step == 0) pair[p].start(load(a + p % ROWS * VL) + load(b + p / ROWS * VL));

@@ -9,11 +9,13 @@ namespace CK_ISA {
 namespace {
 
 // Types with names: bench/critic_code.py finds their kernels by them.
-#define CK_ACTIVATION(Name, expression)                                                  \
-  struct Name {                                                                          \
-    float slope;                                                                         \
-    template <class V>                                                                   \
-    CK_INLINE_MEMBER Activated<V> operator()(V t) const { return expression; }           \
+#define CK_ACTIVATION(Name, expression)                   \
+  struct Name {                                           \
+    float slope;                                          \
+    template <class V>                                    \
+    CK_INLINE_MEMBER Activated<V> operator()(V t) const { \
+      return expression;                                  \
+    }                                                     \
   };
 CK_ACTIVATION(Gelu, gelu(t))
 CK_ACTIVATION(GeluTanh, gelu_tanh(t))
@@ -27,13 +29,20 @@ CK_ACTIVATION(Tanh, tanh(t))
 template <class F>
 void with_smooth(int32_t activation, float slope, const F& f) {
   switch (static_cast<Activation>(activation)) {
-    case Activation::gelu: return f(Gelu{slope});
-    case Activation::gelu_tanh: return f(GeluTanh{slope});
-    case Activation::silu: return f(Silu{slope});
-    case Activation::elu: return f(Elu{slope});
-    case Activation::softplus: return f(Softplus{slope});
-    case Activation::tanh: return f(Tanh{slope});
-    default: return;
+    case Activation::gelu:
+      return f(Gelu{slope});
+    case Activation::gelu_tanh:
+      return f(GeluTanh{slope});
+    case Activation::silu:
+      return f(Silu{slope});
+    case Activation::elu:
+      return f(Elu{slope});
+    case Activation::softplus:
+      return f(Softplus{slope});
+    case Activation::tanh:
+      return f(Tanh{slope});
+    default:
+      return;
   }
 }
 
@@ -49,7 +58,8 @@ void with_activation(int32_t activation, float slope, const F& f) {
         const vi positive = t > zero;
         return ValueAndSlope{select(positive, t, below * t), select(positive, one, below)};
       });
-    default: return with_smooth(activation, slope, f);
+    default:
+      return with_smooth(activation, slope, f);
   }
 }
 

@@ -33,7 +33,8 @@ std::vector<Field<P>>& fields() {
 inline uintptr_t address(py::handle value) {
   if (PyLong_Check(value.ptr())) return value.cast<uintptr_t>();
   if (value.is_none()) return 0;
-  static PyObject *contiguous = PyUnicode_InternFromString("is_contiguous"), *data = PyUnicode_InternFromString("data_ptr");
+  static PyObject *contiguous = PyUnicode_InternFromString("is_contiguous"),
+                  *data = PyUnicode_InternFromString("data_ptr");
   const auto ask = [&](PyObject* method) {
     PyObject* answer = PyObject_CallMethodNoArgs(value.ptr(), method);
     if (!answer) throw py::error_already_set();
@@ -65,7 +66,7 @@ T to_python(T value) {
 }
 
 template <typename Class, typename Owner, typename T>
-void field(Class& c, const char* name, T Owner::*member) {
+void field(Class& c, const char* name, T Owner::* member) {
   using P = typename Class::type;
   const auto set = [member](P& p, py::handle value) { assign(p.*member, value); };
   c.def_property(name, [member](const P& p) { return to_python(p.*member); }, set);
@@ -101,7 +102,8 @@ void inherit() {
 template <typename P, typename... Bases>
 void constructible(py::class_<P, Bases...>& c) {
   c.def(py::init<>());
-  c.def("fill", &fill<P>, py::arg("fields"), "sets fields by name: numbers, addresses, contiguous tensors, None for null");
+  c.def("fill", &fill<P>, py::arg("fields"),
+        "sets fields by name: numbers, addresses, contiguous tensors, None for null");
   (inherit<P, Bases>(), ...);
 }
 

@@ -14,9 +14,19 @@ void set_isa(Isa);
 }  // namespace ck
 
 // Declares one function per instruction set, all of the same parameter struct.
-#define CK_DECLARE(function, Params)                    \
-  namespace generic { void function(const Params&); }   \
-  namespace avx2 { void function(const Params&); }      \
-  namespace avx512 { void function(const Params&); }    \
-  namespace avx512bf16 { void function(const Params&); } \
-  namespace amx { void function(const Params&); }
+#define CK_DECLARE(function, Params) \
+  namespace generic {                \
+  void function(const Params&);      \
+  }                                  \
+  namespace avx2 {                   \
+  void function(const Params&);      \
+  }                                  \
+  namespace avx512 {                 \
+  void function(const Params&);      \
+  }                                  \
+  namespace avx512bf16 {             \
+  void function(const Params&);      \
+  }                                  \
+  namespace amx {                    \
+  void function(const Params&);      \
+  }

@@ -166,14 +166,18 @@ static inline vf vexp2(vf x) {
 static inline void reduce_add_each(const vf* v, float* out) {
 #if defined(__AVX512F__)
   constexpr __mmask16 kAll = 0xffff;  // the unmasked forms make GCC 12 warn of its own headers
-  __m512 a[8], b[4], c[2];  // halves of the lanes of two vectors in one, then quarters of four, ...
+  __m512 a[8], b[4], c[2];            // halves of the lanes of two vectors in one, then quarters of four, ...
   for (int i = 0; i < 8; i++)
-    a[i] = _mm512_add_ps(_mm512_maskz_shuffle_f32x4(kAll, v[i], v[i + 8], 0x44), _mm512_maskz_shuffle_f32x4(kAll, v[i], v[i + 8], 0xee));
+    a[i] = _mm512_add_ps(_mm512_maskz_shuffle_f32x4(kAll, v[i], v[i + 8], 0x44),
+                         _mm512_maskz_shuffle_f32x4(kAll, v[i], v[i + 8], 0xee));
   for (int i = 0; i < 4; i++)
-    b[i] = _mm512_add_ps(_mm512_maskz_shuffle_f32x4(kAll, a[i], a[i + 4], 0x88), _mm512_maskz_shuffle_f32x4(kAll, a[i], a[i + 4], 0xdd));
+    b[i] = _mm512_add_ps(_mm512_maskz_shuffle_f32x4(kAll, a[i], a[i + 4], 0x88),
+                         _mm512_maskz_shuffle_f32x4(kAll, a[i], a[i + 4], 0xdd));
   for (int i = 0; i < 2; i++)
-    c[i] = _mm512_add_ps(_mm512_maskz_shuffle_ps(kAll, b[i], b[i + 2], 0x44), _mm512_maskz_shuffle_ps(kAll, b[i], b[i + 2], 0xee));
-  const vf sums = _mm512_add_ps(_mm512_maskz_shuffle_ps(kAll, c[0], c[1], 0x88), _mm512_maskz_shuffle_ps(kAll, c[0], c[1], 0xdd));
+    c[i] = _mm512_add_ps(_mm512_maskz_shuffle_ps(kAll, b[i], b[i + 2], 0x44),
+                         _mm512_maskz_shuffle_ps(kAll, b[i], b[i + 2], 0xee));
+  const vf sums =
+      _mm512_add_ps(_mm512_maskz_shuffle_ps(kAll, c[0], c[1], 0x88), _mm512_maskz_shuffle_ps(kAll, c[0], c[1], 0xdd));
   // the vectors 0, 1, ... whose sums stand in lanes 0, 1, ...
   const __m512i place = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
   store(out, _mm512_maskz_permutexvar_ps(kAll, place, sums));

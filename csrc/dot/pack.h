@@ -99,7 +99,8 @@ static inline void transpose32(const S* in, int64_t stride, T* out) {
     return;
   }
 #endif
-  S block[kBlock][kBlock + 1];  // rows are read whole: down a column of 512, all lines are in the same few sets of the L1
+  S block[kBlock]
+         [kBlock + 1];  // rows are read whole: down a column of 512, all lines are in the same few sets of the L1
   for (int r = 0; r < kBlock; r++) std::memcpy(block[r], in + r * stride, kBlock * sizeof(S));
   for (int c = 0; c < kBlock; c++)
     for (int r = 0; r < kBlock; r++) out[c * kBlock + r] = convert<T>(block[r][c]);

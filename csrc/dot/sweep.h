@@ -79,8 +79,8 @@ static inline float score_bound(const DotProblem& p) {
 
 // ---------------------------------------------------------------- one tile: s (rows, 32), contiguous
 struct TileShape {
-  int64_t rows;        // valid rows of the tile; the rest are padding
-  int64_t first_row;   // in the problem
+  int64_t rows;       // valid rows of the tile; the rest are padding
+  int64_t first_row;  // in the problem
   int64_t first_col;
   int64_t padded_rows;
 };
@@ -207,8 +207,8 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
   const int64_t yb_rows = once ? mp : chunk * kBlock;  // all of Y, or the chunk at hand
   // Y^T lives in dy, which is written last, where it has its size: less new memory, which the system would clear
   const bool in_dy = scores && p.dy && sizeof(T) == sizeof(S) && p.m == mp && p.d == dp;
-  Buffer<T> whole_yt(scores && once && !in_dy ? mp * dp : 0), yb(p.dx ? yb_rows * dp : 0), xa(scores ? rows_cap * dp : 0),
-      xt(p.dy ? rows_cap * dp : 0), ga(p.dx ? chunk * rows_cap * kBlock : 0);
+  Buffer<T> whole_yt(scores && once && !in_dy ? mp * dp : 0), yb(p.dx ? yb_rows * dp : 0),
+      xa(scores ? rows_cap * dp : 0), xt(p.dy ? rows_cap * dp : 0), ga(p.dx ? chunk * rows_cap * kBlock : 0);
   Buffer<float> dyt(p.dy ? mp * dp : 0), dxp(p.dx ? rows_cap * dp : 0);
   Buffer<float> part_sum(Epilogue::kRowSums ? chunk * rows_cap : 0);
   const int64_t lines = p.dx ? p.n : p.dy ? p.m : 0;
@@ -248,7 +248,8 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
           if (!once && p.dx)
             pack_b(y.from(b0 * kBlock), (b - b0) * kBlock, (b - b0 + width) * kBlock, dblocks, yb.data, yb_rows);
           if (scores)
-            Engine<T>::multiply({xa.data, rows * kBlock}, rows, {bt, dp * kBlock}, width, dp, {s, rows * kBlock}, false);
+            Engine<T>::multiply({xa.data, rows * kBlock}, rows, {bt, dp * kBlock}, width, dp, {s, rows * kBlock},
+                                false);
           for (int64_t c = 0; c < width; c++) {
             const TileShape t{valid, i0, (b + c) * kBlock, rows};
             const int64_t at = c * rows * kBlock;
@@ -286,10 +287,9 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
       for (int64_t r = 0; r < valid; r++) {
         const int64_t i = i0 + r;
         const bool positive = p.positive_grad;
-        dscale_lines.data[i] =
-            finish_row<true>(p, dxp.data + r * kBlock, rows * kBlock, positive ? p.positive_grad[i] : 0,
-                             positive ? ys + (p.first_positive + i) * p.d : nullptr, xs + i * p.d,
-                             static_cast<S*>(p.dx) + i * p.d);
+        dscale_lines.data[i] = finish_row<true>(
+            p, dxp.data + r * kBlock, rows * kBlock, positive ? p.positive_grad[i] : 0,
+            positive ? ys + (p.first_positive + i) * p.d : nullptr, xs + i * p.d, static_cast<S*>(p.dx) + i * p.d);
       }
     }
     Engine<T>::leave();
@@ -306,7 +306,8 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
         for (int64_t j = b * kBlock; j < p.m && j < (b + 1) * kBlock; j++) {
           const int64_t i = j - p.first_positive;
           const bool positive = p.positive_grad && i >= 0 && i < p.n;
-          const auto finish = p.dx ? finish_row<false, S> : finish_row<true, S>;  // dscale comes from dx if that is made
+          const auto finish =
+              p.dx ? finish_row<false, S> : finish_row<true, S>;  // dscale comes from dx if that is made
           const double along =
               finish(p, block + j % kBlock * kBlock, kBlock * kBlock, positive ? p.positive_grad[i] : 0,
                      positive ? xs + i * p.d : nullptr, ys + j * p.d, static_cast<S*>(p.dy) + j * p.d);

@@ -13,7 +13,7 @@ namespace ck {
 struct IssueRate {
   int64_t iterations;  // of the loop, on every thread
   int32_t threads;
-  int64_t* issued;     // (1,) the vector instructions of one thread
+  int64_t* issued;  // (1,) the vector instructions of one thread
 };
 
 CK_DECLARE(issue_rate, IssueRate)

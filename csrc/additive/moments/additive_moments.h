@@ -18,15 +18,15 @@ namespace ck {
 struct AdditiveMoments {
   const float *a, *b, *w;          // (n, h), (m, h), (h,) contiguous; a, b, ga, gb point to `features_dtype` on the CPU
   int64_t n, m, h;                 // all >= 1, and P is not empty
-  int64_t first_positive;                  // column of row 0's positive; 0 <= first_positive, first_positive + n <= m
+  int64_t first_positive;          // column of row 0's positive; 0 <= first_positive, first_positive + n <= m
   int32_t include_diagonal;        // 1: the positives count among the pairs of L
   int32_t activation;              // an Activation (additive/activation_names.h)
   float slope;                     // leaky_relu's negative slope; elu's alpha
   int32_t need_a, need_b, need_w;  // which gradients to compute; the pointers of the others may be null
   int32_t features_dtype;          // a Dtype (common/dtype.h); on the CPU
   int32_t threads;
-  float* moments;                  // (2,) J, L
-  float *ga, *gb, *gw;             // (n, h), (m, h), (h,)
+  float* moments;       // (2,) J, L
+  float *ga, *gb, *gw;  // (n, h), (m, h), (h,)
 };
 
 CK_DECLARE(additive_moments, AdditiveMoments)

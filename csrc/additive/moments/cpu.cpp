@@ -19,8 +19,8 @@ namespace ck {
 namespace CK_ISA {
 namespace {
 
-constexpr int64_t MAX_GROUPS = 64;      // also the most threads that can help
-constexpr float HEADROOM = 40.0f;       // e^40 times the number of pairs stays far inside float
+constexpr int64_t MAX_GROUPS = 64;  // also the most threads that can help
+constexpr float HEADROOM = 40.0f;   // e^40 times the number of pairs stays far inside float
 
 void scale(float* x, int64_t size, float factor) {
   for (int64_t i = 0; i < size; i++) x[i] *= factor;
@@ -42,8 +42,8 @@ double ratio(float from, float to) { return from == NOTHING ? 0.0 : exp(static_c
 template <class Tile>
 class Sweep : Operands<Tile> {
   using Base = Operands<Tile>;
-  using Base::ROWS, Base::COLS, Base::KINKED, Base::SCORES, Base::MASSES, Base::RUN, Base::SLICE, Base::block, Base::blocks,
-      Base::width;
+  using Base::ROWS, Base::COLS, Base::KINKED, Base::SCORES, Base::MASSES, Base::RUN, Base::SLICE, Base::block,
+      Base::blocks, Base::width;
 
  public:
   Sweep(const AdditiveMoments& p, const Tile& tile, float below)
@@ -263,11 +263,11 @@ class Sweep : Operands<Tile> {
   }
 
   const AdditiveMoments& p;
-  const bool for_a, for_b;    // sums over columns, over rows
+  const bool for_a, for_b;  // sums over columns, over rows
   const int64_t groups;
-  ZeroBuffer<float> row_mass, column_mass;         // (n,) (m,); ReLU family only
-  Buffer<float> own_ga, own_gb;                    // in place of gradients that only gw needs, or that are not float32
-  float *const ga, *const gb;                      // unnormalised, without w, until finish()
+  ZeroBuffer<float> row_mass, column_mass;  // (n,) (m,); ReLU family only
+  Buffer<float> own_ga, own_gb;             // in place of gradients that only gw needs, or that are not float32
+  float *const ga, *const gb;               // unnormalised, without w, until finish()
   ZeroBuffer<float> group_gb, group_column_mass;
   ZeroBuffer<double> group_gw;
   ZeroBuffer<float> block_shift;  // (blocks,) units of gb

@@ -30,9 +30,9 @@ namespace cuda {
 #define CK_LOGISTIC_SCORES 2
 #endif
 
-#define CK_SCORES(name, Phi, blocks)                                                                                  \
+#define CK_SCORES(name, Phi, blocks)                                                                                 \
   extern "C" __global__ void __launch_bounds__(SCORE_THREADS, blocks) additive_scores_##name(CK_SCORES_PARAMETERS) { \
-    scores_of_tile<Phi>(CK_SCORES_ARGUMENTS);                                                                         \
+    scores_of_tile<Phi>(CK_SCORES_ARGUMENTS);                                                                        \
   }
 #define CK_SWEEPS(name, Phi, row_blocks)                                                                              \
   extern "C" __global__ void __launch_bounds__(SWEEP_THREADS, row_blocks) additive_rows_##name(CK_SWEEP_PARAMETERS) { \
@@ -69,12 +69,13 @@ struct Kernels {
   SweepKernel rows, columns;
 };
 
-#define CK_ENTRY(of_scores, name)                                                            \
-  {"additive_scores_" #of_scores, "additive_rows_" #name, "additive_columns_" #name,         \
+#define CK_ENTRY(of_scores, name)                                                    \
+  {"additive_scores_" #of_scores, "additive_rows_" #name, "additive_columns_" #name, \
    additive_scores_##of_scores,   additive_rows_##name,   additive_columns_##name}
-const Kernels KERNELS[] = {  // in the order of enum Activation
-    CK_ENTRY(relu, relu), CK_ENTRY(relu, leaky_relu), CK_ENTRY(gelu, gelu),         CK_ENTRY(gelu_tanh, gelu_tanh),
-    CK_ENTRY(silu, silu), CK_ENTRY(elu, elu),         CK_ENTRY(softplus, softplus), CK_ENTRY(tanh, tanh)};
+const Kernels KERNELS[] = {// in the order of enum Activation
+                           CK_ENTRY(relu, relu),           CK_ENTRY(relu, leaky_relu), CK_ENTRY(gelu, gelu),
+                           CK_ENTRY(gelu_tanh, gelu_tanh), CK_ENTRY(silu, silu),       CK_ENTRY(elu, elu),
+                           CK_ENTRY(softplus, softplus),   CK_ENTRY(tanh, tanh)};
 
 #define RUN(kernel, ...) run(#kernel, kernel, __VA_ARGS__)
 
@@ -144,7 +145,8 @@ class Sweep {
     if (in_place_a) ua_ = p.ga;
     if (in_place_b) ub_ = p.gb;
     row_parts_ = workspace_.take<float>("row_parts", row_split_.count > 1 ? row_split_.count * panel_rows_ * p.h : 0);
-    column_parts_ = workspace_.take<float>("column_parts", column_split_.count > 1 ? column_split_.count * p.m * p.h : 0);
+    column_parts_ =
+        workspace_.take<float>("column_parts", column_split_.count > 1 ? column_split_.count * p.m * p.h : 0);
     const int64_t weight_parts = kinked_ ? row_chunks_ + column_chunks_ : row_split_.count * panel_tiles;
     weight_parts_ = workspace_.take<float>("weight_parts", p.need_w ? weight_parts * p.h : 0);
     weight_sum_ = workspace_.take<float>("weight_sum", p.need_w && !kinked_ ? p.h : 0);
@@ -155,13 +157,13 @@ class Sweep {
   void launch(Launcher& run) const {
     const unsigned widest = static_cast<unsigned>(larger(n_padded_, m_padded_) / 32), unit_blocks = blocks(h_, 32);
     RUN(additive_range, dim3(unit_blocks, chunks_, 2), END_THREADS, p_.a, p_.b, p_.dtype, n_, m_, h_, low_, high_);
-    RUN(additive_centre, dim3(1), END_THREADS, low_, high_, chunks_, p_.w, p_.w_dtype, h_, units_, p_.slope, leak_, centre_,
-        weights_, poison_);
-    RUN(additive_pack, dim3(widest, units_ / 32, 2), END_THREADS, p_.a, p_.b, p_.dtype, n_, m_, h_, n_padded_, m_padded_,
-        at_, bt_);
+    RUN(additive_centre, dim3(1), END_THREADS, low_, high_, chunks_, p_.w, p_.w_dtype, h_, units_, p_.slope, leak_,
+        centre_, weights_, poison_);
+    RUN(additive_pack, dim3(widest, units_ / 32, 2), END_THREADS, p_.a, p_.b, p_.dtype, n_, m_, h_, n_padded_,
+        m_padded_, at_, bt_);
     if (kinked_)
-      RUN(additive_terms, dim3(blocks(larger(n_, m_), END_THREADS / 32), 1, 2), END_THREADS, p_.a, p_.b, p_.dtype, n_, m_,
-          h_, p_.w, p_.w_dtype, centre_, leak_, row_term_, column_term_);
+      RUN(additive_terms, dim3(blocks(larger(n_, m_), END_THREADS / 32), 1, 2), END_THREADS, p_.a, p_.b, p_.dtype, n_,
+          m_, h_, p_.w, p_.w_dtype, centre_, leak_, row_term_, column_term_);
     for (int panel = 0; panel < panels_; panel++) launch_panel(run, panel);
     launch_gradients(run);
   }
@@ -169,13 +171,15 @@ class Sweep {
  private:
   void launch_panel(Launcher& run, int panel) const {
     const Kernels& kernels = KERNELS[p_.activation];
-    const int first = static_cast<int>(panel * panel_rows_), rows = static_cast<int>(smaller(panel_rows_, n_padded_ - first));
+    const int first = static_cast<int>(panel * panel_rows_),
+              rows = static_cast<int>(smaller(panel_rows_, n_padded_ - first));
     const dim3 tiles(m_padded_ / TILE, rows / TILE);
-    run(kernels.scores_name, kernels.scores, tiles, SCORE_THREADS, at_ + first, bt_, n_padded_, m_padded_, weights_, centre_,
-        row_term_, column_term_, static_cast<int>(padded(h_, SCORE_UNITS)), first, n_, m_, static_cast<int>(p_.first_positive),
-        p_.include_diagonal, p_.slope, scores_, positives_, tile_max_, tile_sum_);
+    run(kernels.scores_name, kernels.scores, tiles, SCORE_THREADS, at_ + first, bt_, n_padded_, m_padded_, weights_,
+        centre_, row_term_, column_term_, static_cast<int>(padded(h_, SCORE_UNITS)), first, n_, m_,
+        static_cast<int>(p_.first_positive), p_.include_diagonal, p_.slope, scores_, positives_, tile_max_, tile_sum_);
     RUN(additive_total, dim3(1), TOTAL_THREADS, tile_max_, tile_sum_, static_cast<int64_t>(tiles.x) * tiles.y, panel,
-        panel + 1 == panels_, positives_, n_, m_, p_.include_diagonal, poison_, running_, shift_, factor_, lse_, p_.moments);
+        panel + 1 == panels_, positives_, n_, m_, p_.include_diagonal, poison_, running_, shift_, factor_, lse_,
+        p_.moments);
     const float* const factor = panel ? factor_ + panel : nullptr;
     if (for_a_) {
       const int count = static_cast<int>(smaller(rows, n_ - first));
@@ -193,9 +197,9 @@ class Sweep {
       const int64_t size = p_.m * p_.h;
       const bool parts = column_split_.count > 1;
       const int count = static_cast<int>(blocks(rows, column_split_.length));  // the last panel may be shorter
-      run(kernels.columns_name, kernels.columns, dim3(units_ / UNITS, m_padded_ / TILE, count), SWEEP_THREADS, bt_, m_padded_,
-          m_, at_ + first, n_padded_, scores_, m_padded_, rows, column_split_.length, shift_ + panel, h_, p_.slope,
-          parts ? nullptr : factor, parts ? column_parts_ : ub_, size, nullptr);
+      run(kernels.columns_name, kernels.columns, dim3(units_ / UNITS, m_padded_ / TILE, count), SWEEP_THREADS, bt_,
+          m_padded_, m_, at_ + first, n_padded_, scores_, m_padded_, rows, column_split_.length, shift_ + panel, h_,
+          p_.slope, parts ? nullptr : factor, parts ? column_parts_ : ub_, size, nullptr);
       if (parts) fold(run, column_parts_, count, size, factor, ub_);
     }
   }
@@ -205,15 +209,16 @@ class Sweep {
     float* const row_weights = kinked_ ? weight_parts_ : nullptr;
     float* const column_weights = row_weights ? weight_parts_ + static_cast<int64_t>(row_chunks_) * h_ : nullptr;
     if (p_.need_a || row_weights)
-      RUN(additive_scale, dim3(unit_blocks, row_chunks_), END_THREADS, p_.a, p_.dtype, n_, h_, 1.0f, centre_, ua_, shift_,
-          static_cast<int>(panel_rows_), lse_, p_.w, p_.w_dtype, p_.need_a ? p_.ga : nullptr, row_weights);
+      RUN(additive_scale, dim3(unit_blocks, row_chunks_), END_THREADS, p_.a, p_.dtype, n_, h_, 1.0f, centre_, ua_,
+          shift_, static_cast<int>(panel_rows_), lse_, p_.w, p_.w_dtype, p_.need_a ? p_.ga : nullptr, row_weights);
     if (p_.need_b || row_weights)
       RUN(additive_scale, dim3(unit_blocks, column_chunks_), END_THREADS, p_.b, p_.dtype, m_, h_, -1.0f, centre_, ub_,
           shift_ + panels_ - 1, INT32_MAX, lse_, p_.w, p_.w_dtype, p_.need_b ? p_.gb : nullptr, column_weights);
     if (!p_.need_w) return;
     const dim3 grid(blocks(h_, END_THREADS));
     if (kinked_)
-      RUN(additive_weights, grid, END_THREADS, weight_parts_, row_chunks_ + column_chunks_, h_, nullptr, nullptr, p_.gw, p_.w_dtype);
+      RUN(additive_weights, grid, END_THREADS, weight_parts_, row_chunks_ + column_chunks_, h_, nullptr, nullptr, p_.gw,
+          p_.w_dtype);
     else
       RUN(additive_weights, grid, END_THREADS, weight_sum_, 1, h_, shift_ + panels_ - 1, lse_, p_.gw, p_.w_dtype);
   }
@@ -233,7 +238,8 @@ class Sweep {
   int panels_, chunks_, row_chunks_, column_chunks_;
   Split row_split_, column_split_;
   float *low_, *high_, *centre_, *weights_, *poison_, *at_, *bt_, *row_term_, *column_term_, *positives_, *tile_max_,
-      *tile_sum_, *shift_, *factor_, *lse_, *scores_, *ua_, *ub_, *row_parts_, *column_parts_, *weight_parts_, *weight_sum_;
+      *tile_sum_, *shift_, *factor_, *lse_, *scores_, *ua_, *ub_, *row_parts_, *column_parts_, *weight_parts_,
+      *weight_sum_;
   double* running_;
 };
 

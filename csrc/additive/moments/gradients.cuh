@@ -9,20 +9,20 @@
 namespace ck {
 namespace cuda {
 
-constexpr int UNITS = 64;     // of a block; operands are padded to a multiple of it
-constexpr int OTHERS = 16;    // vectors of the other operand in one stage
+constexpr int UNITS = 64;   // of a block; operands are padded to a multiple of it
+constexpr int OTHERS = 16;  // vectors of the other operand in one stage
 constexpr int SWEEP_THREADS = 256;
-constexpr int PITCH = OTHERS + 4;       // keeps eight 16-byte reads of neighbouring rows in different banks
+constexpr int PITCH = OTHERS + 4;  // keeps eight 16-byte reads of neighbouring rows in different banks
 
 template <bool LEAKY>
 struct Step {};  // phi' = [t > 0], or slope + (1 - slope) [t > 0]
 
-#define CK_SWEEP_PARAMETERS                                                                                             \
-  const float *own, int64_t own_stride, int count, const float *other, int64_t other_stride, const float *scores,       \
-      int64_t scores_stride, int others, int split, const float *shift, int h, float slope, const float *factor, float *u, \
-      int64_t u_stride, float *weights
-#define CK_SWEEP_ARGUMENTS                                                                                              \
-  own, own_stride, count, other, other_stride, scores, scores_stride, others, split, shift, h, slope, factor, u,        \
+#define CK_SWEEP_PARAMETERS                                                                                       \
+  const float *own, int64_t own_stride, int count, const float *other, int64_t other_stride, const float *scores, \
+      int64_t scores_stride, int others, int split, const float *shift, int h, float slope, const float *factor,  \
+      float *u, int64_t u_stride, float *weights
+#define CK_SWEEP_ARGUMENTS                                                                                       \
+  own, own_stride, count, other, other_stride, scores, scores_stride, others, split, shift, h, slope, factor, u, \
       u_stride, weights
 
 // own (units, own_stride) and other (units, other_stride) transposed; scores (own, other), or (other, own) if COLUMNS.
@@ -54,11 +54,14 @@ __device__ __forceinline__ void sweep(CK_SWEEP_PARAMETERS) {
   // vectors of an other.
   float4 next[2];
   const auto fetch = [&](int at, int buffer) {
-    copy_async(&x[buffer][thread / 4][thread % 4 * 4], other + (unit0 + thread / 4) * other_stride + at + thread % 4 * 4);
+    copy_async(&x[buffer][thread / 4][thread % 4 * 4],
+               other + (unit0 + thread / 4) * other_stride + at + thread % 4 * 4);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      if constexpr (COLUMNS) next[i] = load4(scores + (at + thread / 32 + 8 * i) * scores_stride + own0 + thread % 32 * 4);
-      else next[i] = load4(scores + (own0 + thread / 4 + 64 * i) * scores_stride + at + thread % 4 * 4);
+      if constexpr (COLUMNS)
+        next[i] = load4(scores + (at + thread / 32 + 8 * i) * scores_stride + own0 + thread % 32 * 4);
+      else
+        next[i] = load4(scores + (own0 + thread / 4 + 64 * i) * scores_stride + at + thread % 4 * 4);
     }
   };
   const auto stage = [&](int buffer) {
@@ -84,7 +87,7 @@ __device__ __forceinline__ void sweep(CK_SWEEP_PARAMETERS) {
   for (int at = first, buffer = 0; at < last; at += OTHERS, buffer ^= 1) {
     const bool more = at + OTHERS < last;
     if (more) fetch(at + OTHERS, buffer ^ 1);
-    const auto add = [&](int r, float weight, const float(&theirs)[4]) {
+    const auto add = [&](int r, float weight, const float (&theirs)[4]) {
 #pragma unroll
       for (int q = 0; q < 4; q++) {
         if constexpr (KINKED) {
@@ -128,7 +131,7 @@ __device__ __forceinline__ void sweep(CK_SWEEP_PARAMETERS) {
   }
 
   float* const shared = &x[0][0][0];  // its last readers are past the barrier
-  if constexpr (LEAKY) {  // (4 or 8 threads that staged a vector's p, 128 vectors)
+  if constexpr (LEAKY) {              // (4 or 8 threads that staged a vector's p, 128 vectors)
     for (int i = 0; i < (COLUMNS ? 4 : 2); i++)
       shared[COLUMNS ? thread / 32 * TILE + thread % 32 * 4 + i : thread % 4 * TILE + thread / 4 + 64 * i] = mass[i];
     __syncthreads();

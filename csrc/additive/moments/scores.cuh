@@ -9,20 +9,20 @@
 namespace ck {
 namespace cuda {
 
-constexpr int TILE = 128;          // rows and columns of a tile of scores; every panel is a whole number of them
-constexpr int SCORE_UNITS = 16;    // units of one stage in shared memory
+constexpr int TILE = 128;        // rows and columns of a tile of scores; every panel is a whole number of them
+constexpr int SCORE_UNITS = 16;  // units of one stage in shared memory
 constexpr int SCORE_THREADS = 256;
 
 // ReLU and leaky ReLU.  The part of the score that is linear in a or in b comes with row_term and column_term.
 struct Kinked {};
 
-#define CK_SCORES_PARAMETERS                                                                                           \
-  const float *a, const float *b, int64_t a_stride, int64_t b_stride, const float *w, const float *centre,             \
-      const float *row_term, const float *column_term, int units, int first_row, int n, int m, int first_positive,             \
+#define CK_SCORES_PARAMETERS                                                                                       \
+  const float *a, const float *b, int64_t a_stride, int64_t b_stride, const float *w, const float *centre,         \
+      const float *row_term, const float *column_term, int units, int first_row, int n, int m, int first_positive, \
       int include_diagonal, float slope, float *scores, float *positives, float *tile_max, float *tile_sum
-#define CK_SCORES_ARGUMENTS                                                                                            \
-  a, b, a_stride, b_stride, w, centre, row_term, column_term, units, first_row, n, m, first_positive, include_diagonal, slope, \
-      scores, positives, tile_max, tile_sum
+#define CK_SCORES_ARGUMENTS                                                                           \
+  a, b, a_stride, b_stride, w, centre, row_term, column_term, units, first_row, n, m, first_positive, \
+      include_diagonal, slope, scores, positives, tile_max, tile_sum
 
 // a (units, a_stride) from the panel's first row on, b (units, b_stride), w (units,), units a multiple of SCORE_UNITS with
 // w = 0 in the padding; centre, row_term and column_term are read for Kinked only.  scores (rows of the panel, b_stride) or
@@ -76,8 +76,10 @@ __device__ __forceinline__ void scores_of_tile(CK_SCORES_PARAMETERS) {
       for (int i = 0; i < 8; i++)
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-          if constexpr (KINKED) sum[i][j] = fmaf(wk, fmaxf(x[i], y[j]), sum[i][j]);
-          else sum[i][j] = fmaf(wk, Phi::at(x[i] + y[j], slope).value, sum[i][j]);
+          if constexpr (KINKED)
+            sum[i][j] = fmaf(wk, fmaxf(x[i], y[j]), sum[i][j]);
+          else
+            sum[i][j] = fmaf(wk, Phi::at(x[i] + y[j], slope).value, sum[i][j]);
         }
     }
     if (more) stage(buffer ^ 1);

@@ -19,9 +19,9 @@ struct AdditiveScores {
   float slope;             // leaky_relu's negative slope; elu's alpha
   int32_t features_dtype;  // a Dtype (common/dtype.h)
   int32_t threads;
-  float* scores;           // (n, m), forward
-  const float* grad;       // (n, m), backward
-  float *ga, *gb, *gw;     // (n, h), (m, h), (h,), backward; null where not needed
+  float* scores;        // (n, m), forward
+  const float* grad;    // (n, m), backward
+  float *ga, *gb, *gw;  // (n, h), (m, h), (h,), backward; null where not needed
 };
 
 CK_DECLARE(additive_scores_forward, AdditiveScores)

@@ -181,13 +181,13 @@ class Backward : Operands<Tile> {
   }
 
   const AdditiveScores& p;
-  const bool for_a, for_b;              // sums over columns, over rows
+  const bool for_a, for_b;  // sums over columns, over rows
   const int64_t groups;
   ZeroBuffer<float> row_mass, column_mass;  // (n,) (m,) sums of g; leaky ReLU only
   Buffer<float> own_ga, own_gb;             // in place of gradients that only gw needs, or that are not float32
-  float *const ga, *const gb;           // without w, until finish()
+  float *const ga, *const gb;               // without w, until finish()
   ZeroBuffer<float> group_gb;
-  ZeroBuffer<double> group_gw;          // smooth activations only
+  ZeroBuffer<double> group_gw;  // smooth activations only
 };
 
 template <class Tile>

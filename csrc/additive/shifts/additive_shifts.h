@@ -15,10 +15,10 @@
 namespace ck {
 
 struct AdditiveShifts {
-  const float *a, *b, *w;          // (n, h), (m, h), (h,) contiguous
-  int64_t n, m, h, first, k;       // n <= m
-  int32_t activation;              // an Activation (additive/activation_names.h)
-  float slope;                     // leaky_relu's negative slope; elu's alpha
+  const float *a, *b, *w;     // (n, h), (m, h), (h,) contiguous
+  int64_t n, m, h, first, k;  // n <= m
+  int32_t activation;         // an Activation (additive/activation_names.h)
+  float slope;                // leaky_relu's negative slope; elu's alpha
   int32_t threads;
   float* scores;                   // (k, n), forward only
   const float* g;                  // (k, n), backward only

@@ -122,8 +122,10 @@ class Backward : Shifts {
 #pragma omp for schedule(dynamic) nowait
         for (int64_t block = 0; block < blocks; block++)
           for (int64_t i = block * p.n / blocks; i < (block + 1) * p.n / blocks; i++) {
-            if (p.need_w) row<false, true>(i, weights.data + block * p.h);
-            else row<false, false>(i, nullptr);
+            if (p.need_w)
+              row<false, true>(i, weights.data + block * p.h);
+            else
+              row<false, false>(i, nullptr);
           }
       }
       if (p.need_b) {
@@ -159,10 +161,14 @@ class Backward : Shifts {
   void each_shift(int64_t own, int64_t other, const F& f) const {
     const float* g = p.g;
     for (int64_t r = 0; r < p.k; r++, g += p.n) {
-      if (!OF_B) f(other, g[own]);
-      else if (other < p.n) f(other, g[other]);
-      if (OF_B) other = other == 0 ? p.m - 1 : other - 1;
-      else other = after(other);
+      if (!OF_B)
+        f(other, g[own]);
+      else if (other < p.n)
+        f(other, g[other]);
+      if (OF_B)
+        other = other == 0 ? p.m - 1 : other - 1;
+      else
+        other = after(other);
     }
   }
 

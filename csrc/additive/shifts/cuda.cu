@@ -12,17 +12,19 @@ namespace cuda {
 namespace {
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int UNITS = 128;    // of a warp: 4 for each lane
-constexpr int ROWS = 4;       // of a warp, neighbours
-constexpr int SHIFTS = 4;     // of a warp in the forward
-constexpr int GROUPS = 4;     // groups of ROWS that a warp of the backward takes one after the other
+constexpr int UNITS = 128;  // of a warp: 4 for each lane
+constexpr int ROWS = 4;     // of a warp, neighbours
+constexpr int SHIFTS = 4;   // of a warp in the forward
+constexpr int GROUPS = 4;   // groups of ROWS that a warp of the backward takes one after the other
 
 struct Relu {
   __device__ static ValueAndSlope at(float t, float) { return {fmaxf(t, 0.0f), t > 0.0f ? 1.0f : 0.0f}; }
 };
 
 struct LeakyRelu {
-  __device__ static ValueAndSlope at(float t, float slope) { return {t > 0.0f ? t : slope * t, t > 0.0f ? 1.0f : slope}; }
+  __device__ static ValueAndSlope at(float t, float slope) {
+    return {t > 0.0f ? t : slope * t, t > 0.0f ? 1.0f : slope};
+  }
 };
 
 // 4 units of a row from `unit` on, 0 past the end; `whole`: float32, and every 4 units 16-byte aligned
@@ -43,9 +45,9 @@ __device__ inline int modulo(int64_t i, int m) {
 
 }  // namespace
 
-#define CK_SHIFT_SCORES_PARAMETERS \
-  const void *a, const void *b, int dtype, int whole, const void *w, int w_dtype, int n, int m, int h, int first, int k, float slope, \
-      float *scores
+#define CK_SHIFT_SCORES_PARAMETERS                                                                                \
+  const void *a, const void *b, int dtype, int whole, const void *w, int w_dtype, int n, int m, int h, int first, \
+      int k, float slope, float *scores
 #define CK_SHIFT_SCORES_ARGUMENTS a, b, dtype, whole, w, w_dtype, n, m, h, first, k, slope, scores
 
 // A warp has ROWS rows x SHIFTS shifts; a block has neighbouring rows, blockIdx.y the shifts.
@@ -62,7 +64,8 @@ __device__ __forceinline__ void shifted_scores(CK_SHIFT_SCORES_PARAMETERS) {
 #pragma unroll
     for (int i = 0; i < ROWS; i++) load_units(a, dtype, whole, row0 + i < n ? row0 + i : n - 1, h, unit, x[i]);
 #pragma unroll
-    for (int i = 0; i < ROWS + SHIFTS - 1; i++) load_units(b, dtype, whole, modulo(row0 + first + shift0 + i, m), h, unit, y[i]);
+    for (int i = 0; i < ROWS + SHIFTS - 1; i++)
+      load_units(b, dtype, whole, modulo(row0 + first + shift0 + i, m), h, unit, y[i]);
 #pragma unroll
     for (int i = 0; i < ROWS; i++)
 #pragma unroll
@@ -83,10 +86,11 @@ __device__ __forceinline__ void shifted_scores(CK_SHIFT_SCORES_PARAMETERS) {
     }
 }
 
-#define CK_SHIFT_SWEEP_PARAMETERS                                                                                         \
-  const void *own, const void *other, int dtype, int whole, const void *w, int w_dtype, int rows, int n, int m, int h, int first, int k, \
-      int direction, float slope, const float *g, void *out, float *weights
-#define CK_SHIFT_SWEEP_ARGUMENTS own, other, dtype, whole, w, w_dtype, rows, n, m, h, first, k, direction, slope, g, out, weights
+#define CK_SHIFT_SWEEP_PARAMETERS                                                                                      \
+  const void *own, const void *other, int dtype, int whole, const void *w, int w_dtype, int rows, int n, int m, int h, \
+      int first, int k, int direction, float slope, const float *g, void *out, float *weights
+#define CK_SHIFT_SWEEP_ARGUMENTS \
+  own, other, dtype, whole, w, w_dtype, rows, n, m, h, first, k, direction, slope, g, out, weights
 
 // out (rows, h) or null: the gradient of `own`, a if direction is 1, b if it is -1.  Row i of it meets row
 // (i + direction (first + r)) mod m of `other`, in a only if that is below n.
@@ -169,7 +173,7 @@ __device__ __forceinline__ void shifted_sweep(CK_SHIFT_SWEEP_PARAMETERS) {
 
 // dw (h,) = the sum of `count` parts, each (h,)
 extern "C" __global__ void __launch_bounds__(THREADS)
-shifts_weights(const float* parts, int count, int h, void* dw, int dtype) {
+    shifts_weights(const float* parts, int count, int h, void* dw, int dtype) {
   const int unit = blockIdx.x * THREADS + threadIdx.x;
   if (unit >= h) return;
   double sum = 0.0;
@@ -177,12 +181,12 @@ shifts_weights(const float* parts, int count, int h, void* dw, int dtype) {
   store_as(dw, dtype, unit, static_cast<float>(sum));
 }
 
-#define CK_SHIFT_KERNELS(name, Phi)                                                                       \
+#define CK_SHIFT_KERNELS(name, Phi)                                                                           \
   extern "C" __global__ void __launch_bounds__(THREADS, 2) shifts_scores_##name(CK_SHIFT_SCORES_PARAMETERS) { \
-    shifted_scores<Phi>(CK_SHIFT_SCORES_ARGUMENTS);                                                       \
-  }                                                                                                       \
+    shifted_scores<Phi>(CK_SHIFT_SCORES_ARGUMENTS);                                                           \
+  }                                                                                                           \
   extern "C" __global__ void __launch_bounds__(THREADS, 2) shifts_sweep_##name(CK_SHIFT_SWEEP_PARAMETERS) {   \
-    shifted_sweep<Phi>(CK_SHIFT_SWEEP_ARGUMENTS);                                                         \
+    shifted_sweep<Phi>(CK_SHIFT_SWEEP_ARGUMENTS);                                                             \
   }
 
 CK_SHIFT_KERNELS(relu, Relu)
@@ -216,8 +220,8 @@ bool whole(const AdditiveShifts& p) {
 
 void launch_forward(const AdditiveShifts& p, Launcher& run) {
   const Kernels& kernels = KERNELS[p.activation];
-  run(kernels.scores_name, kernels.scores, dim3(blocks(p.n, WARPS * ROWS), blocks(p.k, SHIFTS)), THREADS, p.a, p.b, p.dtype,
-      whole(p), p.w, p.w_dtype, p.n, p.m, p.h, p.first, p.k, p.slope, p.scores);
+  run(kernels.scores_name, kernels.scores, dim3(blocks(p.n, WARPS * ROWS), blocks(p.k, SHIFTS)), THREADS, p.a, p.b,
+      p.dtype, whole(p), p.w, p.w_dtype, p.n, p.m, p.h, p.first, p.k, p.slope, p.scores);
 }
 
 float* take_parts(const AdditiveShifts& p, Workspace& workspace) {
@@ -229,13 +233,14 @@ void launch_backward(const AdditiveShifts& p, Workspace& workspace, Launcher& ru
   float* const parts = take_parts(p, workspace);
   const int unit_blocks = blocks(p.h, UNITS);
   if (p.need_a || p.need_w)
-    run(kernels.sweep_name, kernels.sweep, dim3(unit_blocks, row_blocks(p.n)), THREADS, p.a, p.b, p.dtype, whole(p), p.w, p.w_dtype,
-        p.n, p.n, p.m, p.h, p.first, p.k, 1, p.slope, p.g, p.need_a ? p.da : nullptr, parts);
+    run(kernels.sweep_name, kernels.sweep, dim3(unit_blocks, row_blocks(p.n)), THREADS, p.a, p.b, p.dtype, whole(p),
+        p.w, p.w_dtype, p.n, p.n, p.m, p.h, p.first, p.k, 1, p.slope, p.g, p.need_a ? p.da : nullptr, parts);
   if (p.need_b)
-    run(kernels.sweep_name, kernels.sweep, dim3(unit_blocks, row_blocks(p.m)), THREADS, p.b, p.a, p.dtype, whole(p), p.w, p.w_dtype,
-        p.m, p.n, p.m, p.h, p.first, p.k, -1, p.slope, p.g, p.db, nullptr);
+    run(kernels.sweep_name, kernels.sweep, dim3(unit_blocks, row_blocks(p.m)), THREADS, p.b, p.a, p.dtype, whole(p),
+        p.w, p.w_dtype, p.m, p.n, p.m, p.h, p.first, p.k, -1, p.slope, p.g, p.db, nullptr);
   if (p.need_w)
-    run("shifts_weights", shifts_weights, dim3(blocks(p.h, THREADS)), THREADS, parts, row_blocks(p.n), p.h, p.dw, p.w_dtype);
+    run("shifts_weights", shifts_weights, dim3(blocks(p.h, THREADS)), THREADS, parts, row_blocks(p.n), p.h, p.dw,
+        p.w_dtype);
 }
 
 }  // namespace

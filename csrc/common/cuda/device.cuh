@@ -74,12 +74,16 @@ __device__ inline float reciprocal(float x) {
 
 struct Add {
   template <typename T>
-  __device__ T operator()(T x, T y) const { return x + y; }
+  __device__ T operator()(T x, T y) const {
+    return x + y;
+  }
 };
 
 struct Max {
   template <typename T>
-  __device__ T operator()(T x, T y) const { return x > y ? x : y; }
+  __device__ T operator()(T x, T y) const {
+    return x > y ? x : y;
+  }
 };
 
 // The reduction over a block of THREADS threads, at every thread.  `shared` has room for THREADS / 32 values.

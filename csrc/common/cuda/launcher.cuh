@@ -43,7 +43,8 @@ class Launcher {
 
   template <typename T>
   static Argument argument(T value) {
-    if constexpr (std::is_pointer_v<T>) return {'p', reinterpret_cast<uint64_t>(value)};
+    if constexpr (std::is_pointer_v<T>)
+      return {'p', reinterpret_cast<uint64_t>(value)};
     else if constexpr (std::is_same_v<T, float>) {
       uint32_t bits;
       std::memcpy(&bits, &value, 4);

@@ -16,9 +16,9 @@ struct Softplus {
   static constexpr bool kRowSums = true;
   static constexpr bool needs_scores = true;
   const DotSoftplus& p;
-  const float* col_weight;     // (padded m,)
-  double *row_sum, *col_sum;   // (n,), (padded m,)
-  double* block_bias;          // (blocks of columns,) sum of G
+  const float* col_weight;    // (padded m,)
+  double *row_sum, *col_sum;  // (n,), (padded m,)
+  double* block_bias;         // (blocks of columns,) sum of G
 
   void tile(const TileShape& t, float* s, float* row_sums) const {
     const bool attract = p.row_ids && p.attract;
@@ -52,7 +52,8 @@ struct Softplus {
         for (int n = 0; n < TOGETHER; n++) {
           l.v[n] = load(s + (q + n) * VL) * scale + shift;
           if (!ATTRACT) continue;
-          same[n] = (load(ids + (q + n) % W * VL) == p.row_ids[problem_row(t, r0 + (q + n) / W)]) & (l.v[n] > neg_inf());
+          same[n] =
+              (load(ids + (q + n) % W * VL) == p.row_ids[problem_row(t, r0 + (q + n) / W)]) & (l.v[n] > neg_inf());
           l.v[n] = select(same[n], -l.v[n], l.v[n]);
         }
         const auto e = softplus(l);
