@@ -103,13 +103,21 @@ def _moments(pairs: Pairs) -> tuple[Tensor, Tensor, bool]:
     if isinstance(scored, Additive):
         options: dict[str, Any] = {"activation": scored.activation, "slope": scored.slope, **common}
         j, el = additive_moments(scored.left, right, scored.w, **options)
-        projections = scored.left, right, scored.w  # the kernels look for what is not finite, the reference does not
-        looked = backends.fused("additive_moments", pairs.backend, *projections) is not None
-        return j + scored.bias, el + scored.bias, looked
+        return j + scored.bias, el + scored.bias, _kernels_look(pairs, scored.left, right, scored.w)
     if isinstance(scored, Dot):
         return *dot_moments(scored.left, right, **common), False
     positives, rows, _ = general_sums(scored, right, "lse", first_positive=pairs.first_positive, include=pairs.include)
     return positives.mean(), log_mean_exp_of_rows(rows, pairs), False
+
+
+def _kernels_look(pairs: Pairs, *projections: Tensor) -> bool:
+    """Whether a kernel computes the moments, which looks for what is not finite; the reference does not.
+
+    Compilers cannot ask: they choose the backend inside the operator.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return backends.fused("additive_moments", pairs.backend, *projections) is not None
 
 
 def log_mean_exp_of_rows(rows: Tensor, pairs: Pairs) -> Tensor:

@@ -351,8 +351,9 @@ def test_one_wrong_rank_is_named_on_all(ranks, fault, of_others, of_the_last):
 
 
 def test_a_silent_rank_is_an_error_within_the_timeout(ranks):
-    (text, seconds), _ = ranks.run(sharded_runs.silence, 2, 2.0)
-    assert text.startswith("RuntimeError: clip_loss: rank 0 of 2 waited in vain for the others") and seconds < 4
+    # all four, because a group that only some processes make numbers their later groups apart
+    (text, seconds), *_ = ranks.run(sharded_runs.silence, 4, 2.0)
+    assert text.startswith("RuntimeError: clip_loss: rank 0 of 4 waited in vain for the others") and seconds < 4
 
 
 def test_a_dead_rank_is_an_error(tmp_path: Path):

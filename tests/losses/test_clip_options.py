@@ -188,7 +188,7 @@ def test_one_group_has_no_negatives():
         ({"reduction": "max"}, ValueError, "reduction is 'max'; known are 'mean', 'sum', 'none'"),
         ({"text_negatives": torch.ones(3, 4)}, ValueError, "text_negatives has width 4 but image_features has width 3"),
         ({"text_negatives": torch.ones(3)}, ValueError, "text_negatives must be 2-d"),
-        ({"text_negatives": torch.ones(3, 3).double()}, ValueError, "text_negatives is torch.float64 on cpu"),
+        ({"text_negatives": torch.ones(3, 3).double()}, TypeError, "text_negatives is torch.float64 on cpu"),
         ({"one_way": True, "image_negatives": torch.ones(2, 3)}, ValueError, "image_negatives are candidates of text"),
         ({"strategy": "ring", "text_negatives": torch.ones(2, 3)}, ValueError, "strategy 'ring' has no extra"),
         ({"logit_scale": torch.ones(4)}, ValueError, "logit_scale must have one element, or 5, one per row"),
