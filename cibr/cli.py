@@ -83,6 +83,7 @@ class StartOptions:
 
 
 def train(arguments: Sequence[str]) -> int:
+    """Trains or resumes -> exit status.  Raises UsageError for options that do not go with the run's, or with each other."""
     look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what decides which options there are
     for name in ("--config", "--out", "--model", "--objective"):
         look.add_argument(name)
@@ -200,6 +201,7 @@ class EvaluateOptions:
 
 
 def evaluate(arguments: Sequence[str]) -> int:
+    """Prints a report of a checkpoint on named sets, and writes it as JSON -> exit status."""
     options = made(EvaluateOptions, arguments, "evaluate", required=("checkpoint",))
     if options.json is not None and not Path(options.json).parent.is_dir():
         raise UsageError(f"--json {options.json}: there is no folder {Path(options.json).parent}")
