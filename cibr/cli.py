@@ -83,7 +83,7 @@ class StartOptions:
 
 
 def train(arguments: Sequence[str]) -> int:
-    """Trains or resumes -> exit status.  Raises UsageError for options that do not go with the run's, or with each other."""
+    """Trains or resumes -> exit status.  Raises UsageError for options that do not go together, or with the run's."""
     look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what decides which options there are
     for name in ("--config", "--out", "--model", "--objective"):
         look.add_argument(name)
