@@ -92,7 +92,7 @@ class ConcatCritic(_Critic):
 
     Args: x_dim, z_dim and hidden widths; activation, one of relu, leaky_relu, gelu, gelu_tanh, silu, elu, softplus,
     tanh; slope, leaky_relu's negative slope or elu's alpha (defaults: torch's); layers, the number of hidden layers.
-        storage: bfloat16 or float16 to keep a and b, and the gradients of them, in half the memory; scores and sums
+        storage: bfloat16 or float16 to keep a and b in half the memory, bfloat16 their gradients too; scores and sums
             stay float32.  Not the default: it rounds a and b, an error of the input that nothing undoes (in bfloat16
             scores of standard deviation 1.1 move by 0.0024, at most 0.011).  One hidden layer only.
 
