@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-COMPARED = ((3, 8),)  # Triton's versions whose launcher's bytes tests have compared with these; others launch themselves
+COMPARED = ((3, 8),)  # versions of Triton whose launcher's bytes tests compare with these; others launch themselves
 MOST = 4096  # keys; a step has some 15, an epoch as many for each batch size
 _known: dict[tuple[Any, ...], _Compiled] = {}
 _enabled = True
