@@ -40,6 +40,7 @@ class Synthetic(Dataset):
         )
 
     def image(self, index: int) -> Image.Image:
+        """The drawing of row `index`, the same at every call."""
         assert self.labels is not None
         colour, shape, place, ground = KINDS[int(self.labels[index])]
         rng = random.Random(index)

@@ -59,6 +59,7 @@ class Penalised(Objective):
         raise NotImplementedError
 
     def forward(self, output: Output, batch: Batch) -> dict[str, Tensor]:
+        """-> "loss", 0-d, with the gradient of both players; the other entries are for the log."""
         self.contrastive.shards = self.shards
         loss = self.contrastive(output, batch)["loss"]
         lam_image, lam_text = self.lams()
