@@ -49,7 +49,7 @@ struct Features {
     if (dtype == kBFloat16)
       widen(static_cast<const bf16*>(data) + first, count, buffer);
     else
-      widen(static_cast<const _Float16*>(data) + first, count, buffer);
+      widen(static_cast<const fp16*>(data) + first, count, buffer);
     return buffer;
   }
 };
@@ -61,7 +61,7 @@ void write(const float* x, int64_t first, int64_t count, int32_t dtype, void* da
   else if (dtype == kBFloat16)
     narrow(x, count, static_cast<bf16*>(data) + first);
   else
-    narrow(x, count, static_cast<_Float16*>(data) + first);
+    narrow(x, count, static_cast<fp16*>(data) + first);
 }
 
 void write_nan(int64_t count, int32_t dtype, void* data) {

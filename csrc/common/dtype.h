@@ -12,6 +12,12 @@ struct bf16 {
   uint16_t bits;
 };
 
+#if defined(__aarch64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
+typedef __fp16 fp16;  // GCC has _Float16 in C++ on this machine from 13 on
+#else
+typedef _Float16 fp16;
+#endif
+
 static inline float to_float(float v) { return v; }
 
 static inline float to_float(bf16 v) {
@@ -21,7 +27,7 @@ static inline float to_float(bf16 v) {
   return f;
 }
 
-static inline float to_float(_Float16 v) { return static_cast<float>(v); }
+static inline float to_float(fp16 v) { return static_cast<float>(v); }
 
 static inline void from_float(float v, float* out) { *out = v; }
 
@@ -31,6 +37,6 @@ static inline void from_float(float v, bf16* out) {  // round to nearest even; N
   out->bits = v != v ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-static inline void from_float(float v, _Float16* out) { *out = static_cast<_Float16>(v); }
+static inline void from_float(float v, fp16* out) { *out = static_cast<fp16>(v); }
 
 }  // namespace ck

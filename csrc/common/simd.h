@@ -84,7 +84,7 @@ static inline floats8 load8(const float* p) { return load_as<floats8>(p); }
 static inline floats8 load8(const bf16* p) {
   return reinterpret_cast<floats8>(__builtin_convertvector(load_as<halves8>(p), words8) << 16);
 }
-static inline floats8 load8(const _Float16* p) {
+static inline floats8 load8(const fp16* p) {
   floats8 v;
   for (int i = 0; i < 8; i++) v[i] = static_cast<float>(p[i]);
   return v;
@@ -96,8 +96,8 @@ static inline void store8(floats8 v, bf16* p) {  // as from_float
   const halves8 bits = __builtin_convertvector(v != v ? words8{} + 0x7fc0 : rounded, halves8);
   std::memcpy(p, &bits, sizeof bits);
 }
-static inline void store8(floats8 v, _Float16* p) {
-  for (int i = 0; i < 8; i++) p[i] = static_cast<_Float16>(v[i]);
+static inline void store8(floats8 v, fp16* p) {
+  for (int i = 0; i < 8; i++) p[i] = static_cast<fp16>(v[i]);
 }
 
 // VL elements, as float.
@@ -112,7 +112,7 @@ static inline vf load(const bf16* p) {
 #endif
 }
 #if defined(__AVX512F__)
-static inline vf load(const _Float16* p) {
+static inline vf load(const fp16* p) {
   return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 #endif

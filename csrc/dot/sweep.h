@@ -68,8 +68,8 @@ static inline float score_bound(const DotProblem& p) {
     a = largest_norm(static_cast<const bf16*>(p.x), p.n, p.d, p.threads);
     b = largest_norm(static_cast<const bf16*>(p.y), p.m, p.d, p.threads);
   } else if (p.dtype == kFloat16) {
-    a = largest_norm(static_cast<const _Float16*>(p.x), p.n, p.d, p.threads);
-    b = largest_norm(static_cast<const _Float16*>(p.y), p.m, p.d, p.threads);
+    a = largest_norm(static_cast<const fp16*>(p.x), p.n, p.d, p.threads);
+    b = largest_norm(static_cast<const fp16*>(p.y), p.m, p.d, p.threads);
   } else {
     a = largest_norm(static_cast<const float*>(p.x), p.n, p.d, p.threads);
     b = largest_norm(static_cast<const float*>(p.y), p.m, p.d, p.threads);
@@ -332,7 +332,7 @@ static void gradient_pass(const DotGradient& p, const Epilogue& epilogue) {
   if (p.dtype == kBFloat16)
     gradient_sweep<Bf16Operand, bf16>(p, epilogue);
   else if (p.dtype == kFloat16)
-    gradient_sweep<float, _Float16>(p, epilogue);
+    gradient_sweep<float, fp16>(p, epilogue);
   else
     gradient_sweep<float, float>(p, epilogue);
 }

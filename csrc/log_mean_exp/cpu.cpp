@@ -72,13 +72,13 @@ static void backward(const LogMeanExp& p) {
 
 void log_mean_exp_forward(const LogMeanExp& p) {
   if (p.dtype == kBFloat16) return forward<bf16>(p);
-  if (p.dtype == kFloat16) return forward<_Float16>(p);
+  if (p.dtype == kFloat16) return forward<fp16>(p);
   forward<float>(p);
 }
 
 void log_mean_exp_backward(const LogMeanExp& p) {
   if (p.dtype == kBFloat16) return backward<bf16>(p);
-  if (p.dtype == kFloat16) return backward<_Float16>(p);
+  if (p.dtype == kFloat16) return backward<fp16>(p);
   backward<float>(p);
 }
 

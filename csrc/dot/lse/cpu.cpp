@@ -258,7 +258,7 @@ static bool forward_sweep(const DotForward& p, bool fixed, float off) {
 
 static bool forward_any(const DotForward& p, bool fixed, float off) {
   if (p.dtype == kBFloat16) return forward_sweep<Bf16Operand, bf16>(p, fixed, off);
-  if (p.dtype == kFloat16) return forward_sweep<float, _Float16>(p, fixed, off);
+  if (p.dtype == kFloat16) return forward_sweep<float, fp16>(p, fixed, off);
   return forward_sweep<float, float>(p, fixed, off);
 }
 

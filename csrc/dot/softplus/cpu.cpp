@@ -85,7 +85,7 @@ static void fill_nan(void* out, int32_t dtype, int64_t count) {
     if (dtype == kBFloat16)
       from_float(nan, static_cast<bf16*>(out) + k);
     else if (dtype == kFloat16)
-      from_float(nan, static_cast<_Float16*>(out) + k);
+      from_float(nan, static_cast<fp16*>(out) + k);
     else
       from_float(nan, static_cast<float*>(out) + k);
   }

@@ -35,7 +35,7 @@ void siglip_loss(const SiglipLoss& p) {
   if (p.dtype == kBFloat16)
     dot_rows<bf16>(p, logits.data);
   else if (p.dtype == kFloat16)
-    dot_rows<_Float16>(p, logits.data);
+    dot_rows<fp16>(p, logits.data);
   else
     dot_rows<float>(p, logits.data);
   double loss = 0, dbias = 0;
