@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -67,7 +68,9 @@ class OptimOptions:
     clip_gradient: float | None = option(None, "largest norm of the gradient of the towers", above=0)
     ema: float | None = option(None, "keep a moving average of the weights with this decay, and evaluate that", below=1)
     stages: tuple[str, ...] = option(
-        (), "STEPS:PATTERN[:FACTOR], in turn: train only parameters whose names match, at FACTOR times the rate"
+        (),
+        "in turn, STEPS:PATTERN[:FACTOR]: train only parameters whose names match, at FACTOR times the rate; or objects"
+        " of steps, train (the pattern), lr, objective and its options",
     )
 
 
@@ -117,6 +120,9 @@ class RunConfig:
             raise UsageError("--schedule cooldown needs --cooldown-steps and --steps")
         if self.run.eval_every is not None and self.run.val_data is None and self.run.val_split is None:
             raise UsageError("--eval-every needs data that training does not see: --val-data or --val-split")
+        from cibr.stages import stages_of
+
+        stages_of(self)
 
     def sections(self) -> list[Any]:
         return [getattr(self, field.name) for field in dataclasses.fields(self)]
@@ -219,7 +225,7 @@ def read_options(path: Path) -> dict[str, Any]:
         if path.suffix in (".yaml", ".yml"):
             import yaml
 
-            values = yaml.safe_load(text)
+            values = yaml.load(text, yaml_loader())
         else:
             values = json.loads(text)
     except ValueError as error:
@@ -231,9 +237,24 @@ def read_options(path: Path) -> dict[str, Any]:
     return tuples({name.replace("-", "_"): value for name, value in values.items()})
 
 
+def yaml_loader() -> Any:
+    """A safe one that reads 1e-3 as a number, as YAML 1.2 and everybody who writes a learning rate do."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+    return Loader
+
+
 def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """With tuples, which frozen dataclasses hold, for the lists that JSON has."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    """With tuples, which frozen dataclasses hold, for the lists that JSON has; an object in one as its text."""
+
+    def item(value: Any) -> Any:
+        return json.dumps(value) if isinstance(value, dict) else value
+
+    return {name: tuple(map(item, value)) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterable[str]:

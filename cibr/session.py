@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from cibr import models, objectives
+from cibr import models, objectives, stages
 from cibr.config import RunConfig, differences
 from cibr.data import Batches, Dataset, open_dataset, training_transform
 from cibr.data.stream import Stream
 from cibr.errors import UsageError
 from cibr.models.batch_norm import over_ranks
+from cibr.rates import make_optimizer
 from cibr.run import checkpoint
 from cibr.run.clock import Clock
 from cibr.run.ema import Ema
 from cibr.run.journal import Terminal
 from cibr.run.ranks import Ranks
 from cibr.run.sharding import like, shard, whole
-from cibr.stages import make_optimizer
 from cibr.step import Players, Taken
 from cibr.validation import Validation
 
@@ -87,8 +87,7 @@ def prepare(config: RunConfig, found: Path | None, ranks: Ranks) -> Session:
     else:
         require_same_run(config, saved, fingerprint)
         model = models.rebuild(config.model, saved["recipe"])
-    objective = objectives.build(config.objective, model)
-    players = assemble(config, model, objective, ranks, found)
+    players = assemble(config, model, ranks, found)
     counters = Counters() if saved is None else Counters(**saved["counters"])
     kind = dataset.augment if config.data.augment == "auto" else config.data.augment
     batches = Batches(
@@ -114,7 +113,8 @@ def left_out(batches: Batches) -> Iterator[str]:
 
 def facts(config: RunConfig, dataset: Dataset) -> models.Facts:
     """What a new model may ask of the data and the objective; SigLIP starts at scale 10 and bias -10 (2303.15343)."""
-    sigmoid = objectives.OBJECTIVES[config.objective.objective].sigmoid(config.objective)
+    chosen = [stage.objective for stage in stages.stages_of(config)]
+    sigmoid = any(objectives.OBJECTIVES[options.objective].sigmoid(options) for options in chosen)
     start = {"logit_scale": 10.0, "logit_bias": -10.0} if sigmoid else {}
     return models.Facts(dataset.words(), dataset.image_width, dataset.text_width, **start)
 
@@ -132,21 +132,20 @@ def require_same_run(config: RunConfig, saved: dict[str, Any], fingerprint: str)
         )
 
 
-def assemble(
-    config: RunConfig, model: models.Model, objective: objectives.Objective, ranks: Ranks, found: Path | None
-) -> Players:
+def assemble(config: RunConfig, model: models.Model, ranks: Ranks, found: Path | None) -> Players:
     """Everything on its device, in its precision, over its ranks, with the state of the checkpoint `found`."""
     device, precision = config.run.device, config.run.precision
+    in_turn = stages.build(config, model, device)
+    critics = stages.critics_of(in_turn)
     if found is not None:
         training = checkpoint.load_training(found)
         averaged = checkpoint.load_weights(found)
         model.load_state_dict({**averaged, **taken_from(training, "model.")})
-        objective.load_state_dict(taken_from(training, "objective."))
+        critics.load_state_dict(taken_from(training, "objective."))
     for parameter in model.temperature():
         if parameter is not None:
             parameter.requires_grad_(config.model.temperature == "learnable")
     model.to(device)
-    objective.to(device)
     if precision == "pure_bf16":
         to_bfloat16(model)
     if ranks.group is not None:
@@ -156,10 +155,10 @@ def assemble(
     if config.run.fsdp:
         shard(model, device, ranks.world)
     called = model if config.run.fsdp else ranks.copies(model)
-    objective.shards = ranks.shards(config.optim.batch_size)
     clock = Clock(device)
-    objective.mark = clock.mark
-    optimizer = make_optimizer(config.optim, model, objective)
+    for stage in in_turn:
+        stage.objective.shards, stage.objective.mark = ranks.shards(config.optim.batch_size), clock.mark
+    optimizer = make_optimizer(config.optim, model, critics)
     scaler = torch.amp.GradScaler(device, enabled=precision == "amp_fp16")
     ema = None if config.optim.ema is None else Ema(model, config.optim.ema)
     if found is not None:
@@ -170,7 +169,7 @@ def assemble(
         scaler.load_state_dict(checkpoint.read_about(found)["scaler"])
         if ema is not None:
             ema.values = {name: like(averaged[name], p) for name, p in model.named_parameters()}
-    return Players(config, model, called, objective, optimizer, scaler, ema, ranks, clock, device)
+    return Players(config, model, called, in_turn, critics, optimizer, scaler, ema, ranks, clock, device)
 
 
 def to_bfloat16(model: models.Model) -> None:
@@ -185,7 +184,7 @@ def save(session: Session) -> None:
     """The checkpoint of this step; every rank gives its part, the first one writes.  Raises Unwritable on all."""
     players, run = session.players, session.config.run
     weights = {name: whole(t) for name, t in players.model.state_dict().items()}
-    training = {f"objective.{name}": t for name, t in players.objective.state_dict().items()}
+    training = {f"objective.{name}": t for name, t in players.critics.state_dict().items()}
     for group in players.optimizer.param_groups:
         for name, p in zip(group["names"], group["params"], strict=True):
             training |= {f"optimizer.{name}:{key}": whole(t) for key, t in players.optimizer.state[p].items()}
@@ -228,15 +227,16 @@ def resolve(config: RunConfig) -> RunConfig:
 
 def description(config: RunConfig, players: Players, batches: Batches, counters: Counters) -> Iterator[str]:
     """What is about to happen, in lines."""
-    model, objective, world = players.model, players.objective, players.ranks.world
+    model, world = players.model, players.ranks.world
     total, moving = (sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (False, True))
-    critics = sum(p.numel() for p in objective.parameters())
+    critics = sum(p.numel() for p in players.critics.parameters())
     yield (
         f"model      {config.model.model}: {total:,} parameters, {moving:,} of them trained; X {model.image_width} and "
         f"{model.text_width}, Z {model.embed_dim} wide"
     )
     yield from (f"           {note}" for note in model.notes)
-    yield f"objective  {config.objective.objective}" + (f": critics of {critics:,} parameters" if critics else "")
+    named = dict.fromkeys(stage.objective.options.objective for stage in players.stages)
+    yield f"objective  {', then '.join(named)}" + (f": critics of {critics:,} parameters" if critics else "")
     device = torch.cuda.get_device_name() if players.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     yield f"device     {device}, {config.run.precision}" + (f", {world} ranks" if world > 1 else "")
     length = f"{config.optim.steps} steps" if config.optim.steps is not None else f"{config.optim.seconds:g} s"

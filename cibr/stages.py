@@ -1,133 +1,150 @@
-"""How weights move over a run: which parameters, at which rate, with which decay, stage by stage."""
+"""The stages of a run: what is minimised, which weights move, for how many steps, at which rate.
+
+Most runs have one.  `--stages` takes them in turn, and so does the list `stages` of a configuration file:
+
+    STEPS:PATTERN[:FACTOR]                           the run's objective, at FACTOR times its rate
+    {steps: 200, train: PATTERN, lr: 1e-3, objective: cibr, lam: 0.1}
+                                                     every key may be left out; further ones are the objective's options
+
+`train` is a regular expression that the names of the model's moving parameters match; critics always move.  The last
+stage goes on to the end of the run.  Stages of one objective share its parameters: a later one goes on with the critics
+of the one before.  Which stage it is depends on the step alone, so a run is resumed within any.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from cibr.config import OptimOptions
+from cibr import objectives
+from cibr.config import RunConfig, check, of_kind
 from cibr.errors import UsageError
 from cibr.models import Model
-from cibr.run.sharding import is_sharded
+from cibr.objectives import Objective
 
-BLOCK = re.compile(r"(.*?\.(?:resblocks|blocks|layers?|stages)\.)(\d+)\.")
-BOTTOM = re.compile(r"embedding|patch_embed|conv1|ln_pre|\bstem\b|cls_token|pos_embed")
+KEYS = ("steps", "train", "lr", "objective")
+EVERYTHING = re.compile("")
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """One stage as the configuration has it."""
+
+    objective: Any  # the Options of an objective
+    steps: float = math.inf
+    pattern: re.Pattern[str] = EVERYTHING
+    factor: float = 1.0  # of the learning rates
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps in which only parameters whose names match `pattern` move, at `factor` times their rate."""
+    """Steps in which only parameters whose names match `pattern` move, by `objective`, at `factor` times their rate."""
 
+    objective: Objective
     steps: float  # infinite for the last one
-    pattern: re.Pattern[str]
+    pattern: re.Pattern[str] = EVERYTHING
     factor: float = 1.0
 
 
-def stages_of(options: OptimOptions) -> list[Stage]:
-    """The stages in turn, by default one of everything; the last goes on to the end.  UsageError for what is none."""
-    stages = []
-    for text in options.stages:
+def stages_of(config: RunConfig) -> list[StageOptions]:
+    """The stages in turn, by default one of everything; the last has no end.  UsageError for what is none."""
+    texts = config.optim.stages
+    stages = [stage_of(text, config, last=text is texts[-1]) for text in texts] or [StageOptions(config.objective)]
+    return [*stages[:-1], dataclasses.replace(stages[-1], steps=math.inf)]
+
+
+def stage_of(text: str, config: RunConfig, *, last: bool) -> StageOptions:
+    """One stage from either notation."""
+    try:
+        if text.lstrip().startswith("{"):
+            return stage_of_keys(json.loads(text), config, last=last)
         steps, _, rest = text.partition(":")
         pattern, _, factor = rest.rpartition(":") if re.search(r":[\d.]+$", rest) else (rest, "", "1")
-        try:
-            stages.append(Stage(int(steps), re.compile(pattern), float(factor)))
-        except (ValueError, re.error) as error:
-            raise UsageError(f"--stages {text!r} is not STEPS:PATTERN[:FACTOR]: {error}") from error
-    last = stages.pop() if stages else Stage(math.inf, re.compile(""))
-    return [*stages, Stage(math.inf, last.pattern, last.factor)]
+        return StageOptions(config.objective, whole_steps(steps), re.compile(pattern), float(factor))
+    except (ValueError, re.error) as error:
+        form = "STEPS:PATTERN[:FACTOR] or {" + ", ".join(f'"{key}": ...' for key in KEYS) + "}"
+        raise UsageError(f"--stages {text!r} is not {form}: {error}") from error
 
 
-def stage_at(stages: Iterable[Stage], step: int) -> Stage:
+def stage_of_keys(values: Mapping[str, Any], config: RunConfig, *, last: bool) -> StageOptions:
+    """Raises ValueError or re.error for keys and values that make no stage."""
+    name = values.get("objective", config.objective.objective)
+    kind = objectives.options_type(name)
+    own = {key: value for key, value in values.items() if key not in KEYS}
+    known = [field.name for field in dataclasses.fields(kind) if field.name != "objective"]
+    if unknown := sorted(set(own) - set(known)):
+        raise ValueError(f"unknown {', '.join(unknown)}; known are {', '.join((*KEYS, *known))}")
+    inherited = dataclasses.asdict(config.objective) if name == config.objective.objective else {"objective": name}
+    objective = of_kind(kind, {**inherited, **own})
+    check(objective)
+    if not last and "steps" not in values:
+        raise ValueError("only the last stage can do without steps")
+    lr = values.get("lr", config.optim.lr)
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not lr > 0:
+        raise ValueError(f"lr is {lr!r}, but must be a positive number")
+    train = values.get("train", "")
+    if not isinstance(train, str):
+        raise ValueError(f"train is {train!r}, but must be a regular expression")
+    return StageOptions(objective, whole_steps(values.get("steps", 1)), re.compile(train), lr / config.optim.lr)
+
+
+def whole_steps(value: Any) -> int:
+    """Raises ValueError for what is no number of steps."""
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"steps is {value!r}, but must be a positive whole number")
+    return value
+
+
+def build(config: RunConfig, model: Model, device: str) -> list[Stage]:
+    """The stages with their objectives, on `device`; those of one name share parameters and buffers.
+
+    Raises UsageError for two of one name whose parameters are not alike.
+    """
+    first: dict[str, Objective] = {}
+    stages = []
+    for options in stages_of(config):
+        objective = objectives.build(options.objective, model).to(device)
+        name = options.objective.objective
+        share(first.setdefault(name, objective), objective, name)
+        stages.append(Stage(objective, options.steps, options.pattern, options.factor))
+    return stages
+
+
+def share(source: Objective, other: Objective, name: str) -> None:
+    """Makes the parameters and buffers of `source` those of `other`."""
+    if source is other:
+        return
+    tensors = source.state_dict(keep_vars=True)
+    shapes = [{key: t.shape for key, t in state.items()} for state in (tensors, other.state_dict())]
+    if differing := sorted(key for key in {**shapes[0], **shapes[1]} if shapes[0].get(key) != shapes[1].get(key)):
+        raise UsageError(
+            f"--stages: all stages of {name} share its parameters, but with the options of a later one "
+            f"{differing[0]} is another"
+        )
+    other.load_state_dict(tensors, assign=True)
+
+
+def critics_of(stages: Sequence[Stage]) -> nn.Module:
+    """All parameters and buffers of the objectives, each once: the one objective, or a dictionary of them by name."""
+    distinct: dict[str, Objective] = {}
+    for stage in stages:
+        distinct.setdefault(stage.objective.options.objective, stage.objective)
+    return stages[0].objective if len(distinct) == 1 else nn.ModuleDict(distinct)
+
+
+def stage_at(stages: Iterable[Stage], step: int) -> tuple[Stage, bool]:
+    """The stage of step `step`, counted from 0, and whether it ends with it."""
     for stage in stages:
         if step < stage.steps:
-            return stage
+            return stage, step + 1 == stage.steps
         step -= int(stage.steps)
     raise AssertionError("the last stage has no end")
-
-
-def progress(options: OptimOptions, step: int, seconds: float) -> float:
-    """The part of the run that is over, by steps or by seconds, whichever is further."""
-    by_steps = step / options.steps if options.steps is not None else 0.0
-    by_seconds = seconds / options.seconds if options.seconds is not None else 0.0
-    return max(by_steps, by_seconds)
-
-
-def rate(options: OptimOptions, step: int, done: float) -> float:
-    """The factor of the learning rates at `step`, in [0, 1]; open_clip's schedules where the length is in steps.
-
-    cosine    after the warm-up, (1 + cos(pi t)) / 2, t from 0 to 1 over the steps that are left
-    cooldown  constant, then linear to 0 over the last `cooldown_steps`
-    """
-    warmup = options.lr_warmup_steps
-    if step < warmup:
-        return (step + 1) / warmup
-    if options.schedule == "constant":
-        return 1.0
-    if options.schedule == "cooldown":
-        assert options.steps is not None
-        return min(1.0, (options.steps - step) / options.cooldown_steps)
-    if options.steps is not None and done == step / options.steps:
-        done = (step - warmup) / max(1, options.steps - warmup)
-    return (1 + math.cos(math.pi * done)) / 2
-
-
-def make_optimizer(options: OptimOptions, model: Model, objective: nn.Module) -> torch.optim.AdamW:
-    """AdamW; a group has "peak_lr", its learning rate at the top of the schedule, and the "names" of its parameters.
-
-    Tensors of one dimension, and those that `no_decay` names, have no weight decay.
-    """
-    try:
-        spared = re.compile(options.no_decay) if options.no_decay else None
-    except re.error as error:
-        raise UsageError(f"--no-decay {options.no_decay!r} is no regular expression: {error}") from error
-    critic_lr = max(2 * options.lr, 1e-4) if options.critic_lr is None else options.critic_lr
-    rates = {name: options.lr * factor for name, factor in tower_factors(options, model).items()}
-    moving = [(f"model.{name}", p, rates[name]) for name, p in model.named_parameters() if p.requires_grad]
-    moving += [(f"objective.{name}", p, critic_lr) for name, p in objective.named_parameters()]
-    if not moving:
-        raise UsageError("every parameter is locked: there is nothing to train")
-    groups: dict[tuple[float, bool, bool], dict[str, Any]] = {}
-    for name, p, lr in moving:
-        decays = p.ndim > 1 and not (spared and spared.search(name))
-        weight_decay = options.weight_decay if decays else 0.0
-        group = {"params": [], "names": [], "peak_lr": lr, "lr": lr, "weight_decay": weight_decay}
-        chosen = groups.setdefault((lr, decays, is_sharded(p)), group)  # a fused update takes one kind of tensor
-        chosen["params"].append(p)
-        chosen["names"].append(name)
-    return torch.optim.AdamW(list(groups.values()), betas=(options.beta1, options.beta2), eps=options.eps)
-
-
-def tower_factors(options: OptimOptions, model: Model) -> dict[str, float]:
-    """The learning rate of each parameter of the model as a factor of --lr: its tower's, times its depth's decay.
-
-    The projection and what follows the blocks are at the top; each block is one below the next; embeddings, stems and
-    what precedes the blocks are below the first.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    depths: dict[str, int] = {}
-    for name in names:
-        if found := BLOCK.match(name):
-            depths[found[1]] = max(depths.get(found[1], 0), int(found[2]) + 1)
-    factors = {}
-    for name in names:
-        below = 0
-        if found := BLOCK.match(name):
-            below = depths[found[1]] - int(found[2])
-        elif BOTTOM.search(name):
-            below = 1 + max(
-                (n for stack, n in depths.items() if is_image(stack, model) == is_image(name, model)), default=0
-            )
-        tower = options.image_lr if is_image(name, model) else options.text_lr
-        factors[name] = (1.0 if name.endswith(("logit_scale", "logit_bias")) else tower) * options.layer_decay**below
-    return factors
-
-
-def is_image(name: str, model: Model) -> bool:
-    """Whether a parameter is the image tower's rather than the text tower's."""
-    return name.startswith(model.image_prefix)

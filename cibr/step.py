@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 import cibr_kernels as ck
 from cibr.config import RunConfig
 from cibr.models import Batch, Model, Output
-from cibr.objectives import Objective
 from cibr.run.clock import Clock
 from cibr.run.ema import Ema
 from cibr.run.ranks import Ranks
 from cibr.run.sharding import is_sharded, whole
+from cibr.stages import Stage
 
-EVERYTHING = re.compile("")
 DTYPES = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
 
@@ -41,7 +39,8 @@ class Players:
     config: RunConfig
     model: Model
     called: Model | DistributedDataParallel  # the model, or what averages its gradients over ranks
-    objective: Objective
+    stages: list[Stage]
+    critics: nn.Module  # what the stages' objectives hold: parameters and statistics, each once
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # does nothing but for amp_fp16
     ema: Ema | None
@@ -70,12 +69,12 @@ class Taken:
         return ", ".join(f"{name} {value.item():.4g}" for name, value in self.parts.items())
 
 
-def take_step(players: Players, batch: Batch, step: int, pattern: re.Pattern[str] = EVERYTHING) -> Taken:
-    """Moves the weights by one batch; `batch` is this rank's rows.  `pattern` names the weights that move."""
-    modules = (players.model, players.objective)
+def take_step(players: Players, stage: Stage, batch: Batch, step: int) -> Taken:
+    """Moves the weights by one batch of a stage; `batch` is this rank's rows."""
+    modules = (players.model, players.critics)
     before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
     players.optimizer.zero_grad()
-    parts = forward_backward(players, batch, step)
+    parts = forward_backward(players, stage, batch, step)
     players.clock.mark("update")
     players.scaler.unscale_(players.optimizer)
     norm, critic_norm = (gradient_norm(module).to(players.device) for module in modules)
@@ -84,7 +83,7 @@ def take_step(players: Players, batch: Batch, step: int, pattern: re.Pattern[str
     decisive = [parts["loss"].double(), norm.double(), critic_norm.double()]
     finite = bool(torch.isfinite(torch.stack(decisive)).all())
     if finite:
-        update(players, norm, step, pattern)
+        update(players, stage, norm, step)
     else:
         for buffer, value in before:
             buffer.copy_(value)
@@ -92,7 +91,7 @@ def take_step(players: Players, batch: Batch, step: int, pattern: re.Pattern[str
     return Taken(parts, finite)
 
 
-def forward_backward(players: Players, batch: Batch, step: int) -> dict[str, Tensor]:
+def forward_backward(players: Players, stage: Stage, batch: Batch, step: int) -> dict[str, Tensor]:
     """Leaves the whole batch's gradients, averaged over ranks, in the parameters; returns the parts of the loss."""
     rows = len(batch["index"])
     cuts = slices(rows, min(players.config.optim.accumulate, rows))
@@ -104,7 +103,7 @@ def forward_backward(players: Players, batch: Batch, step: int) -> dict[str, Ten
     def loss(*tensors: Tensor) -> Tensor:
         players.clock.mark("loss")
         players.seed(step)
-        parts.update(players.objective(Output.of(tensors), batch))
+        parts.update(stage.objective(Output.of(tensors), batch))
         return players.scaler.scale(parts["loss"])
 
     with contextlib.nullcontext() if len(cuts) == 1 else unsynchronised(players.called):
@@ -120,7 +119,7 @@ def unsynchronised(called: nn.Module) -> contextlib.AbstractContextManager[Any]:
 
 def left_to_average(players: Players, *, parted: bool) -> Iterator[nn.Parameter]:
     """Parameters whose gradients are still this rank's: critics', scalars under FSDP, all of a batch in parts."""
-    yield from players.objective.parameters()
+    yield from players.critics.parameters()
     sharded = any(is_sharded(p) for p in players.model.parameters())
     if sharded or parted:
         yield from (p for p in players.model.parameters() if not is_sharded(p))
@@ -143,7 +142,7 @@ def slices(total: int, count: int) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
-def update(players: Players, norm: Tensor, step: int, pattern: re.Pattern[str]) -> None:
+def update(players: Players, stage: Stage, norm: Tensor, step: int) -> None:
     largest = players.config.optim.clip_gradient
     if largest is not None:
         factor = min(
@@ -153,7 +152,7 @@ def update(players: Players, norm: Tensor, step: int, pattern: re.Pattern[str]) 
             if p.grad is not None:
                 p.grad.mul_(factor)
     for name, p in players.model.named_parameters():
-        if not pattern.search(name):
+        if not stage.pattern.search(name):
             p.grad = None
     players.scaler.step(players.optimizer)
     players.model.clamp_scale()

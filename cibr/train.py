@@ -17,6 +17,8 @@ from typing import Any
 
 from cibr.config import RunConfig
 from cibr.errors import UsageError, missing_extra
+from cibr.objectives import Objective
+from cibr.rates import progress, rate
 from cibr.run import checkpoint
 from cibr.run.atomic import only_writer, write_text
 from cibr.run.clock import stop_signals
@@ -25,7 +27,7 @@ from cibr.run.journal import Journal, Silent
 from cibr.run.ranks import joined
 from cibr.run.sharding import whole
 from cibr.session import Session, prepare, resolve, save
-from cibr.stages import progress, rate, stage_at, stages_of
+from cibr.stages import stage_at
 from cibr.step import take_step
 from cibr.validation import quality
 
@@ -76,8 +78,8 @@ def train(config: RunConfig, *, resume: bool = False) -> Outcome:
 def loop(session: Session) -> tuple[int | None, dict[str, Any]]:
     """Takes the steps that are left; returns the signal that ended it early and the log's last entry."""
     config, players, counters = session.config, session.players, session.counters
-    stages, last, in_a_row, asked = stages_of(config.optim), {}, 0, 0
-    warned = False
+    last: dict[str, Any] = {}
+    in_a_row, asked, warned = 0, 0, False
     done = progress(config.optim, counters.step, counters.seconds)
     with stop_signals() as stop, open_journal(session, done) as journal:
         batches = session.batches.start(counters.step, players.ranks.part(config.optim.batch_size))
@@ -86,11 +88,11 @@ def loop(session: Session) -> tuple[int | None, dict[str, Any]]:
             players.clock.mark("data")
             batch = {name: t.to(players.device, non_blocking=True) for name, t in next(batches).items()}
             players.clock.mark("towers")
-            stage = stage_at(stages, counters.step)
+            stage, stage_ends = stage_at(players.stages, counters.step)
             factor = stage.factor * rate(config.optim, counters.step, done)
             for group in players.optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            taken = take_step(players, batch, counters.step, stage.pattern)
+            taken = take_step(players, stage, batch, counters.step)
             players.clock.mark("other")
             # one clock and one decision for all ranks
             seconds, asked_now = players.ranks.largest(
@@ -105,15 +107,15 @@ def loop(session: Session) -> tuple[int | None, dict[str, Any]]:
                 journal.say(f"step {counters.step} skipped: loss or gradient not finite ({taken.numbers()})")
             if in_a_row == PATIENCE:
                 raise RuntimeError(f"{PATIENCE} steps in a row without a finite loss and gradient; {taken.numbers()}")
-            if counters.step % config.run.log_every == 0 or counters.step == 1 or done >= 1:
+            if counters.step % config.run.log_every == 0 or counters.step == 1 or stage_ends or done >= 1:
                 last = entry_of(session)
                 journal.write(counters.step, last)
-                if not warned and (text := players.objective.warning(last, config.optim.batch_size)):
+                if not warned and (text := stage.objective.warning(last, config.optim.batch_size)):
                     warned = True
                     journal.say(text)
             journal.step(counters.step, done)
             if config.run.eval_every is not None and (counters.step % config.run.eval_every == 0 or done >= 1):
-                evaluate(session, journal)
+                evaluate(session, stage.objective, journal)
             if counters.step % config.run.save_every == 0 or done >= 1 or asked:
                 save(session)
     return asked or None, last
@@ -146,12 +148,12 @@ def entry_of(session: Session) -> dict[str, Any]:
     return entry if bias is None else {**entry, "bias": whole(bias.detach()).item()}
 
 
-def evaluate(session: Session, journal: Silent) -> None:
+def evaluate(session: Session, objective: Objective, journal: Silent) -> None:
     """Writes what the model does on the validation data, and whether it is the best so far."""
     assert session.validation is not None
     players, run = session.players, Path(session.config.run.out)
     with players.autocast(), nullcontext() if players.ema is None else players.ema.in_place():
-        report = session.validation(players.model, players.objective)
+        report = session.validation(players.model, objective)
     step, mark = session.counters.step, quality(report)
     journal.write(step, {"eval": report})
     journal.say(f"step {step}: validation loss {report['loss']:.4f}, R@1 {mark:.1f}")

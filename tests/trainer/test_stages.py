@@ -1,4 +1,4 @@
-"""How weights move: schedules, learning rates by depth and tower, weight decay, stages."""
+"""How weights move: schedules, learning rates by depth and tower, weight decay, and the stages of a run."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import TINY_CLIP, tiny_clip
+from runs import TINY_CLIP, config, log_of, require_same_state, state, tiny_clip
 from torch import nn
 
 from cibr import models, objectives
-from cibr.config import OptimOptions
+from cibr.config import OptimOptions, read_options
 from cibr.errors import UsageError
 from cibr.models.open_clip import OpenClipOptions
-from cibr.stages import make_optimizer, progress, rate, stage_at, stages_of, tower_factors
+from cibr.rates import make_optimizer, progress, rate, tower_factors
+from cibr.stages import Stage, StageOptions, stage_at, stages_of
+from cibr.train import train
 
 
 def rates(**options: Any) -> list[float]:
@@ -78,14 +80,90 @@ def test_groups(clip: models.Model) -> None:
     assert {group["peak_lr"] for group in small} == {1e-5, 1e-4}
 
 
-def test_stages() -> None:
-    stages = stages_of(OptimOptions(steps=9, stages=("2:proj:0.5", "3:(?:a|b)", "1:")))
-    found = [(stage_at(stages, step).pattern.pattern, stage_at(stages, step).factor) for step in (0, 1, 2, 4, 5, 99)]
-    assert found == [("proj", 0.5)] * 2 + [("(?:a|b)", 1.0)] * 2 + [("", 1.0)] * 2
-    assert stage_at(stages_of(OptimOptions(steps=1)), 10**9).pattern.pattern == ""
-    for wrong in ("proj", "x:proj", "3:("):
-        with pytest.raises(UsageError, match="is not STEPS:PATTERN"):
-            stages_of(OptimOptions(steps=1, stages=(wrong,)))
+def stages(tmp_path: Path, *texts: str, **options: Any) -> list[StageOptions]:
+    return stages_of(config(tmp_path, stages=texts, **options))
+
+
+def test_stages_of_patterns(tmp_path: Path) -> None:
+    found = stages(tmp_path, "2:proj:0.5", "3:(?:a|b)", "1:")
+    kept = [Stage(nn.Module(), s.steps, s.pattern, s.factor) for s in found]  # type: ignore[arg-type]
+    at = [stage_at(kept, step) for step in (0, 1, 2, 4, 5, 99)]
+    assert [(s.pattern.pattern, s.factor) for s, _ in at] == [("proj", 0.5)] * 2 + [("(?:a|b)", 1.0)] * 2 + [
+        ("", 1.0)
+    ] * 2
+    assert [ends for _, ends in at] == [False, True, False, True, False, False]
+    (one,) = stages(tmp_path)
+    assert one.pattern.pattern == "" and one.steps == math.inf
+
+
+def test_stages_of_objectives(tmp_path: Path) -> None:
+    """Objects of a file and of the command line; the run's own options are where a stage of its objective begins."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "stages:\n- {steps: 2, objective: clip, label_smoothing: 0.1, lr: 2e-3}\n- 3:proj\n"
+        "- {steps: 2, train: proj, lam: 0.2}\n- {objective: align}\n"
+    )
+    texts = read_options(file)["stages"]
+    first, second, third, last = stages(tmp_path, *texts, objective="cibr", critic_hidden=4, lr=1e-3)
+    assert (first.objective.objective, first.objective.label_smoothing, first.steps) == ("clip", 0.1, 2)
+    assert first.factor == pytest.approx(2.0) and second.objective.lam == 0.5
+    assert (third.objective.lam, third.objective.critic_hidden, third.pattern.pattern) == (0.2, 4, "proj")
+    assert (last.objective.objective, last.objective.noise_std, last.steps) == ("align", 0.25, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("proj", "steps is 'proj', but must be a positive whole number"),
+        ("x:proj", "steps is 'x', but must be"),
+        ("0:proj", "steps is 0, but must be"),
+        ("3:(", r"missing \), unterminated subpattern"),
+        ('{"steps": 2', "is not STEPS:PATTERN"),
+        ('{"steps": 2.5}', "steps is 2.5, but must be"),
+        ('{"steps": 2, "lr": "fast"}', "lr is 'fast', but must be a positive number"),
+        ('{"steps": 2, "train": 3}', "train is 3, but must be a regular expression"),
+        ('{"train": "a"}', "only the last stage can do without steps"),
+        ('{"steps": 2, "objective": "clap"}', "--objective is 'clap'; known are clip, siglip"),
+        ('{"steps": 2, "lam": 1}', "unknown lam; known are steps, train, lr, objective, label_smoothing"),
+        ('{"steps": 2, "objective": "cibr", "lam": -1}', "--lam is -1, but must not be negative"),
+    ],
+)
+def test_what_is_no_stage(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words) as raised:
+        stages(tmp_path, text, "9:")
+    assert text in str(raised.value)
+
+
+STAGED: dict[str, Any] = {
+    "steps": 9, "schedule": "constant", "save_every": 4, "log_every": 2, "objective": "cibr", "critic_hidden": 8,
+    "stages": (
+        '{"steps": 2, "objective": "clip", "train": "projection"}',
+        '{"steps": 3, "lam": 0.0, "lr": 3e-3}',
+        '{"steps": 2, "objective": "siglip"}',
+        '{"lam": 0.3}',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:the estimate")
+def test_a_run_of_several_objectives_resumes_in_any(tmp_path: Path) -> None:
+    """Bit for bit from a checkpoint within each stage; the critics of one objective are those of the stage before."""
+    train(config(tmp_path / "whole", **STAGED))
+    for steps in (1, 4, 6, 8, 9):
+        train(config(tmp_path / "run", **{**STAGED, "steps": steps}), resume=True)
+    require_same_state(tmp_path / "run", tmp_path / "whole")
+
+    entries = log_of(tmp_path / "whole")
+    assert [entry["step"] for entry in entries] == [1, 2, 4, 5, 6, 7, 8, 9]  # the last of each stage, too
+    assert ["image_own" in entry for entry in entries] == [False, False, True, True, False, False, True, True]
+    assert state(tmp_path / "whole")["objective.cibr.step"] == 5  # of the two stages together
+    assert "logit_bias" in state(tmp_path / "whole")  # which the third stage's objective asks for
+
+
+def test_stages_of_one_objective_have_critics_of_one_kind(tmp_path: Path) -> None:
+    stages = ('{"steps": 2, "critic_hidden": 4}', '{"critic_hidden": 5}')
+    with pytest.raises(UsageError, match=r"all stages of cibr share its parameters, .* critics\..* is another"):
+        train(config(tmp_path / "run", objective="cibr", stages=stages))
 
 
 def test_what_cannot_be_trained(clip: models.Model) -> None:
