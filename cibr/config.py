@@ -65,6 +65,10 @@ class OptimOptions:
     beta1: float = option(0.9, "AdamW's", least=0, below=1)
     beta2: float = option(0.999, "AdamW's", least=0, below=1)
     eps: float = option(1e-8, "AdamW's", above=0)
+    update: Literal["one_backward", "alternating"] = option(
+        "one_backward", "of critics and encoders: one backward moves both, or each in turns of its own"
+    )
+    n_critic: int = option(1, "with --update alternating: critics' turns a step, each on a batch of its own", least=1)
     clip_gradient: float | None = option(None, "largest norm of the gradient of the towers", above=0)
     ema: float | None = option(None, "keep a moving average of the weights with this decay, and evaluate that", below=1)
     stages: tuple[str, ...] = option(
@@ -118,6 +122,8 @@ class RunConfig:
             raise UsageError("say how long to train: --steps, --seconds, or both (the first reached ends the run)")
         if self.optim.schedule == "cooldown" and (self.optim.steps is None or self.optim.cooldown_steps < 1):
             raise UsageError("--schedule cooldown needs --cooldown-steps and --steps")
+        if self.optim.n_critic > 1 and self.optim.update != "alternating":
+            raise UsageError("--n-critic needs --update alternating: in one backward critics move with the encoders")
         if self.run.eval_every is not None and self.run.val_data is None and self.run.val_split is None:
             raise UsageError("--eval-every needs data that training does not see: --val-data or --val-split")
         from cibr.stages import stages_of

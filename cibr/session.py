@@ -158,6 +158,8 @@ def assemble(config: RunConfig, model: models.Model, ranks: Ranks, found: Path |
     clock = Clock(device)
     for stage in in_turn:
         stage.objective.shards, stage.objective.mark = ranks.shards(config.optim.batch_size), clock.mark
+    if config.optim.update == "alternating" and not any(True for _ in critics.parameters()):
+        raise UsageError(f"--update alternating: --objective {config.objective.objective} has no critics to move")
     optimizer = make_optimizer(config.optim, model, critics)
     scaler = torch.amp.GradScaler(device, enabled=precision == "amp_fp16")
     ema = None if config.optim.ema is None else Ema(model, config.optim.ema)
@@ -240,9 +242,12 @@ def description(config: RunConfig, players: Players, batches: Batches, counters:
     device = torch.cuda.get_device_name() if players.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     yield f"device     {device}, {config.run.precision}" + (f", {world} ranks" if world > 1 else "")
     length = f"{config.optim.steps} steps" if config.optim.steps is not None else f"{config.optim.seconds:g} s"
-    epoch = "" if batches.steps_per_epoch is None else f", {batches.steps_per_epoch} an epoch"
+    steps = None if batches.steps_per_epoch is None else batches.steps_per_epoch / config.optim.n_critic
+    epoch = "" if steps is None else f", {steps:.4g} steps an epoch"
     batch = f"batches of {config.optim.batch_size}{epoch}"
     start = f", from step {counters.step} on" if counters.step else ""
     yield f"run        {config.run.out}: {length}, {batch}{start}"
+    if config.optim.update == "alternating":
+        yield f"           critics move in {config.optim.n_critic} turns a step, a batch each, encoders in the last one"
     if config.optim.accumulate > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
         yield "           --accumulate: batch norm sees a part of the batch at a time, everything else the whole"

@@ -5,13 +5,15 @@ and the towers' begins there.  So a batch can be encoded in parts without being 
 
 Random numbers are drawn anew from (seed, step, rank, part) before each encoding and from (seed, step) before the
 objective, so a step depends on nothing that came before it but the weights.
+
+Critics move in the same backward, or before it in turns of their own (`cibr.critics`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +24,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cibr_kernels as ck
 from cibr.config import RunConfig
+from cibr.critics import critics_turn, fixed
 from cibr.models import Batch, Model, Output
 from cibr.run.clock import Clock
 from cibr.run.ema import Ema
 from cibr.run.ranks import Ranks
-from cibr.run.sharding import is_sharded, whole
+from cibr.run.sharding import gradient_norm, is_sharded
 from cibr.stages import Stage
 
 DTYPES = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
@@ -60,7 +63,10 @@ class Players:
 
 @dataclass(frozen=True)
 class Taken:
-    """A step that was taken, or skipped because something was not finite: nothing has changed then."""
+    """A step that was taken, or skipped because something was not finite: nothing has changed then.
+
+    But for the turns of critics that came before and were finite.
+    """
 
     parts: dict[str, Tensor]  # of the loss, means over ranks; norms of the gradients, before clipping
     finite: bool
@@ -69,15 +75,18 @@ class Taken:
         return ", ".join(f"{name} {value.item():.4g}" for name, value in self.parts.items())
 
 
-def take_step(players: Players, stage: Stage, batch: Batch, step: int) -> Taken:
-    """Moves the weights by one batch of a stage; `batch` is this rank's rows."""
+def take_step(players: Players, stage: Stage, batches: Sequence[Batch], step: int) -> Taken:
+    """Moves the weights by this rank's rows of a batch, the last one; those before it are for critics' turns only."""
     modules = (players.model, players.critics)
     before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
     players.optimizer.zero_grad()
-    parts = forward_backward(players, stage, batch, step)
+    for turn, batch in enumerate(batches[:-1]):
+        turn_on_fresh(players, stage, batch, step, turn)
+    parts = forward_backward(players, stage, batches[-1], step, turn=len(batches) - 1)
     players.clock.mark("update")
     players.scaler.unscale_(players.optimizer)
     norm, critic_norm = (gradient_norm(module).to(players.device) for module in modules)
+    critic_norm = parts.pop("critic_gradient_norm", critic_norm)  # of a turn of their own
     parts = players.ranks.mean({name: value.detach() for name, value in parts.items()})
     parts |= {"gradient_norm": norm, "critic_gradient_norm": critic_norm}
     decisive = [parts["loss"].double(), norm.double(), critic_norm.double()]
@@ -91,25 +100,54 @@ def take_step(players: Players, stage: Stage, batch: Batch, step: int) -> Taken:
     return Taken(parts, finite)
 
 
-def forward_backward(players: Players, stage: Stage, batch: Batch, step: int) -> dict[str, Tensor]:
-    """Leaves the whole batch's gradients, averaged over ranks, in the parameters; returns the parts of the loss."""
-    rows = len(batch["index"])
-    cuts = slices(rows, min(players.config.optim.accumulate, rows))
+def forward_backward(players: Players, stage: Stage, batch: Batch, step: int, turn: int = 0) -> dict[str, Tensor]:
+    """Leaves the whole batch's gradients, averaged over ranks, in the parameters; returns the parts of the loss.
+
+    With --update alternating the critics first take their `turn` on this batch, and get no gradient after it.
+    """
+    pieces = cut(batch, players.config.optim.accumulate)
     parts: dict[str, Tensor] = {}
 
-    def encode_part(k: int) -> list[Tensor]:
-        return encode(players, {name: t[cuts[k]] for name, t in batch.items()}, step, k).tensors()
-
     def loss(*tensors: Tensor) -> Tensor:
+        if alternates(players, stage):
+            parts["critic_gradient_norm"] = critics_turn(players, stage, Output.of(tensors), batch, step, turn)
+            meanwhile.enter_context(fixed(stage.objective))
         players.clock.mark("loss")
         players.seed(step)
         parts.update(stage.objective(Output.of(tensors), batch))
         return players.scaler.scale(parts["loss"])
 
-    with contextlib.nullcontext() if len(cuts) == 1 else unsynchronised(players.called):
-        ck.accumulate(encode_part, range(len(cuts)), loss, buffers=players.model.buffers())
-    players.ranks.average(left_to_average(players, parted=len(cuts) > 1))
+    with contextlib.ExitStack() as meanwhile:
+        if len(pieces) > 1:
+            meanwhile.enter_context(unsynchronised(players.called))
+        ck.accumulate(
+            lambda k: encode(players, pieces[k], step, k).tensors(), range(len(pieces)), loss,
+            buffers=players.model.buffers(),
+        )  # fmt: skip
+    players.ranks.average(left_to_average(players, parted=len(pieces) > 1))
     return parts
+
+
+def alternates(players: Players, stage: Stage) -> bool:
+    """Whether the critics have turns of their own, and there are any."""
+    return players.config.optim.update == "alternating" and any(True for _ in stage.objective.parameters())
+
+
+def turn_on_fresh(players: Players, stage: Stage, batch: Batch, step: int, turn: int) -> None:
+    """A turn of the critics on a batch that the encoders do not learn from."""
+    if not alternates(players, stage):
+        return
+    pieces = cut(batch, players.config.optim.accumulate)
+    with torch.no_grad():
+        outputs = [encode(players, piece, step, k, turn + 1).tensors() for k, piece in enumerate(pieces)]
+    whole_batch = [torch.cat(ts) if ts[0].ndim else ts[0] for ts in zip(*outputs, strict=True)]
+    critics_turn(players, stage, Output.of(whole_batch), batch, step, turn)
+
+
+def cut(batch: Batch, count: int) -> list[Batch]:
+    """The batch in at most `count` parts."""
+    rows = len(batch["index"])
+    return [{name: t[part] for name, t in batch.items()} for part in slices(rows, min(count, rows))]
 
 
 def unsynchronised(called: nn.Module) -> contextlib.AbstractContextManager[Any]:
@@ -125,9 +163,9 @@ def left_to_average(players: Players, *, parted: bool) -> Iterator[nn.Parameter]
         yield from (p for p in players.model.parameters() if not is_sharded(p))
 
 
-def encode(players: Players, piece: Batch, step: int, part: int) -> Output:
+def encode(players: Players, piece: Batch, step: int, part: int, *more: int) -> Output:
     players.clock.mark("towers")
-    players.seed(step, players.ranks.rank, part)
+    players.seed(step, players.ranks.rank, part, *more)
     with players.autocast():
         output = players.called(piece)
     if output.image.embedding.requires_grad:
@@ -158,11 +196,3 @@ def update(players: Players, stage: Stage, norm: Tensor, step: int) -> None:
     players.model.clamp_scale()
     if players.ema is not None:
         players.ema.update(step)
-
-
-def gradient_norm(module: nn.Module) -> Tensor:
-    """0-d; 0 of a module without gradients."""
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    kinds = [[g for g in gradients if is_sharded(g) == kind] for kind in (False, True)]
-    norms = [whole(nn.utils.get_total_norm(kind)) for kind in kinds if kind]
-    return torch.stack(norms).norm() if norms else torch.zeros(())

@@ -12,11 +12,13 @@ import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from cibr.config import RunConfig
 from cibr.errors import UsageError, missing_extra
+from cibr.models import Batch
 from cibr.objectives import Objective
 from cibr.rates import progress, rate
 from cibr.run import checkpoint
@@ -82,17 +84,18 @@ def loop(session: Session) -> tuple[int | None, dict[str, Any]]:
     in_a_row, asked, warned = 0, 0, False
     done = progress(config.optim, counters.step, counters.seconds)
     with stop_signals() as stop, open_journal(session, done) as journal:
-        batches = session.batches.start(counters.step, players.ranks.part(config.optim.batch_size))
+        turns = config.optim.n_critic
+        made = session.batches.start(counters.step * turns, players.ranks.part(config.optim.batch_size))
         while not asked and done < 1:
             started = time.perf_counter()
             players.clock.mark("data")
-            batch = {name: t.to(players.device, non_blocking=True) for name, t in next(batches).items()}
+            batches = [to_device(batch, players.device) for batch in islice(made, turns)]
             players.clock.mark("towers")
             stage, stage_ends = stage_at(players.stages, counters.step)
             factor = stage.factor * rate(config.optim, counters.step, done)
             for group in players.optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            taken = take_step(players, stage, batch, counters.step)
+            taken = take_step(players, stage, batches, counters.step)
             players.clock.mark("other")
             # one clock and one decision for all ranks
             seconds, asked_now = players.ranks.largest(
@@ -121,6 +124,10 @@ def loop(session: Session) -> tuple[int | None, dict[str, Any]]:
     return asked or None, last
 
 
+def to_device(batch: Batch, device: str) -> Batch:
+    return {name: t.to(device, non_blocking=True) for name, t in batch.items()}
+
+
 def open_journal(session: Session, done: float) -> Silent:
     """The first rank's; others have one that writes nothing."""
     run = session.config.run
@@ -133,7 +140,7 @@ def entry_of(session: Session) -> dict[str, Any]:
     """What the log says now: means over the steps since its last entry, and where their time went."""
     counters, players = session.counters, session.players
     means = {name: value / max(1, counters.count) for name, value in counters.sums.items()}
-    rows = session.config.optim.batch_size * counters.steps
+    rows = session.config.optim.batch_size * session.config.optim.n_critic * counters.steps
     scale, bias = players.model.temperature()
     entry = {
         "seconds": counters.seconds,

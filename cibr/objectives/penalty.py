@@ -66,7 +66,7 @@ class Penalised(Objective):
         self.mark("critics")
         branch = Output.of([t.view_as(t) for t in output.tensors()])  # on which a gradient is the penalty's alone
         surrogate, parts = self.penalty(branch, lam_image, lam_text)
-        if self.options.gradient_cap is not None and surrogate.requires_grad:
+        if self.options.gradient_cap is not None and loss.requires_grad and surrogate.requires_grad:
             parts["gradient_ratio"] = self.cap(loss, output, surrogate, branch)
         self.mark("loss")
         for part, phase in ((surrogate, "critics"), (loss, "loss")):  # the backward comes to the later part first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -47,3 +48,11 @@ def like(value: Tensor, parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return value
+
+
+def gradient_norm(module: nn.Module) -> Tensor:
+    """0-d; 0 of a module without gradients."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    kinds = [[g for g in gradients if is_sharded(g) == kind] for kind in (False, True)]
+    norms = [whole(nn.utils.get_total_norm(kind)) for kind in kinds if kind]
+    return torch.stack(norms).norm() if norms else torch.zeros(())

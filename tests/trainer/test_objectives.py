@@ -101,7 +101,7 @@ def test_a_batch_in_parts_gives_the_step_of_the_whole(tmp_path: Path, name: str)
         session = prepare(resolve(settings_), None, Ranks())
         players = session.players
         batch = next(session.batches.start(0))
-        losses = [take_step(players, players.stages[0], batch, step).parts for step in range(2)]
+        losses = [take_step(players, players.stages[0], [batch], step).parts for step in range(2)]
         gradients = {n: p.grad for module in (players.model, players.critics) for n, p in module.named_parameters()}
         found.append((losses, gradients, dict(players.critics.named_buffers())))
     (whole, gradients, buffers), (parted, others, more_buffers) = found
@@ -123,10 +123,10 @@ def peak_bytes(settings: RunConfig) -> int:
     """Of tensors made in a step, beyond what there was before it."""
     session = prepare(resolve(settings), None, Ranks())
     batch = next(session.batches.start(0))
-    take_step(session.players, session.players.stages[0], batch, 0)  # which makes what the optimiser keeps
+    take_step(session.players, session.players.stages[0], [batch], 0)  # which makes what the optimiser keeps
     session.players.optimizer.zero_grad()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        take_step(session.players, session.players.stages[0], batch, 1)
+        take_step(session.players, session.players.stages[0], [batch], 1)
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
