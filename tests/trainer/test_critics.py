@@ -65,7 +65,7 @@ def test_parts_and_turns(tmp_path: Path) -> None:
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     moves = {name: int(value) for name, value in whole.items() if name.endswith(":step")}
-    assert {n for n in moves.values()} == {4, 12}
+    assert set(moves.values()) == {4, 12}
     assert all((count == 12) == ("objective." in name) for name, count in moves.items())
     assert whole["objective.step"] == 4
 
