@@ -280,6 +280,16 @@ def export(arguments: Sequence[str]) -> int:
     return 0
 
 
+def omib(arguments: Sequence[str]) -> int:
+    from cibr.omib.options import OmibOptions
+
+    options = made(OmibOptions, arguments, "omib", required=("data", "out"))
+    from cibr.omib.train import train
+
+    print(json.dumps(train(options), indent=1))
+    return 0
+
+
 def made(kind: type, arguments: Sequence[str], command: str, *, required: Sequence[str] = ()) -> Any:
     """`kind` from its flags, checked.  Raises UsageError for a required option that is missing."""
     options = kind(**parse([kind], arguments, command=command))
@@ -312,6 +322,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "data cache": (data_cache, "compute the features of frozen towers once, to train heads on"),
     "data check": (data_check, "read a whole data set and say what is there, what is skipped, and why"),
     "export": (export, "write a run's model as a folder that open_clip loads"),
+    "omib": (omib, "fuse modalities for a label through a bottleneck each, or by one of OMIB's relatives"),
 }
 USAGE = """cibr COMMAND [OPTIONS]: trains and evaluates CLIP-like models.  `cibr COMMAND --help` lists its options.
 

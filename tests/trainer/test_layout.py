@@ -15,6 +15,7 @@ FORBIDDEN = {
     "objectives": ("data", "evaluate", "run", "step", *ABOVE),
     "run": ("data", "objectives", "evaluate", "step", *ABOVE),
     "evaluate": ("objectives", "step", *ABOVE),
+    "omib": ("data", "models", "objectives", "evaluate", "step", "session", "cli"),
 }
 FILES = [path for folder in FORBIDDEN for path in sorted((ROOT / "cibr" / folder).glob("*.py"))]
 
