@@ -13,7 +13,7 @@ In the ReLU family (relu, leaky_relu) the loops tell themselves how many vectors
 A smooth activation's loops (Smooth of csrc/additive/tiles.h) are a page of polynomial, one loop a function.
 What they store tells the vectors, and what they multiply is held against it:
 
-    gradients   a tile of 4 rows and C columns a turn, whose 4 + C sums and gw's are stored; three products a pair
+    gradients   a tile of 4 rows and C columns a turn, whose 4 + C sums and dw's are stored; three products a pair
     scores      a tile a turn (2 rows side by side on smaller instruction sets): a pair has at least one kept number and
                 one product with w
 

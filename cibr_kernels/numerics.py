@@ -34,6 +34,11 @@ def round_up(a: int, b: int) -> int:
     return ceil_div(a, b) * b
 
 
+def panel_rows(budget: int, bytes_per_row: int, n: int, least: int = 1, multiple: int = 1) -> int:
+    """Rows of a panel that fits `budget` bytes: whole multiples, but at least `least` and at most n."""
+    return min(n, max(least, budget // bytes_per_row // multiple * multiple))
+
+
 def early_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of gradients that are made in the forward: float32 for float16, else the features'.
 

@@ -144,14 +144,14 @@ PYBIND11_MODULE(_C, m) {
     constructible(c);
     FIELD(a), FIELD(b), FIELD(w), FIELD(n), FIELD(m), FIELD(h), FIELD(first_positive), FIELD(include_diagonal),
         FIELD(activation), FIELD(slope), FIELD(need_a), FIELD(need_b), FIELD(need_w), FIELD(features_dtype),
-        FIELD(threads), FIELD(moments), FIELD(ga), FIELD(gb), FIELD(gw);
+        FIELD(threads), FIELD(moments), FIELD(da), FIELD(db), FIELD(dw);
   }
   {
     using P = AdditiveScores;
     py::class_<P> c(m, "AdditiveScores");
     constructible(c);
     FIELD(a), FIELD(b), FIELD(w), FIELD(n), FIELD(m), FIELD(h), FIELD(activation), FIELD(slope), FIELD(features_dtype),
-        FIELD(threads), FIELD(scores), FIELD(grad), FIELD(ga), FIELD(gb), FIELD(gw);
+        FIELD(threads), FIELD(scores), FIELD(grad), FIELD(da), FIELD(db), FIELD(dw);
   }
   {
     using P = AdditiveShifts;

@@ -67,7 +67,7 @@ def additive_calls(activation: int) -> Iterator[tuple[str, str, str, dict[str, A
     name = {RELU: "relu", GELU: "gelu"}[activation]
     shape = {"n": N, "m": N, "h": H, "activation": activation, "slope": 0.01}
     problem = {"a": normal(N * H), "b": normal(N * H + 1)[1:], "w": normal(H, H**-0.5), **shape}
-    outputs = {"ga": zeros(N * H), "gb": zeros(N * H), "gw": zeros(H)}
+    outputs = {"da": zeros(N * H), "db": zeros(N * H), "dw": zeros(H)}
     moments = {**problem, **outputs, "moments": zeros(2), "first_positive": 0, "include_diagonal": 0}
     needs = {"need_a": 1, "need_b": 1, "need_w": 1}
     yield f"additive_moments forward {name}", "additive_moments", "AdditiveMoments", moments
@@ -76,7 +76,7 @@ def additive_calls(activation: int) -> Iterator[tuple[str, str, str, dict[str, A
     for way in ("forward", "backward"):
         yield f"additive_scores {way} {name}", f"additive_scores_{way}", "AdditiveScores", scores
     shifts = {**problem, **needs, "first": 1, "k": 16, "scores": zeros(16 * N), "g": normal(16 * N)}
-    shifts |= {"da": outputs["ga"], "db": outputs["gb"], "dw": outputs["gw"]}
+    shifts |= {"da": outputs["da"], "db": outputs["db"], "dw": outputs["dw"]}
     for way in ("forward", "backward"):
         yield f"additive_shifts {way} {name}", f"additive_shifts_{way}", "AdditiveShifts", shifts
 

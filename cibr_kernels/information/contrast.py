@@ -37,7 +37,7 @@ def contrast(pairs: Pairs, estimator: str, *, tau: float = 5.0) -> Tensor:
     sampled = pairs.negatives != "all"
     loss, positives, clamped = _sampled(pairs, kind, clamp) if sampled else _all(pairs, kind, clamp)
     shards = pairs.shards
-    loss = loss * pairs.health()
+    loss = loss * pairs.nan_if_not_finite()
     if shards is not None:
         loss = merge.mean(loss.expand(shards.local), shards)
     if estimator == "infonce":
@@ -46,7 +46,7 @@ def contrast(pairs: Pairs, estimator: str, *, tau: float = 5.0) -> Tensor:
     if estimator == "js":
         return -loss
     with torch.no_grad():
-        j, el = positives.mean() * pairs.health(), _log_mean_exp(clamped, pairs)
+        j, el = positives.mean() * pairs.nan_if_not_finite(), _log_mean_exp(clamped, pairs)
         j, el = (j, el) if shards is None else merge.moments(j, el, shards)
     return (j - el).detach() - (loss - loss.detach())
 

@@ -72,7 +72,7 @@ def club(pairs: Pairs) -> Tensor:
     values = ((var + apart * (centre + pairs.z - 2 * mean)) * half_precision).sum(1)
     if not pairs.include:
         values = values * (columns / (columns - 1))
-    values = values * pairs.health()
+    values = values * pairs.nan_if_not_finite()
     return values.mean() if pairs.shards is None else merge.mean(values, pairs.shards)
 
 

@@ -86,7 +86,7 @@ def moments(pairs: Pairs) -> tuple[Tensor, Tensor]:
         )
     j, el, looked = _moments(pairs)
     if not looked:
-        j = j * pairs.health()
+        j = j * pairs.nan_if_not_finite()
     return (j, el) if pairs.shards is None else merge.moments(j, el, pairs.shards)
 
 

@@ -52,7 +52,7 @@ class Pairs:
 
     def embedded(self) -> tuple[Tensor, Tensor]:
         """f (n, k), g (n, k) of a separable critic, NaN where the input is not finite."""
-        return self.critic.parts(self.x * self.health(), self.z)
+        return self.critic.parts(self.x * self.nan_if_not_finite(), self.z)
 
     def all_columns(self, right: Tensor) -> Tensor:
         """What the critic made of this rank's columns -> of every rank's rows and this rank's marginals."""
@@ -61,7 +61,7 @@ class Pairs:
         n = self.z.shape[0]
         return torch.cat([gather(right[:n], self.shards), right[n:]])
 
-    def health(self) -> Tensor:
+    def nan_if_not_finite(self) -> Tensor:
         """(): 1, or NaN where the input has a NaN or an infinity, which e^-inf = 0 and clamps would hide."""
         found = self.x.new_ones(())
         for t in (self.x, self.z, self.marginals):

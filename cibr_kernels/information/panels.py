@@ -15,13 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cibr_kernels.information.critics import General
-from cibr_kernels.numerics import promote, softplus
+from cibr_kernels.numerics import panel_rows, promote, softplus
 from cibr_kernels.primitives.dot.lse.op import stash_budget
-
-
-def panel_rows(bytes_per_row: int, n: int, least: int = 1) -> int:
-    """Rows of a panel within `stash_budget()`: at least `least`, at most n."""
-    return max(1, min(n, max(least, stash_budget() // bytes_per_row)))
 
 
 def in_panels(t: Tensor, rows: int) -> Sequence[Tensor]:
@@ -60,7 +55,7 @@ def general_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> positives (n,), sums (n,) as of `row_sums`, clamped (n,) ((0,) without tau) without gradient."""
     left = scored.left
-    rows = panel_rows(right.shape[0] * scored.width * left.itemsize, left.shape[0])
+    rows = panel_rows(stash_budget(), right.shape[0] * scored.width * left.itemsize, left.shape[0])
     parts = []
     column = first_positive
     for here in in_panels(left, rows):
@@ -80,7 +75,7 @@ def general_sums(
 def dot_clamped(f: Tensor, g: Tensor, *, first_positive: int, include: bool, tau: float) -> Tensor:
     """f (n, k), g (m, k) -> (n,): log-sum-exp of each row of f g^T, clamped."""
     f, g = promote(f), promote(g)
-    rows = panel_rows(g.shape[0] * 2 * f.itemsize, f.shape[0], 16)
+    rows = panel_rows(stash_budget(), g.shape[0] * 2 * f.itemsize, f.shape[0], 16)
     parts, column = [], first_positive
     for here in in_panels(f, rows):
         parts.append(log_sum_clamped(here @ g.T, column, include, tau))

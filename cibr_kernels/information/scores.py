@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from cibr_kernels.dispatch.library import operator, or_zeros
-from cibr_kernels.information.panels import log_sum_clamped, panel_rows, row_sums
-from cibr_kernels.numerics import early_dtype, softplus
+from cibr_kernels.information.panels import log_sum_clamped, row_sums
+from cibr_kernels.numerics import early_dtype, panel_rows, softplus
 from cibr_kernels.primitives.additive.scores.op import (
     additive_scores,
     additive_scores_backward,
     additive_scores_forward,
 )
+from cibr_kernels.primitives.dot.lse.op import stash_budget
 
 SERVES = "a js, smile or infonce estimate with a concat critic"
 
@@ -60,7 +61,7 @@ def additive_contrast(
     if any(needs):
         a, b, w = (t.to(early_dtype(t.dtype)) for t in (a, b, w))
     a, b, w = a.contiguous(), b.contiguous(), w.contiguous()
-    rows = panel_rows(b.shape[0] * TEMPORARIES * max(a.itemsize, 4), a.shape[0], LEAST_ROWS)
+    rows = panel_rows(stash_budget(), b.shape[0] * TEMPORARIES * max(a.itemsize, 4), a.shape[0], LEAST_ROWS)
     loss, positives, clamped, *_ = additive_contrast_forward(
         a, b, w, bias, kind, clamp, activation, slope, first_positive, include_diagonal, rows, *needs, backend
     )
@@ -91,10 +92,10 @@ def additive_contrast_forward(
     """-> loss (), positives (n,), clamped (n,) or (0,), its gradients: (n, h), (m, h), (h,), or (0,) each, and ()."""
     (n, m), sums = (a.shape[0], b.shape[0]), _sums(a)
     per_row = m if include_diagonal else m - 1
-    loss, gbias = (torch.zeros((), dtype=torch.float64, device=a.device) for _ in range(2))
+    loss, dbias = (torch.zeros((), dtype=torch.float64, device=a.device) for _ in range(2))
     positives, clamped = a.new_empty(n, dtype=sums), a.new_empty(0 if clamp is None else n, dtype=sums)
-    ga = a.new_empty(a.shape if need_a else 0)
-    gb, gw = (t.new_zeros(t.shape if need else 0, dtype=sums) for t, need in ((b, need_b), (w, need_w)))
+    da = a.new_empty(a.shape if need_a else 0)
+    db, dw = (t.new_zeros(t.shape if need else 0, dtype=sums) for t, need in ((b, need_b), (w, need_w)))
     for first in range(0, n, rows):
         here = a[first : first + rows]
         span, column = slice(first, first + len(here)), first_positive + first
@@ -111,14 +112,14 @@ def additive_contrast_forward(
         if any(needs):
             more = additive_scores_backward(g / n, here, b, w, activation, slope, *needs, backend)
             if need_a:
-                ga[span] = more[0]
-            for total, part, need in ((gb, more[1], need_b), (gw, more[2], need_w)):
+                da[span] = more[0]
+            for total, part, need in ((db, more[1], need_b), (dw, more[2], need_w)):
                 if need:
                     total += part
         if need_bias:
-            gbias += g.sum(dtype=torch.float64)
-    gb, gw = gb.to(b.dtype), gw.to(w.dtype)
-    return (loss / n).to(sums), positives, clamped, ga, gb, gw, (gbias / n).to(bias.dtype)
+            dbias += g.sum(dtype=torch.float64)
+    db, dw = db.to(b.dtype), dw.to(w.dtype)
+    return (loss / n).to(sums), positives, clamped, da, db, dw, (dbias / n).to(bias.dtype)
 
 
 def _js(
@@ -182,15 +183,15 @@ def _(
 
 @operator(SERVES)
 def additive_contrast_backward(
-    grad: Tensor, a: Tensor, b: Tensor, w: Tensor, bias: Tensor, ga: Tensor, gb: Tensor, gw: Tensor, gbias: Tensor
+    grad: Tensor, a: Tensor, b: Tensor, w: Tensor, bias: Tensor, da: Tensor, db: Tensor, dw: Tensor, dbias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The saved gradients times the loss's.  They depend on a, b, w and bias, or a second backward would not refuse."""
-    return ga * grad, gb * grad, gw * grad, gbias * grad
+    return da * grad, db * grad, dw * grad, dbias * grad
 
 
 @additive_contrast_backward.register_fake
-def _(grad, a, b, w, bias, ga, gb, gw, gbias):
-    return tuple(torch.empty_like(t) for t in (ga, gb, gw, gbias))
+def _(grad, a, b, w, bias, da, db, dw, dbias):
+    return tuple(torch.empty_like(t) for t in (da, db, dw, dbias))
 
 
 def _setup(ctx, inputs, output) -> None:

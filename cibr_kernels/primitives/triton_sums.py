@@ -9,7 +9,7 @@ from cibr_kernels.dispatch.triton_call import SIZES
 
 
 @triton.jit(do_not_specialize=SIZES)
-def reduce(partials, out, blocks, width, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr):
+def reduce_kernel(partials, out, blocks, width, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr):
     """out (width,), in its dtype, = sum of partials (blocks, width) over the blocks.  Grid: (blocks of the width,)."""
     k = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     total = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)

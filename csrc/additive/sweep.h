@@ -22,7 +22,7 @@ template <>
 constexpr const Pieces* PIECES<Direct<GeluTanh>> = &gelu_tanh_pieces;
 #endif
 
-constexpr int64_t BLOCK_FLOATS = 32 << 10;  // b's block, its transpose and a group's sum for gb (128 KiB each) share L2
+constexpr int64_t BLOCK_FLOATS = 32 << 10;  // b's block, its transpose and a group's sum for db (128 KiB each) share L2
 
 void fill(float* x, int64_t size, float value) {
   for (int64_t i = 0; i < size; i++) x[i] = value;
@@ -265,8 +265,8 @@ class Operands {
     Scratch t;
     t.row = next, next += width;
     t.a = next, next += A * ROWS * width;
-    t.ga = next, next += ROWS * width;
-    t.gw = next, next += width;
+    t.da = next, next += ROWS * width;
+    t.dw = next, next += width;
     t.s = next, next += SCORES;
     t.mass = next, next += MASSES;
     t.kept = next;
@@ -297,9 +297,9 @@ class Operands {
   }
 
   // The panel at place `at` of the block, with a group's sums for it where there are any.
-  Panel panel(int64_t at, float* gb, float* mass) const {
+  Panel panel(int64_t at, float* db, float* mass) const {
     return {panels.data + at * width * B, negative.data + (KINKED ? at * width : 0),
-            column_shift.data + place_of_shift(at), gb, mass};
+            column_shift.data + place_of_shift(at), db, mass};
   }
 
   // `count` rows of a from `row` on.
@@ -320,9 +320,9 @@ class Operands {
   }
 
   // Turns u, the sum of e phi'_+ over a row or a column (phi'_+ is [t > 0] in the ReLU family), into the gradient w U, with
-  // U = unit sum of e phi', and adds (x - origin) U to gw.  mass: the sum of e.
+  // U = unit sum of e phi', and adds (x - origin) U to dw.  mass: the sum of e.
   void finish_vector(const Features& features, int64_t row, float* u, int64_t k0, double unit, float mass, double sign,
-                     double* gw) const {
+                     double* dw) const {
     const float slope = static_cast<float>((1.0 - below) * unit), base = static_cast<float>(below * unit * mass);
     const int64_t count = smaller(CHUNK, h - k0);
     float buffer[CHUNK];
@@ -330,7 +330,7 @@ class Operands {
     u += row * h + k0;
     for (int64_t k = 0; k < count; k++) {
       const float sum = slope * u[k] + base;
-      if (KINKED) gw[k] += (x[k] + sign * centre.data[k0 + k]) * sum;
+      if (KINKED) dw[k] += (x[k] + sign * centre.data[k0 + k]) * sum;
       u[k] = weights[k0 + k] * sum;
     }
   }

@@ -5,13 +5,13 @@
 //   S_ij = (1-s) [ sum_h w_h max(a_ih, -b_jh) + sum_h w_h b_jh ] + s [ sum_h w_h a_ih + sum_h w_h b_jh ]
 // takes two instructions per vector of products (max, fma), and phi' = s + (1-s) [b_jh > -a_ih] three (compare to a mask, add
 // e_ij under the mask to the row's sum and to the column's).  The scores run with columns in the lanes, and need no sum over
-// lanes; the gradients run with h in the lanes, for the same reason.  phi = t phi' gives gw for nothing:
-//   gw_h = sum_i a_ih U_ih + sum_j b_jh V_jh,    U_ih = sum_j e_ij phi'(t_ijh),  V_jh = sum_i e_ij phi'(t_ijh)
+// lanes; the gradients run with h in the lanes, for the same reason.  phi = t phi' gives dw for nothing:
+//   dw_h = sum_i a_ih U_ih + sum_j b_jh V_jh,    U_ih = sum_j e_ij phi'(t_ijh),  V_jh = sum_i e_ij phi'(t_ijh)
 // max(a, -b) + b loses digits where a and b are large together (a unit dead behind a large bias), so a + centre_h and
 // b - centre_h stand in their place, with centre_h = -max(a, -b) for an a and a b typical of unit h.
 //
 // The other activations compute phi once, keep one number (or phi and phi') of each pair of a small tile in the L1 cache until
-// its e_ij are known, make phi' of it then, and sum gw as they go.  e^{a + b} is e^a e^b: elu, silu, softplus and tanh
+// its e_ij are known, make phi' of it then, and sum dw as they go.  e^{a + b} is e^a e^b: elu, silu, softplus and tanh
 // (additive/separable_exp.h) take one product where they would take an exponential, wherever a and b are moderate (less than 40, or
 // 20 for tanh and softplus, from an offset of the unit's own).
 #pragma once
@@ -87,7 +87,7 @@ struct Panel {
   const float* negative;  // (h, COLS) centre - b; ReLU family only
   const float*
       shift;    // ReLU family: (COLS,) the part of S that depends on j alone; others: (SCORES,) 0.  NOTHING in padding
-  float* gb;    // (COLS, h) in runs: sum_i e_ij phi', of one group
+  float* db;    // (COLS, h) in runs: sum_i e_ij phi', of one group
   float* mass;  // (COLS,) sum_i e_ij, of one group; ReLU family only
 };
 
@@ -95,8 +95,8 @@ struct Panel {
 struct Scratch {
   float* row;   // (h,) of a or b in float32
   float* a;     // (A ROWS, h) in runs: what Tile packs of a; ReLU family: -a, then a + centre
-  float* ga;    // (ROWS, h) in runs: sum_j e_ij phi'
-  float* gw;    // (h,) sum_ij e_ij phi; smooth activations only
+  float* da;    // (ROWS, h) in runs: sum_j e_ij phi'
+  float* dw;    // (h,) sum_ij e_ij phi; smooth activations only
   float* s;     // (ROWS, COLS) scores, then e_ij
   float* mass;  // (ROWS, VL) sums of e_ij over the panels so far, to be added up; (VL,) of all of them if smooth
   float* kept;  // (KEPT COLS ROWS, h) in runs, of which phi and phi' are made; smooth activations only
@@ -134,10 +134,10 @@ struct Kinked {
   void gradients(const Scratch& t, const Panel& panel, int64_t h) const {
     for (int64_t k = 0; k < h; k += 2 * VL) {
       const float* b = panel.b + place<RUN>(COLS, k);
-      float* gb = panel.gb + place<RUN>(COLS, k);
+      float* db = panel.db + place<RUN>(COLS, k);
       for (int first = 0; first < ROWS; first += SOME)
         gradient_rows<FOR_A, FOR_B>(t.a + place<RUN>(A * ROWS, k) + first * RUN, b, t.s + first * COLS,
-                                    t.ga + place<RUN>(ROWS, k) + first * RUN, gb);
+                                    t.da + place<RUN>(ROWS, k) + first * RUN, db);
     }
   }
 
@@ -162,19 +162,19 @@ struct Kinked {
 
   // SOME rows, all columns, two vectors of h: each e_ij that is loaded serves four sums.
   template <bool FOR_A, bool FOR_B>
-  static void gradient_rows(const float* a, const float* b, const float* e, float* ga, float* gb) {
+  static void gradient_rows(const float* a, const float* b, const float* e, float* da, float* db) {
     vf minus_a[SOME][2], row_sum[SOME][2];
 #pragma GCC unroll 16
     for (int i = 0; i < SOME; i++)
       for (int v = 0; v < 2; v++) {
         minus_a[i][v] = load(a + i * RUN + v * VL);
-        row_sum[i][v] = load(ga + i * RUN + v * VL);
+        row_sum[i][v] = load(da + i * RUN + v * VL);
       }
     for (int j = 0; j < COLS; j++) {
       vf bj[2], column_sum[2];
       for (int v = 0; v < 2; v++) {
         bj[v] = load(b + j * RUN + v * VL);
-        column_sum[v] = FOR_B ? load(gb + j * RUN + v * VL) : vf{};
+        column_sum[v] = FOR_B ? load(db + j * RUN + v * VL) : vf{};
       }
 #pragma GCC unroll 16
       for (int i = 0; i < SOME; i++) {
@@ -185,11 +185,11 @@ struct Kinked {
           if (FOR_B) column_sum[v] = add_where(active, column_sum[v], weight);
         }
       }
-      for (int v = 0; FOR_B && v < 2; v++) store(gb + j * RUN + v * VL, column_sum[v]);
+      for (int v = 0; FOR_B && v < 2; v++) store(db + j * RUN + v * VL, column_sum[v]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < SOME; i++)
-      for (int v = 0; FOR_A && v < 2; v++) store(ga + i * RUN + v * VL, row_sum[i][v]);
+      for (int v = 0; FOR_A && v < 2; v++) store(da + i * RUN + v * VL, row_sum[i][v]);
   }
 };
 
@@ -305,15 +305,15 @@ struct Smooth {
     const int64_t runs = (h + VL - 1) / VL;
     const float *a = t.a + runs * A * ROWS * VL, *b = panel.b + runs * B * COLS * VL,
                 *keep = t.kept + runs * KEPT * PAIRS * VL;
-    float *ga = t.ga + runs * ROWS * VL, *gb = panel.gb + runs * COLS * VL, *gw = t.gw + runs * VL;
+    float *da = t.da + runs * ROWS * VL, *db = panel.db + runs * COLS * VL, *dw = t.dw + runs * VL;
     for (int64_t run = 0; run < runs; run++) {
-      a -= A * ROWS * VL, b -= B * COLS * VL, keep -= KEPT * PAIRS * VL, ga -= ROWS * VL, gb -= COLS * VL, gw -= VL;
-      vf row_sum[ROWS], weight_sum[ROWS] = {load(gw)};
+      a -= A * ROWS * VL, b -= B * COLS * VL, keep -= KEPT * PAIRS * VL, da -= ROWS * VL, db -= COLS * VL, dw -= VL;
+      vf row_sum[ROWS], weight_sum[ROWS] = {load(dw)};
 #pragma GCC unroll 16
-      for (int i = 0; i < ROWS; i++) row_sum[i] = load(ga + i * VL);
+      for (int i = 0; i < ROWS; i++) row_sum[i] = load(da + i * VL);
 #pragma GCC unroll 16
       for (int j = 0; j < COLS; j++) {
-        vf column_sum = load(gb + j * VL), right[B];
+        vf column_sum = load(db + j * VL), right[B];
         for (int q = 0; q < B; q++) right[q] = load(b + (q * COLS + j) * VL);
 #pragma GCC unroll 16
         for (int i = 0; i < ROWS; i++) {
@@ -326,11 +326,11 @@ struct Smooth {
           column_sum += e[i * COLS + j] * slope;
           weight_sum[i] += e[i * COLS + j] * f.value;
         }
-        store(gb + j * VL, column_sum);
+        store(db + j * VL, column_sum);
       }
 #pragma GCC unroll 16
-      for (int i = 0; i < ROWS; i++) store(ga + i * VL, row_sum[i]);
-      store(gw, (weight_sum[0] + weight_sum[1]) + (weight_sum[2] + weight_sum[3]));
+      for (int i = 0; i < ROWS; i++) store(da + i * VL, row_sum[i]);
+      store(dw, (weight_sum[0] + weight_sum[1]) + (weight_sum[2] + weight_sum[3]));
     }
   }
 

@@ -47,8 +47,9 @@ def test_moments_of_every_activation(activation):
 def test_moments_in_several_panels_and_parts(include, monkeypatch):
     monkeypatch.setattr(native, "SCORE_BUDGET", 1)  # 128 rows at a time
     launches = check_moments("90a", "relu", (130, 257, 100, 65), include=include)
-    assert [grid for name, grid in launches if name == "additive_scores_relu"] == [(3, 1, 1)] * 2
-    assert any(name == "additive_rows_relu" and grid[2] > 1 for name, grid in launches)  # the sum cut into parts
+    assert [grid for name, grid in launches if name == "additive_moments_scores_relu_kernel"] == [(3, 1, 1)] * 2
+    rows = [grid for name, grid in launches if name == "additive_moments_rows_relu_kernel"]
+    assert any(grid[2] > 1 for grid in rows)  # the sum cut into parts
 
 
 def test_smooth_moments_in_several_panels(monkeypatch):

@@ -16,7 +16,7 @@ from cibr_kernels.primitives.additive.problem import ShiftsProblem
 from cibr_kernels.primitives.additive.shifts import triton as backend
 
 CASES = [(37, 37, 40, 0, 7), (20, 27, 65, 0, 8), (16, 16, 16, 1, 3), (33, 33, 33, 30, 6)]  # n, m, h, first, k
-KERNELS = ["scores", "gradient", "gradient", "reduce"]
+KERNELS = ["additive_shifts_scores_kernel", *["additive_shifts_gradient_kernel"] * 2, "reduce_kernel"]
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_more_shifts_than_a_grid_has_room_for(small_tiles, monkeypatch):
     monkeypatch.setattr(backend, "MOST_SHIFTS", 3)
     with emulated(90) as gpu:
         check(CASES[0], "relu", "triton")
-    assert [grid[1] for name, grid in gpu.launches if name == "scores"] == [3, 3, 1]
+    assert [grid[1] for name, grid in gpu.launches if name == KERNELS[0]] == [3, 3, 1]
 
 
 def test_the_tile_that_ships():

@@ -140,7 +140,7 @@ def test_matches_float64_everywhere(capability, dtype, case):
 
 def test_launches():
     """One pass without weights, three with; nothing else of n x m."""
-    start, panel = ["poison_kernel", "total_kernel"], ["softplus_kernel", "reduce", "reduce"]
+    start, panel = ["poison_kernel", "total_kernel"], ["softplus_kernel", "reduce_kernel", "reduce_kernel"]
     assert compare(90, torch.bfloat16, RAGGED._replace(weights="none")) == [*start, *panel * 2]
     expected = [
         "exponent_kernel", *start, *[*panel, "features_gradient_kernel"] * 2, "features_gradient_kernel",

@@ -85,16 +85,18 @@ FAULTS = [
         "a column's underflow not seen",
         "lse",
         LSE,
-        "if (p.col_lse[j] < off - kUnderflow && left_out < p.n) return true;",
+        "if (p.col_lse[j] < shift - kUnderflow && left_out < p.n) return true;",
         "(void)left_out;",
     ),
-    Fault("an empty row counts as underflow", "lse", LSE, "off - kUnderflow && left_out < p.m)", "off - kUnderflow)"),
+    Fault(
+        "an empty row counts as underflow", "lse", LSE, "shift - kUnderflow && left_out < p.m)", "shift - kUnderflow)"
+    ),
     Fault("stash of the first panel's rows", "lse", LSE, "block + t.first_row * kBlock;", "block;"),
     Fault(
         "backward without the shift",
         "lse",
         LSE,
-        "u.data[i] *= ::expf(off - rows.data[i]);",
+        "u.data[i] *= ::expf(shift - rows.data[i]);",
         "u.data[i] *= ::expf(-rows.data[i]);",
     ),
     Fault("columns' part of the online gradient", "lse", LSE, "if (w.col_lse) x +=", "if (w.col_lse) x ="),
@@ -220,7 +222,7 @@ FAULTS = [
         "k < RUN && k0 + RUN <= h; k++) x[",
     ),
     # ---- additive_moments, additive_scores, additive_shifts
-    Fault("a tile's rows keep the old shift", "moments", MOMENTS, "scale(t.ga, ROWS * width, factor);", ""),
+    Fault("a tile's rows keep the old shift", "moments", MOMENTS, "scale(t.da, ROWS * width, factor);", ""),
     Fault("masses keep the old shift", "moments", MOMENTS, "scale(t.mass, MASSES, factor);", ""),
     Fault("positives counted among the pairs", "moments", MOMENTS, "(p.include_diagonal ? 0 : p.n)", "0"),
     Fault(
@@ -237,8 +239,8 @@ FAULTS = [
         "dw of the first group",
         "scores",
         SCORES,
-        "group_gw.data[g * width + k] += t.gw[k];",
-        "group_gw.data[k] = t.gw[k];",
+        "group_dw.data[g * width + k] += t.dw[k];",
+        "group_dw.data[k] = t.dw[k];",
     ),
     Fault(
         "partners wrap at n",

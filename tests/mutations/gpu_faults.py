@@ -253,7 +253,7 @@ FAULTS = [
         "tl.minimum(run_of + o, others - 1).to(tl.int64)",
         "(run_of + o).to(tl.int64)",
     ),
-    Fault("weights missing from ga and gb", "additive", KERNELS, "(total * tl.load(w_packed + k)[None, :])", "total"),
+    Fault("weights missing from da and db", "additive", KERNELS, "(total * tl.load(w_packed + k)[None, :])", "total"),
     Fault(
         "last split skipped",
         "additive",

@@ -282,7 +282,7 @@ class _Additive(_Checked):
             terms = (ACTIVATIONS[case.activation][0](t, case.slope) * tensors[2]).abs().sum(-1)
             options = {"terms": case.n + case.m + case.h, "exponent": terms.max().item(), "features": torch.float32}
             sizes = terms.mean().item(), math.log(case.n * case.m), 0.0, 0.0, t.abs().max().item()
-            for k, e, v, size in zip(("J", "L", "ga", "gb", "gw"), eager, truth, sizes, strict=True):
+            for k, e, v, size in zip(("J", "L", "da", "db", "dw"), eager, truth, sizes, strict=True):
                 found[f"{name} {k}"] = e, v, {**options, "magnitude": size}
         return found
 
@@ -299,7 +299,7 @@ class AdditiveTriton(_Additive):
                 for name, case in self.cases.items():
                     with emulated(self.capability, edit_ptx=fault.edit_ptx if fault else None):
                         outputs = launcher.forward(case.problem(self.inputs(case)), ALL)
-                    yield {f"{name} {k}": t for k, t in zip(("J", "L", "ga", "gb", "gw"), outputs, strict=True)}
+                    yield {f"{name} {k}": t for k, t in zip(("J", "L", "da", "db", "dw"), outputs, strict=True)}
 
 
 class AdditiveScores(_Checked):
@@ -366,7 +366,7 @@ class AdditiveCuda(_Additive):
                 for name, case in self.cases.items():
                     with plans.emulated(self.arch):
                         outputs = native.forward(case.problem(self.inputs(case)), ALL)
-                    yield {f"{name} {k}": t for k, t in zip(("J", "L", "ga", "gb", "gw"), outputs, strict=True)}
+                    yield {f"{name} {k}": t for k, t in zip(("J", "L", "da", "db", "dw"), outputs, strict=True)}
 
 
 def _only_relu(text: str) -> str:

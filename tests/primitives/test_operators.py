@@ -92,8 +92,8 @@ def test_additive_moments(needs, backend):
     a, b = features()
     inputs = [t.requires_grad_(need) for t, need in zip((a, b, w), needs, strict=True)]
     opcheck(OPS.additive_moments_forward, (*inputs, "gelu", 0.0, 1, False, *needs, backend), test_utils=CHECKS)
-    *_, ga, gb, gw = OPS.additive_moments_forward(*inputs, "gelu", 0.0, 1, False, *needs, backend)
-    arguments = torch.ones(()), torch.ones(()), *inputs, ga, gb, gw, "gelu", 0.0, 1, *needs
+    *_, da, db, dw = OPS.additive_moments_forward(*inputs, "gelu", 0.0, 1, False, *needs, backend)
+    arguments = torch.ones(()), torch.ones(()), *inputs, da, db, dw, "gelu", 0.0, 1, *needs
     opcheck(OPS.additive_moments_backward, tuple(detached(arguments)), test_utils=CHECKS)
 
 

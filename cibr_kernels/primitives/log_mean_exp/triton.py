@@ -21,12 +21,14 @@ def forward(scores: Tensor, mask: Tensor | None) -> Tensor:
     el = torch.empty((), dtype=torch.float32, device=scores.device)
     partial = {"tops": tops, "sums": sums, "pairs": pairs}
     triton_call.launch(
-        _kernels().pieces,
+        _kernels().log_mean_exp_pieces_kernel,
         (number,),
         {**_problem(scores, mask), **partial},
         {"MASKED": mask is not None, "PIECE": PIECE},
     )
-    triton_call.launch(_kernels().merge, (1,), {**partial, "el": el, "number": number}, {"BLOCK": BLOCK})
+    triton_call.launch(
+        _kernels().log_mean_exp_merge_kernel, (1,), {**partial, "el": el, "number": number}, {"BLOCK": BLOCK}
+    )
     return el
 
 
@@ -35,7 +37,7 @@ def backward(grad: Tensor, scores: Tensor, mask: Tensor | None, el: Tensor) -> T
     dscores = torch.empty_like(scores)
     pairs = el if mask is None else mask.sum()
     triton_call.launch(
-        _kernels().backward, (-(-scores.numel() // PIECE),),
+        _kernels().log_mean_exp_backward_kernel, (-(-scores.numel() // PIECE),),
         {**_problem(scores, mask), "grad": grad, "el": el, "pairs": pairs, "dscores": dscores},
         {"MASKED": mask is not None, "BLOCK": PIECE},
     )  # fmt: skip

@@ -22,7 +22,7 @@ def _finite_or_zero(top):
 
 
 @triton.jit
-def pieces(scores, mask, tops, sums, pairs, count, MASKED: tl.constexpr, PIECE: tl.constexpr):
+def log_mean_exp_pieces_kernel(scores, mask, tops, sums, pairs, count, MASKED: tl.constexpr, PIECE: tl.constexpr):
     """Largest score, sum of e^(s - largest) and number of pairs of one piece.  Grid: (pieces,)."""
     piece = tl.program_id(0)
     at = piece.to(tl.int64) * PIECE + tl.arange(0, PIECE)
@@ -37,7 +37,7 @@ def pieces(scores, mask, tops, sums, pairs, count, MASKED: tl.constexpr, PIECE: 
 
 
 @triton.jit
-def merge(tops, sums, pairs, el, number, BLOCK: tl.constexpr):
+def log_mean_exp_merge_kernel(tops, sums, pairs, el, number, BLOCK: tl.constexpr):
     """L from the pieces, in a fixed order.  Grid: (1,)."""
     lane = tl.arange(0, BLOCK)
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -58,7 +58,9 @@ def merge(tops, sums, pairs, el, number, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def backward(grad, scores, mask, el, pairs, dscores, count, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+def log_mean_exp_backward_kernel(
+    grad, scores, mask, el, pairs, dscores, count, MASKED: tl.constexpr, BLOCK: tl.constexpr
+):
     """dscores = e^(s - L) grad / |P|, 0 where nothing takes part.  pairs: |P|, 0-d.  Grid: (blocks,)."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     s, inside = _scores(scores, mask, at, count, MASKED)

@@ -2,7 +2,7 @@
 //
 //   t_ijh = a_ih + b_jh        S_ij = sum_h w_h phi(t_ijh)
 //   J = mean_i S_{i, first_positive+i}        L = log( 1/|P| sum_{(i,j) in P} e^{S_ij} )
-//   ga_ih = dL/da_ih,  gb_jh = dL/db_jh,  gw_h = dL/dw_h
+//   da_ih = dL/da_ih,  db_jh = dL/db_jh,  dw_h = dL/dw_h
 //
 // P is all n m pairs, or all but the n positives (i, first_positive + i).  A NaN or an infinity anywhere in a, b or w makes every
 // output NaN.  Results do not depend on the number of threads.
@@ -16,7 +16,7 @@
 namespace ck {
 
 struct AdditiveMoments {
-  const float *a, *b, *w;          // (n, h), (m, h), (h,) contiguous; a, b, ga, gb point to `features_dtype` on the CPU
+  const float *a, *b, *w;          // (n, h), (m, h), (h,) contiguous; a, b, da, db point to `features_dtype` on the CPU
   int64_t n, m, h;                 // all >= 1, and P is not empty
   int64_t first_positive;          // column of row 0's positive; 0 <= first_positive, first_positive + n <= m
   int32_t include_diagonal;        // 1: the positives count among the pairs of L
@@ -26,7 +26,7 @@ struct AdditiveMoments {
   int32_t features_dtype;          // a Dtype (common/dtype.h); on the CPU
   int32_t threads;
   float* moments;       // (2,) J, L
-  float *ga, *gb, *gw;  // (n, h), (m, h), (h,)
+  float *da, *db, *dw;  // (n, h), (m, h), (h,)
 };
 
 CK_DECLARE(additive_moments, AdditiveMoments)

@@ -1,15 +1,15 @@
 // All-pairs additive critic: moments and gradients in one sweep, with no n x m array.
 //
 //   S_ij = sum_h w_h phi(a_ih + b_jh)      J = mean_i S_{i,first_positive+i}      L = log(1/|P| sum_P e^{S_ij})
-//   ga_ih = w_h sum_j P_ij phi'(t_ijh)     gb_jh = w_h sum_i P_ij phi'(t_ijh)     gw_h = sum_ij P_ij phi(t_ijh)
+//   da_ih = w_h sum_j P_ij phi'(t_ijh)     db_jh = w_h sum_i P_ij phi'(t_ijh)     dw_h = sum_ij P_ij phi(t_ijh)
 //   t_ijh = a_ih + b_jh,  P_ij = e^{S_ij} / sum_P e^S on the pairs of P, 0 elsewhere
 //
 // One sweep.  L is one number for the whole array, so a tile of pairs computes its S, turns it into e_ij = e^{S_ij - shift}
 // and adds e_ij phi' to unnormalised gradients at once; dividing by sum e comes at the end.  `shift` is the largest S of the
 // first tile, and moves (rescaling what was summed) only if a tile exceeds it by HEADROOM.
 //
-// Order.  Rows are cut into groups and columns into blocks by shape alone.  A group has its own shift, its rows of ga and, per
-// block, its own sum for gb; groups are merged in order.  So one writer per number, and the same bits for any thread count.
+// Order.  Rows are cut into groups and columns into blocks by shape alone.  A group has its own shift, its rows of da and, per
+// block, its own sum for db; groups are merged in order.  So one writer per number, and the same bits for any thread count.
 
 #include "additive/moments/additive_moments.h"
 
@@ -31,9 +31,9 @@ struct Group {
   double mass;          // sum of e_ij over its rows and the columns so far
   double positives;     // sum of S over its positives
   float shift;          // e_ij = e^{S_ij - shift}
-  float* gb;            // (block, h) in panels: sum_i e_ij phi' over its rows
+  float* db;            // (block, h) in panels: sum_i e_ij phi' over its rows
   float* column_mass;   // (block,) sum_i e_ij over its rows; ReLU family only
-  double* gw;           // (h,) smooth activations only
+  double* dw;           // (h,) smooth activations only
 };
 
 // e^{from - to}; `from` is NOTHING where nothing was summed.
@@ -54,13 +54,13 @@ class Sweep : Operands<Tile> {
         groups(count_groups(p.n, ROWS, MAX_GROUPS, Tile::GROUP_TILES)),
         row_mass(KINKED ? p.n : 0),
         column_mass(KINKED ? p.m : 0),
-        own_ga(for_a && !(p.need_a && p.features_dtype == kFloat32) ? p.n * p.h : 0),
-        own_gb(for_b && !(p.need_b && p.features_dtype == kFloat32) ? p.m * p.h : 0),
-        ga(own_ga.data ? own_ga.data : p.ga),
-        gb(own_gb.data ? own_gb.data : p.gb),
-        group_gb(for_b ? groups * block * width : 0),
+        own_da(for_a && !(p.need_a && p.features_dtype == kFloat32) ? p.n * p.h : 0),
+        own_db(for_b && !(p.need_b && p.features_dtype == kFloat32) ? p.m * p.h : 0),
+        da(own_da.data ? own_da.data : p.da),
+        db(own_db.data ? own_db.data : p.db),
+        group_db(for_b ? groups * block * width : 0),
         group_column_mass(KINKED ? groups * block : 0),
-        group_gw(KINKED ? 0 : groups * width),
+        group_dw(KINKED ? 0 : groups * width),
         block_shift(blocks),
         group(groups) {
     const int64_t tiles = (p.n + ROWS - 1) / ROWS;
@@ -71,9 +71,9 @@ class Sweep : Operands<Tile> {
                        0.0,
                        0.0,
                        NOTHING,
-                       group_gb.data + (for_b ? g * block * width : 0),
+                       group_db.data + (for_b ? g * block * width : 0),
                        group_column_mass.data + (KINKED ? g * block : 0),
-                       group_gw.data + (KINKED ? 0 : g * width)};
+                       group_dw.data + (KINKED ? 0 : g * width)};
     }
   }
 
@@ -104,25 +104,25 @@ class Sweep : Operands<Tile> {
   template <bool FOR_A, bool FOR_B>
   void sweep_group(Group& g, int64_t first_column, const Scratch& t) {
     constexpr bool GRADIENTS = FOR_A || FOR_B;
-    if (FOR_A && first_column == 0) memset(ga + g.first * p.h, 0, (g.last - g.first) * p.h * sizeof(float));
-    if (FOR_B) memset(g.gb, 0, block * width * sizeof(float));
+    if (FOR_A && first_column == 0) memset(da + g.first * p.h, 0, (g.last - g.first) * p.h * sizeof(float));
+    if (FOR_B) memset(g.db, 0, block * width * sizeof(float));
     if (KINKED) memset(g.column_mass, 0, block * sizeof(float));
     for (int64_t row = g.first; row < g.last; row += ROWS) {
       const int64_t count = smaller(ROWS, g.last - row);
       this->pack_tile(row, count, t);
-      if (FOR_A) memset(t.ga, 0, ROWS * width * sizeof(float));
-      if (GRADIENTS && !KINKED) memset(t.gw, 0, width * sizeof(float));
+      if (FOR_A) memset(t.da, 0, ROWS * width * sizeof(float));
+      if (GRADIENTS && !KINKED) memset(t.dw, 0, width * sizeof(float));
       memset(t.mass, 0, MASSES * sizeof(float));
       for (int64_t at = 0; at < block && first_column + at < p.m; at += COLS) {
-        const Panel panel = this->panel(at, g.gb + (FOR_B ? at * width : 0), g.column_mass + (KINKED ? at : 0));
+        const Panel panel = this->panel(at, g.db + (FOR_B ? at * width : 0), g.column_mass + (KINKED ? at : 0));
         this->template scores<GRADIENTS>(row, count, t, panel);
         exponentials(g, row, count, first_column + at, t, panel);
         if (GRADIENTS) this->tile.template gradients<FOR_A, FOR_B>(t, panel, p.h);
       }
       add_masses(g, row, count, t);
-      if (FOR_A) add_rows<RUN>(t.ga, count, p.h, ROWS, ga + row * p.h);
+      if (FOR_A) add_rows<RUN>(t.da, count, p.h, ROWS, da + row * p.h);
       if (GRADIENTS && !KINKED)
-        for (int64_t k = 0; k < p.h; k++) g.gw[k] += t.gw[k];
+        for (int64_t k = 0; k < p.h; k++) g.dw[k] += t.dw[k];
     }
   }
 
@@ -185,13 +185,13 @@ class Sweep : Operands<Tile> {
       scale(g.column_mass, block, factor);
     }
     if (for_a) {
-      scale(ga + g.first * p.h, (g.last - g.first) * p.h, factor);
-      scale(t.ga, ROWS * width, factor);
+      scale(da + g.first * p.h, (g.last - g.first) * p.h, factor);
+      scale(t.da, ROWS * width, factor);
     }
-    if (for_b) scale(g.gb, block * width, factor);
+    if (for_b) scale(g.db, block * width, factor);
     if (!KINKED) {
-      scale(t.gw, width, factor);
-      for (int64_t k = 0; k < p.h; k++) g.gw[k] *= factor;
+      scale(t.dw, width, factor);
+      for (int64_t k = 0; k < p.h; k++) g.dw[k] *= factor;
     }
   }
 
@@ -201,7 +201,7 @@ class Sweep : Operands<Tile> {
     return highest;
   }
 
-  // gb of one block of columns: its groups, in order, in units of the highest of their e^shift.
+  // db of one block of columns: its groups, in order, in units of the highest of their e^shift.
   void merge(int64_t index, int64_t first, int64_t last) {
     const float shift = highest_shift();
     float factor[MAX_GROUPS];
@@ -210,14 +210,14 @@ class Sweep : Operands<Tile> {
     block_shift.data[index] = shift;
 #pragma omp for
     for (int64_t at = 0; at < block * width; at += SLICE)
-      merge_groups(group_gb.data, groups, block * width, factor, at, smaller(at + SLICE, block * width));
+      merge_groups(group_db.data, groups, block * width, factor, at, smaller(at + SLICE, block * width));
 #pragma omp for nowait  // the next block may be packed meanwhile, and packing ends with a barrier
     for (int64_t column = first; column < last; column++) {
       const int64_t at = (column - first) / COLS * COLS, j = (column - first) % COLS;
       float mass = 0.0f;
       for (int64_t g = 0; KINKED && g < groups; g++) mass += factor[g] * group.data[g].column_mass[at + j];
       if (KINKED) column_mass.data[column] = mass;
-      copy_row<RUN>(group_gb.data + at * width, j, COLS, p.h, gb + column * p.h);
+      copy_row<RUN>(group_db.data + at * width, j, COLS, p.h, db + column * p.h);
     }
   }
 
@@ -235,29 +235,29 @@ class Sweep : Operands<Tile> {
 #pragma omp parallel for num_threads(p.threads)
     for (int64_t k0 = 0; k0 < p.h; k0 += CHUNK) {
       const int64_t count = smaller(CHUNK, p.h - k0);
-      double gw[CHUNK] = {};
+      double dw[CHUNK] = {};
       for (int64_t g = 0; g < groups; g++) {
         const double unit = ratio(group.data[g].shift, shift) / total;
         if (for_a)
           for (int64_t i = group.data[g].first; i < group.data[g].last; i++) {
-            this->finish_vector(this->a, i, ga, k0, unit, KINKED ? row_mass.data[i] : 0.0f, 1.0, gw);
-            if (p.need_a && own_ga.data) write(ga + i * p.h + k0, i * p.h + k0, count, p.features_dtype, p.ga);
+            this->finish_vector(this->a, i, da, k0, unit, KINKED ? row_mass.data[i] : 0.0f, 1.0, dw);
+            if (p.need_a && own_da.data) write(da + i * p.h + k0, i * p.h + k0, count, p.features_dtype, p.da);
           }
       }
       if (for_b)
         for (int64_t j = 0; j < p.m; j++) {
           const double unit = ratio(block_shift.data[j / block], shift) / total;
-          this->finish_vector(this->b, j, gb, k0, unit, KINKED ? column_mass.data[j] : 0.0f, -1.0, gw);
-          if (p.need_b && own_gb.data) write(gb + j * p.h + k0, j * p.h + k0, count, p.features_dtype, p.gb);
+          this->finish_vector(this->b, j, db, k0, unit, KINKED ? column_mass.data[j] : 0.0f, -1.0, dw);
+          if (p.need_b && own_db.data) write(db + j * p.h + k0, j * p.h + k0, count, p.features_dtype, p.db);
         }
       if (!p.need_w) continue;
       for (int64_t k = k0; k < k0 + count; k++) {
-        double sum = gw[k - k0];
+        double sum = dw[k - k0];
         if constexpr (!KINKED) {
           sum = 0.0;
-          for (int64_t g = 0; g < groups; g++) sum += ratio(group.data[g].shift, shift) / total * group.data[g].gw[k];
+          for (int64_t g = 0; g < groups; g++) sum += ratio(group.data[g].shift, shift) / total * group.data[g].dw[k];
         }
-        p.gw[k] = static_cast<float>(sum);
+        p.dw[k] = static_cast<float>(sum);
       }
     }
   }
@@ -266,11 +266,11 @@ class Sweep : Operands<Tile> {
   const bool for_a, for_b;  // sums over columns, over rows
   const int64_t groups;
   ZeroBuffer<float> row_mass, column_mass;  // (n,) (m,); ReLU family only
-  Buffer<float> own_ga, own_gb;             // in place of gradients that only gw needs, or that are not float32
-  float *const ga, *const gb;               // unnormalised, without w, until finish()
-  ZeroBuffer<float> group_gb, group_column_mass;
-  ZeroBuffer<double> group_gw;
-  ZeroBuffer<float> block_shift;  // (blocks,) units of gb
+  Buffer<float> own_da, own_db;             // in place of gradients that only dw needs, or that are not float32
+  float *const da, *const db;               // unnormalised, without w, until finish()
+  ZeroBuffer<float> group_db, group_column_mass;
+  ZeroBuffer<double> group_dw;
+  ZeroBuffer<float> block_shift;  // (blocks,) units of db
   ZeroBuffer<Group> group;
 };
 
@@ -287,9 +287,9 @@ void additive_moments(const AdditiveMoments& p) {
                       all_finite(&p.slope, 1, 1);
   if (!finite) {
     fill(p.moments, 2, NAN);
-    if (p.need_a) write_nan(p.n * p.h, p.features_dtype, p.ga);
-    if (p.need_b) write_nan(p.m * p.h, p.features_dtype, p.gb);
-    if (p.need_w) fill(p.gw, p.h, NAN);
+    if (p.need_a) write_nan(p.n * p.h, p.features_dtype, p.da);
+    if (p.need_b) write_nan(p.m * p.h, p.features_dtype, p.db);
+    if (p.need_w) fill(p.dw, p.h, NAN);
     return;
   }
   with_tile(p, [&p](const auto& tile, float below) { run(p, tile, below); });

@@ -1,14 +1,14 @@
 // All-pairs additive critic on a GPU: moments and gradients in one sweep, in panels of rows.
 //
 //   S_ij = sum_h w_h phi(a_ih + b_jh)      J = mean_i S_{i,first_positive+i}      L = log(1/|P| sum_P e^{S_ij})
-//   ga_ih = w_h sum_j P_ij phi'(t_ijh)     gb_jh = w_h sum_i P_ij phi'(t_ijh)     gw_h = sum_ij P_ij phi(t_ijh)
+//   da_ih = w_h sum_j P_ij phi'(t_ijh)     db_jh = w_h sum_i P_ij phi'(t_ijh)     dw_h = sum_ij P_ij phi(t_ijh)
 //
 // A panel is as many rows as have their scores in the budget.  For each: the scores (scores.cuh), the largest so far as the
-// unit of its exponentials (ends.cuh), the sums over its columns for ga, those over its rows added to gb (gradients.cuh).
+// unit of its exponentials (prologue_epilogue.cuh), the sums over its columns for da, those over its rows added to db (gradients.cuh).
 // L divides at the end, so no score is computed twice, whatever n m is.  One writer per number, sums in an order that only
 // the shape and the number of processors decide, no atomics, nothing waits for the device.
 //
-// phi = t phi' gives gw of the ReLU family from ga and gb; the other activations sum P phi next to P phi'.
+// phi = t phi' gives dw of the ReLU family from da and db; the other activations sum P phi next to P phi'.
 #include "additive/moments/cuda.h"
 
 #include "additive/moments/prologue_epilogue.cuh"
@@ -30,16 +30,19 @@ namespace cuda {
 #define CK_LOGISTIC_SCORES 2
 #endif
 
-#define CK_SCORES(name, Phi, blocks)                                                                                 \
-  extern "C" __global__ void __launch_bounds__(SCORE_THREADS, blocks) additive_scores_##name(CK_SCORES_PARAMETERS) { \
-    scores_of_tile<Phi>(CK_SCORES_ARGUMENTS);                                                                        \
+#define CK_SCORES(name, Phi, blocks)                                  \
+  extern "C" __global__ void __launch_bounds__(SCORE_THREADS, blocks) \
+      additive_moments_scores_##name##_kernel(CK_SCORES_PARAMETERS) { \
+    scores_of_tile<Phi>(CK_SCORES_ARGUMENTS);                         \
   }
-#define CK_SWEEPS(name, Phi, row_blocks)                                                                              \
-  extern "C" __global__ void __launch_bounds__(SWEEP_THREADS, row_blocks) additive_rows_##name(CK_SWEEP_PARAMETERS) { \
-    sweep<Phi, false>(CK_SWEEP_ARGUMENTS);                                                                            \
-  }                                                                                                                   \
-  extern "C" __global__ void __launch_bounds__(SWEEP_THREADS, 2) additive_columns_##name(CK_SWEEP_PARAMETERS) {       \
-    sweep<Phi, true>(CK_SWEEP_ARGUMENTS);                                                                             \
+#define CK_SWEEPS(name, Phi, row_blocks)                                  \
+  extern "C" __global__ void __launch_bounds__(SWEEP_THREADS, row_blocks) \
+      additive_moments_rows_##name##_kernel(CK_SWEEP_PARAMETERS) {        \
+    sweep<Phi, false>(CK_SWEEP_ARGUMENTS);                                \
+  }                                                                       \
+  extern "C" __global__ void __launch_bounds__(SWEEP_THREADS, 2)          \
+      additive_moments_columns_##name##_kernel(CK_SWEEP_PARAMETERS) {     \
+    sweep<Phi, true>(CK_SWEEP_ARGUMENTS);                                 \
   }
 
 CK_SCORES(relu, Kinked, 2)  // leaky ReLU too: what differs is in the terms and in w
@@ -69,9 +72,10 @@ struct Kernels {
   SweepKernel rows, columns;
 };
 
-#define CK_ENTRY(of_scores, name)                                                    \
-  {"additive_scores_" #of_scores, "additive_rows_" #name, "additive_columns_" #name, \
-   additive_scores_##of_scores,   additive_rows_##name,   additive_columns_##name}
+#define CK_ENTRY(of_scores, name)                                                                 \
+  {"additive_moments_scores_" #of_scores "_kernel", "additive_moments_rows_" #name "_kernel",     \
+   "additive_moments_columns_" #name "_kernel",     additive_moments_scores_##of_scores##_kernel, \
+   additive_moments_rows_##name##_kernel,           additive_moments_columns_##name##_kernel}
 const Kernels KERNELS[] = {// in the order of enum Activation
                            CK_ENTRY(relu, relu),           CK_ENTRY(relu, leaky_relu), CK_ENTRY(gelu, gelu),
                            CK_ENTRY(gelu_tanh, gelu_tanh), CK_ENTRY(silu, silu),       CK_ENTRY(elu, elu),
@@ -142,8 +146,8 @@ class Sweep {
     const bool in_place_a = p.need_a && p.dtype == 0, in_place_b = p.need_b && p.dtype == 0;
     ua_ = workspace_.take<float>("ua", for_a_ && !in_place_a ? p.n * p.h : 0);
     ub_ = workspace_.take<float>("ub", for_b_ && !in_place_b ? p.m * p.h : 0);
-    if (in_place_a) ua_ = p.ga;
-    if (in_place_b) ub_ = p.gb;
+    if (in_place_a) ua_ = p.da;
+    if (in_place_b) ub_ = p.db;
     row_parts_ = workspace_.take<float>("row_parts", row_split_.count > 1 ? row_split_.count * panel_rows_ * p.h : 0);
     column_parts_ =
         workspace_.take<float>("column_parts", column_split_.count > 1 ? column_split_.count * p.m * p.h : 0);
@@ -156,14 +160,15 @@ class Sweep {
 
   void launch(Launcher& run) const {
     const unsigned widest = static_cast<unsigned>(larger(n_padded_, m_padded_) / 32), unit_blocks = blocks(h_, 32);
-    RUN(additive_range, dim3(unit_blocks, chunks_, 2), END_THREADS, p_.a, p_.b, p_.dtype, n_, m_, h_, low_, high_);
-    RUN(additive_centre, dim3(1), END_THREADS, low_, high_, chunks_, p_.w, p_.w_dtype, h_, units_, p_.slope, leak_,
-        centre_, weights_, poison_);
-    RUN(additive_pack, dim3(widest, units_ / 32, 2), END_THREADS, p_.a, p_.b, p_.dtype, n_, m_, h_, n_padded_,
-        m_padded_, at_, bt_);
+    RUN(additive_moments_range_kernel, dim3(unit_blocks, chunks_, 2), END_THREADS, p_.a, p_.b, p_.dtype, n_, m_, h_,
+        low_, high_);
+    RUN(additive_moments_centre_kernel, dim3(1), END_THREADS, low_, high_, chunks_, p_.w, p_.w_dtype, h_, units_,
+        p_.slope, leak_, centre_, weights_, poison_);
+    RUN(additive_moments_pack_kernel, dim3(widest, units_ / 32, 2), END_THREADS, p_.a, p_.b, p_.dtype, n_, m_, h_,
+        n_padded_, m_padded_, at_, bt_);
     if (kinked_)
-      RUN(additive_terms, dim3(blocks(larger(n_, m_), END_THREADS / 32), 1, 2), END_THREADS, p_.a, p_.b, p_.dtype, n_,
-          m_, h_, p_.w, p_.w_dtype, centre_, leak_, row_term_, column_term_);
+      RUN(additive_moments_terms_kernel, dim3(blocks(larger(n_, m_), END_THREADS / 32), 1, 2), END_THREADS, p_.a, p_.b,
+          p_.dtype, n_, m_, h_, p_.w, p_.w_dtype, centre_, leak_, row_term_, column_term_);
     for (int panel = 0; panel < panels_; panel++) launch_panel(run, panel);
     launch_gradients(run);
   }
@@ -177,9 +182,9 @@ class Sweep {
     run(kernels.scores_name, kernels.scores, tiles, SCORE_THREADS, at_ + first, bt_, n_padded_, m_padded_, weights_,
         centre_, row_term_, column_term_, static_cast<int>(padded(h_, SCORE_UNITS)), first, n_, m_,
         static_cast<int>(p_.first_positive), p_.include_diagonal, p_.slope, scores_, positives_, tile_max_, tile_sum_);
-    RUN(additive_total, dim3(1), TOTAL_THREADS, tile_max_, tile_sum_, static_cast<int64_t>(tiles.x) * tiles.y, panel,
-        panel + 1 == panels_, positives_, n_, m_, p_.include_diagonal, poison_, running_, shift_, factor_, lse_,
-        p_.moments);
+    RUN(additive_moments_total_kernel, dim3(1), TOTAL_THREADS, tile_max_, tile_sum_,
+        static_cast<int64_t>(tiles.x) * tiles.y, panel, panel + 1 == panels_, positives_, n_, m_, p_.include_diagonal,
+        poison_, running_, shift_, factor_, lse_, p_.moments);
     const float* const factor = panel ? factor_ + panel : nullptr;
     if (for_a_) {
       const int count = static_cast<int>(smaller(rows, n_ - first));
@@ -209,22 +214,25 @@ class Sweep {
     float* const row_weights = kinked_ ? weight_parts_ : nullptr;
     float* const column_weights = row_weights ? weight_parts_ + static_cast<int64_t>(row_chunks_) * h_ : nullptr;
     if (p_.need_a || row_weights)
-      RUN(additive_scale, dim3(unit_blocks, row_chunks_), END_THREADS, p_.a, p_.dtype, n_, h_, 1.0f, centre_, ua_,
-          shift_, static_cast<int>(panel_rows_), lse_, p_.w, p_.w_dtype, p_.need_a ? p_.ga : nullptr, row_weights);
+      RUN(additive_moments_scale_kernel, dim3(unit_blocks, row_chunks_), END_THREADS, p_.a, p_.dtype, n_, h_, 1.0f,
+          centre_, ua_, shift_, static_cast<int>(panel_rows_), lse_, p_.w, p_.w_dtype, p_.need_a ? p_.da : nullptr,
+          row_weights);
     if (p_.need_b || row_weights)
-      RUN(additive_scale, dim3(unit_blocks, column_chunks_), END_THREADS, p_.b, p_.dtype, m_, h_, -1.0f, centre_, ub_,
-          shift_ + panels_ - 1, INT32_MAX, lse_, p_.w, p_.w_dtype, p_.need_b ? p_.gb : nullptr, column_weights);
+      RUN(additive_moments_scale_kernel, dim3(unit_blocks, column_chunks_), END_THREADS, p_.b, p_.dtype, m_, h_, -1.0f,
+          centre_, ub_, shift_ + panels_ - 1, INT32_MAX, lse_, p_.w, p_.w_dtype, p_.need_b ? p_.db : nullptr,
+          column_weights);
     if (!p_.need_w) return;
     const dim3 grid(blocks(h_, END_THREADS));
     if (kinked_)
-      RUN(additive_weights, grid, END_THREADS, weight_parts_, row_chunks_ + column_chunks_, h_, nullptr, nullptr, p_.gw,
-          p_.w_dtype);
+      RUN(additive_moments_weights_kernel, grid, END_THREADS, weight_parts_, row_chunks_ + column_chunks_, h_, nullptr,
+          nullptr, p_.dw, p_.w_dtype);
     else
-      RUN(additive_weights, grid, END_THREADS, weight_sum_, 1, h_, shift_ + panels_ - 1, lse_, p_.gw, p_.w_dtype);
+      RUN(additive_moments_weights_kernel, grid, END_THREADS, weight_sum_, 1, h_, shift_ + panels_ - 1, lse_, p_.dw,
+          p_.w_dtype);
   }
 
   void fold(Launcher& run, const float* parts, int count, int64_t size, const float* factor, float* u) const {
-    RUN(additive_fold, dim3(blocks(size, END_THREADS)), END_THREADS, parts, count, size, factor, u);
+    RUN(additive_moments_fold_kernel, dim3(blocks(size, END_THREADS)), END_THREADS, parts, count, size, factor, u);
   }
 
   const AdditiveMoments& p_;

@@ -7,7 +7,7 @@
 namespace ck {
 namespace cuda {
 
-// `a`, `b`, `ga`, `gb` point to `dtype`, `w` and `gw` to `w_dtype` (common/dtype.h); moments are float32.  n, m < 2^31 - 128.
+// `a`, `b`, `da`, `db` point to `dtype`, `w` and `dw` to `w_dtype` (common/dtype.h); moments are float32.  n, m < 2^31 - 128.
 struct AdditiveMoments : ck::AdditiveMoments {
   int32_t dtype, w_dtype;
   int32_t device, processors;

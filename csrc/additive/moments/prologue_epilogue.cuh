@@ -14,7 +14,8 @@ constexpr int TOTAL_THREADS = 1024;
 
 // low and high (2, chunks, h): the least and the greatest of a chunk of rows, NaN where one is NaN or infinite.
 extern "C" __global__ void __launch_bounds__(END_THREADS)
-    additive_range(const void* a, const void* b, int dtype, int n, int m, int h, float* low, float* high) {
+    additive_moments_range_kernel(const void* a, const void* b, int dtype, int n, int m, int h, float* low,
+                                  float* high) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, side = blockIdx.z, unit = blockIdx.x * 32 + lane;
   const void* x = side ? b : a;
   const int rows = side ? m : n, chunk = (rows + gridDim.y - 1) / gridDim.y;
@@ -42,8 +43,8 @@ extern "C" __global__ void __launch_bounds__(END_THREADS)
 // together, so a + centre and b - centre stand in their place.  weights (units,) = (1 - leak) w, 0 in the padding.
 // *poison is NaN if any input is NaN or infinite, else 0.
 extern "C" __global__ void __launch_bounds__(END_THREADS)
-    additive_centre(const float* low, const float* high, int chunks, const void* w, int dtype, int h, int units,
-                    float slope, float leak, float* centre, float* weights, float* poison) {
+    additive_moments_centre_kernel(const float* low, const float* high, int chunks, const void* w, int dtype, int h,
+                                   int units, float slope, float leak, float* centre, float* weights, float* poison) {
   float zero = slope * 0.0f;
   for (int unit = threadIdx.x; unit < units; unit += END_THREADS) {
     float c = 0.0f, wk = 0.0f;
@@ -73,8 +74,8 @@ extern "C" __global__ void __launch_bounds__(END_THREADS)
 
 // at (units, n_padded) and bt (units, m_padded): a and b in float32, transposed, 0 in the padding.
 extern "C" __global__ void __launch_bounds__(END_THREADS)
-    additive_pack(const void* a, const void* b, int dtype, int n, int m, int h, int64_t n_padded, int64_t m_padded,
-                  float* at, float* bt) {
+    additive_moments_pack_kernel(const void* a, const void* b, int dtype, int n, int m, int h, int64_t n_padded,
+                                 int64_t m_padded, float* at, float* bt) {
   __shared__ float tile[32][33];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, side = blockIdx.z, unit0 = blockIdx.y * 32;
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * 32, stride = side ? m_padded : n_padded;
@@ -92,8 +93,8 @@ extern "C" __global__ void __launch_bounds__(END_THREADS)
 // phi(t) = leak t + (1 - leak) max(t, 0) and max(a + b, 0) = max(a + c, c - b) + (b - c):
 // row_term_i = leak sum w a, column_term_j = sum w (b - (1 - leak) c).
 extern "C" __global__ void __launch_bounds__(END_THREADS)
-    additive_terms(const void* a, const void* b, int dtype, int n, int m, int h, const void* w, int w_dtype,
-                   const float* centre, float leak, float* row_term, float* column_term) {
+    additive_moments_terms_kernel(const void* a, const void* b, int dtype, int n, int m, int h, const void* w,
+                                  int w_dtype, const float* centre, float leak, float* row_term, float* column_term) {
   const int lane = threadIdx.x % 32, side = blockIdx.z;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (END_THREADS / 32) + threadIdx.x / 32;
   if (row >= (side ? m : n)) return;
@@ -111,9 +112,9 @@ extern "C" __global__ void __launch_bounds__(END_THREADS)
 // e^{S - largest}.  shift[panel] is that largest, the unit of the panel's P; factor[panel] brings earlier sums to it.  The
 // last panel also gives moments (2,) = J, L and *lse.
 extern "C" __global__ void __launch_bounds__(TOTAL_THREADS)
-    additive_total(const float* tile_max, const float* tile_sum, int64_t tiles, int panel, int last,
-                   const float* positives, int n, int m, int include_diagonal, const float* poison, double* running,
-                   float* shift, float* factor, float* lse, float* moments) {
+    additive_moments_total_kernel(const float* tile_max, const float* tile_sum, int64_t tiles, int panel, int last,
+                                  const float* positives, int n, int m, int include_diagonal, const float* poison,
+                                  double* running, float* shift, float* factor, float* lse, float* moments) {
   __shared__ double shared[TOTAL_THREADS / 32];
   double top = -INFINITY;
   for (int64_t i = threadIdx.x; i < tiles; i += TOTAL_THREADS) top = fmax(top, static_cast<double>(tile_max[i]));
@@ -146,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(TOTAL_THREADS)
 
 // u (size,) = *factor u, or 0 if factor is null, plus the `count` parts, each (size,).
 extern "C" __global__ void __launch_bounds__(END_THREADS)
-    additive_fold(const float* parts, int count, int64_t size, const float* factor, float* u) {
+    additive_moments_fold_kernel(const float* parts, int count, int64_t size, const float* factor, float* u) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * END_THREADS + threadIdx.x;
   if (at >= size) return;
   float sum = factor ? *factor * u[at] : 0.0f;
@@ -155,11 +156,11 @@ extern "C" __global__ void __launch_bounds__(END_THREADS)
 }
 
 // u (count, h) in the unit e^{shift[row / panel_rows]} becomes the gradient g (count, h) = w U, U = u e^{shift - lse}; g may be u
-// or null.  parts (gridDim.y, h) or null: sum over a chunk of rows of (x + sign centre) U, the share of gw as phi = t phi'.
+// or null.  parts (gridDim.y, h) or null: sum over a chunk of rows of (x + sign centre) U, the share of dw as phi = t phi'.
 extern "C" __global__ void __launch_bounds__(END_THREADS)
-    additive_scale(const void* x, int dtype, int count, int h, float sign, const float* centre, const float* u,
-                   const float* shift, int panel_rows, const float* lse, const void* w, int w_dtype, void* g,
-                   float* parts) {
+    additive_moments_scale_kernel(const void* x, int dtype, int count, int h, float sign, const float* centre,
+                                  const float* u, const float* shift, int panel_rows, const float* lse, const void* w,
+                                  int w_dtype, void* g, float* parts) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, unit = blockIdx.x * 32 + lane;
   const int chunk = (count + gridDim.y - 1) / gridDim.y;
   const int64_t first = static_cast<int64_t>(blockIdx.y) * chunk, last = first + chunk < count ? first + chunk : count;
@@ -181,14 +182,15 @@ extern "C" __global__ void __launch_bounds__(END_THREADS)
   parts[static_cast<int64_t>(blockIdx.y) * h + unit] = sum;
 }
 
-// gw (h,) = the sum of `count` parts, each (h,), times e^{*shift - *lse} if shift is not null.
+// dw (h,) = the sum of `count` parts, each (h,), times e^{*shift - *lse} if shift is not null.
 extern "C" __global__ void __launch_bounds__(END_THREADS)
-    additive_weights(const float* parts, int count, int h, const float* shift, const float* lse, void* gw, int dtype) {
+    additive_moments_weights_kernel(const float* parts, int count, int h, const float* shift, const float* lse,
+                                    void* dw, int dtype) {
   const int unit = blockIdx.x * END_THREADS + threadIdx.x;
   if (unit >= h) return;
   double sum = 0.0;
   for (int i = 0; i < count; i++) sum += parts[static_cast<int64_t>(i) * h + unit];
-  store_as(gw, dtype, unit, static_cast<float>(shift ? sum * exp_fast(*shift - *lse) : sum));
+  store_as(dw, dtype, unit, static_cast<float>(shift ? sum * exp_fast(*shift - *lse) : sum));
 }
 
 }  // namespace cuda

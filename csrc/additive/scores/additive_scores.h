@@ -1,7 +1,7 @@
 // Scores of an additive critic for n x m pairs, and the gradients of a weighted sum of them.
 //
 //   S_ij = sum_h w_h phi(a_ih + b_jh)
-//   ga_ih = w_h sum_j g_ij phi'(t_ijh)    gb_jh = w_h sum_i g_ij phi'(t_ijh)    gw_h = sum_ij g_ij phi(t_ijh)
+//   da_ih = w_h sum_j g_ij phi'(t_ijh)    db_jh = w_h sum_i g_ij phi'(t_ijh)    dw_h = sum_ij g_ij phi(t_ijh)
 //
 // A NaN or an infinity anywhere in the input makes every output NaN.  Results do not depend on the number of threads.
 #pragma once
@@ -13,7 +13,7 @@
 namespace ck {
 
 struct AdditiveScores {
-  const float *a, *b, *w;  // (n, h), (m, h), (h,) contiguous; a, b, ga, gb point to `features_dtype`
+  const float *a, *b, *w;  // (n, h), (m, h), (h,) contiguous; a, b, da, db point to `features_dtype`
   int64_t n, m, h;
   int32_t activation;      // an Activation (additive/activation_names.h)
   float slope;             // leaky_relu's negative slope; elu's alpha
@@ -21,7 +21,7 @@ struct AdditiveScores {
   int32_t threads;
   float* scores;        // (n, m), forward
   const float* grad;    // (n, m), backward
-  float *ga, *gb, *gw;  // (n, h), (m, h), (h,), backward; null where not needed
+  float *da, *db, *dw;  // (n, h), (m, h), (h,), backward; null where not needed
 };
 
 CK_DECLARE(additive_scores_forward, AdditiveScores)

@@ -1,7 +1,7 @@
 // additive_scores on the CPU, on the tiles of additive/tiles.h.
 //
 // Forward: one writer per tile of scores.  Backward: g takes the place of e_ij.  Rows are cut into groups by shape alone; a
-// group has its rows of ga and, per block of columns, its own sum for gb; groups are merged in order.
+// group has its rows of da and, per block of columns, its own sum for db; groups are merged in order.
 #include "additive/scores/additive_scores.h"
 
 #include "additive/sweep.h"
@@ -58,17 +58,17 @@ class Backward : Operands<Tile> {
   Backward(const AdditiveScores& p, const Tile& tile, float below)
       : Base(p, tile, below),
         p(p),
-        for_a(p.ga || p.gw || !KINKED),
-        for_b(p.gb || p.gw || !KINKED),
+        for_a(p.da || p.dw || !KINKED),
+        for_b(p.db || p.dw || !KINKED),
         groups(count_groups(p.n, ROWS, MAX_GROUPS, KINKED ? Tile::GROUP_TILES / 2 : 4)),
         row_mass(below != 0.0f ? p.n : 0),
         column_mass(below != 0.0f ? p.m : 0),
-        own_ga(for_a && !(p.ga && p.features_dtype == kFloat32) ? p.n * p.h : 0),
-        own_gb(for_b && !(p.gb && p.features_dtype == kFloat32) ? p.m * p.h : 0),
-        ga(own_ga.data ? own_ga.data : p.ga),
-        gb(own_gb.data ? own_gb.data : p.gb),
-        group_gb(for_b ? groups * block * width : 0),
-        group_gw(KINKED ? 0 : groups * width) {}
+        own_da(for_a && !(p.da && p.features_dtype == kFloat32) ? p.n * p.h : 0),
+        own_db(for_b && !(p.db && p.features_dtype == kFloat32) ? p.m * p.h : 0),
+        da(own_da.data ? own_da.data : p.da),
+        db(own_db.data ? own_db.data : p.db),
+        group_db(for_b ? groups * block * width : 0),
+        group_dw(KINKED ? 0 : groups * width) {}
 
   void run() {
     void (Backward::*sweep)(int64_t, int64_t, const Scratch&) = &Backward::sweep_group<true, true>;
@@ -116,23 +116,23 @@ class Backward : Operands<Tile> {
   void sweep_group(int64_t g, int64_t first_column, const Scratch& t) {
     const int64_t tiles = (p.n + ROWS - 1) / ROWS;
     const int64_t first = g * tiles / groups * ROWS, last = smaller((g + 1) * tiles / groups * ROWS, p.n);
-    float* sum = group_gb.data + (FOR_B ? g * block * width : 0);
-    if (FOR_A && first_column == 0) memset(ga + first * p.h, 0, (last - first) * p.h * sizeof(float));
+    float* sum = group_db.data + (FOR_B ? g * block * width : 0);
+    if (FOR_A && first_column == 0) memset(da + first * p.h, 0, (last - first) * p.h * sizeof(float));
     if (FOR_B) memset(sum, 0, block * width * sizeof(float));
     for (int64_t row = first; row < last; row += ROWS) {
       const int64_t count = smaller(ROWS, last - row);
       this->pack_tile(row, count, t);
-      if (FOR_A) memset(t.ga, 0, ROWS * width * sizeof(float));
-      if (!KINKED) memset(t.gw, 0, width * sizeof(float));
+      if (FOR_A) memset(t.da, 0, ROWS * width * sizeof(float));
+      if (!KINKED) memset(t.dw, 0, width * sizeof(float));
       for (int64_t at = 0; at < block && first_column + at < p.m; at += COLS) {
         const Panel panel = this->panel(at, sum + (FOR_B ? at * width : 0), nullptr);
         if (!KINKED) this->template scores<true>(row, count, t, panel);  // for phi and phi'
         load_grad(row, count, first_column + at, t.s);
         this->tile.template gradients<FOR_A, FOR_B>(t, panel, p.h);
       }
-      if (FOR_A) add_rows<RUN>(t.ga, count, p.h, ROWS, ga + row * p.h);
+      if (FOR_A) add_rows<RUN>(t.da, count, p.h, ROWS, da + row * p.h);
       if (!KINKED)
-        for (int64_t k = 0; k < p.h; k++) group_gw.data[g * width + k] += t.gw[k];
+        for (int64_t k = 0; k < p.h; k++) group_dw.data[g * width + k] += t.dw[k];
     }
   }
 
@@ -144,17 +144,17 @@ class Backward : Operands<Tile> {
       memcpy(tile_grad + i * COLS, p.grad + (row + i) * p.m + column, columns * sizeof(float));
   }
 
-  // gb of one block of columns: its groups, in order.
+  // db of one block of columns: its groups, in order.
   void merge(int64_t first, int64_t last) {
     float factor[MAX_GROUPS];
     fill(factor, groups, 1.0f);
 #pragma omp for
     for (int64_t at = 0; at < block * width; at += SLICE)
-      merge_groups(group_gb.data, groups, block * width, factor, at, smaller(at + SLICE, block * width));
+      merge_groups(group_db.data, groups, block * width, factor, at, smaller(at + SLICE, block * width));
 #pragma omp for nowait  // the next block may be packed meanwhile, and packing ends with a barrier
     for (int64_t column = first; column < last; column++) {
       const int64_t at = (column - first) / COLS * COLS, j = (column - first) % COLS;
-      copy_row<RUN>(group_gb.data + at * width, j, COLS, p.h, gb + column * p.h);
+      copy_row<RUN>(group_db.data + at * width, j, COLS, p.h, db + column * p.h);
     }
   }
 
@@ -162,20 +162,20 @@ class Backward : Operands<Tile> {
     const bool leaky = this->below != 0.0f;
 #pragma omp parallel for num_threads(p.threads)
     for (int64_t k0 = 0; k0 < p.h; k0 += CHUNK) {
-      double gw[CHUNK] = {};
+      double dw[CHUNK] = {};
       const int64_t count = smaller(CHUNK, p.h - k0);
       for (int64_t i = 0; for_a && i < p.n; i++) {
-        this->finish_vector(this->a, i, ga, k0, 1.0, leaky ? row_mass.data[i] : 0.0f, 1.0, gw);
-        if (p.ga && own_ga.data) write(ga + i * p.h + k0, i * p.h + k0, count, p.features_dtype, p.ga);
+        this->finish_vector(this->a, i, da, k0, 1.0, leaky ? row_mass.data[i] : 0.0f, 1.0, dw);
+        if (p.da && own_da.data) write(da + i * p.h + k0, i * p.h + k0, count, p.features_dtype, p.da);
       }
       for (int64_t j = 0; for_b && j < p.m; j++) {
-        this->finish_vector(this->b, j, gb, k0, 1.0, leaky ? column_mass.data[j] : 0.0f, -1.0, gw);
-        if (p.gb && own_gb.data) write(gb + j * p.h + k0, j * p.h + k0, count, p.features_dtype, p.gb);
+        this->finish_vector(this->b, j, db, k0, 1.0, leaky ? column_mass.data[j] : 0.0f, -1.0, dw);
+        if (p.db && own_db.data) write(db + j * p.h + k0, j * p.h + k0, count, p.features_dtype, p.db);
       }
-      for (int64_t k = k0; p.gw && k < smaller(k0 + CHUNK, p.h); k++) {
-        double sum = KINKED ? gw[k - k0] : 0.0;
-        for (int64_t g = 0; !KINKED && g < groups; g++) sum += group_gw.data[g * width + k];
-        p.gw[k] = static_cast<float>(sum);
+      for (int64_t k = k0; p.dw && k < smaller(k0 + CHUNK, p.h); k++) {
+        double sum = KINKED ? dw[k - k0] : 0.0;
+        for (int64_t g = 0; !KINKED && g < groups; g++) sum += group_dw.data[g * width + k];
+        p.dw[k] = static_cast<float>(sum);
       }
     }
   }
@@ -184,10 +184,10 @@ class Backward : Operands<Tile> {
   const bool for_a, for_b;  // sums over columns, over rows
   const int64_t groups;
   ZeroBuffer<float> row_mass, column_mass;  // (n,) (m,) sums of g; leaky ReLU only
-  Buffer<float> own_ga, own_gb;             // in place of gradients that only gw needs, or that are not float32
-  float *const ga, *const gb;               // without w, until finish()
-  ZeroBuffer<float> group_gb;
-  ZeroBuffer<double> group_gw;  // smooth activations only
+  Buffer<float> own_da, own_db;             // in place of gradients that only dw needs, or that are not float32
+  float *const da, *const db;               // without w, until finish()
+  ZeroBuffer<float> group_db;
+  ZeroBuffer<double> group_dw;  // smooth activations only
 };
 
 template <class Tile>
@@ -214,11 +214,11 @@ void additive_scores_forward(const AdditiveScores& p) {
 }
 
 void additive_scores_backward(const AdditiveScores& p) {
-  if (!p.ga && !p.gb && !p.gw) return;
+  if (!p.da && !p.db && !p.dw) return;
   if (!operands_finite(p) || !all_finite(p.grad, p.n * p.m, p.threads)) {
-    if (p.ga) write_nan(p.n * p.h, p.features_dtype, p.ga);
-    if (p.gb) write_nan(p.m * p.h, p.features_dtype, p.gb);
-    if (p.gw) fill(p.gw, p.h, NAN);
+    if (p.da) write_nan(p.n * p.h, p.features_dtype, p.da);
+    if (p.db) write_nan(p.m * p.h, p.features_dtype, p.db);
+    if (p.dw) fill(p.dw, p.h, NAN);
     return;
   }
   with_tile(p, [&p](const auto& tile, float below) { backward(p, tile, below); });

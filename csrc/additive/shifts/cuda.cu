@@ -173,7 +173,7 @@ __device__ __forceinline__ void shifted_sweep(CK_SHIFT_SWEEP_PARAMETERS) {
 
 // dw (h,) = the sum of `count` parts, each (h,)
 extern "C" __global__ void __launch_bounds__(THREADS)
-    shifts_weights(const float* parts, int count, int h, void* dw, int dtype) {
+    additive_shifts_weights_kernel(const float* parts, int count, int h, void* dw, int dtype) {
   const int unit = blockIdx.x * THREADS + threadIdx.x;
   if (unit >= h) return;
   double sum = 0.0;
@@ -181,12 +181,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   store_as(dw, dtype, unit, static_cast<float>(sum));
 }
 
-#define CK_SHIFT_KERNELS(name, Phi)                                                                           \
-  extern "C" __global__ void __launch_bounds__(THREADS, 2) shifts_scores_##name(CK_SHIFT_SCORES_PARAMETERS) { \
-    shifted_scores<Phi>(CK_SHIFT_SCORES_ARGUMENTS);                                                           \
-  }                                                                                                           \
-  extern "C" __global__ void __launch_bounds__(THREADS, 2) shifts_sweep_##name(CK_SHIFT_SWEEP_PARAMETERS) {   \
-    shifted_sweep<Phi>(CK_SHIFT_SWEEP_ARGUMENTS);                                                             \
+#define CK_SHIFT_KERNELS(name, Phi)                                        \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2)                 \
+      additive_shifts_scores_##name##_kernel(CK_SHIFT_SCORES_PARAMETERS) { \
+    shifted_scores<Phi>(CK_SHIFT_SCORES_ARGUMENTS);                        \
+  }                                                                        \
+  extern "C" __global__ void __launch_bounds__(THREADS, 2)                 \
+      additive_shifts_sweep_##name##_kernel(CK_SHIFT_SWEEP_PARAMETERS) {   \
+    shifted_sweep<Phi>(CK_SHIFT_SWEEP_ARGUMENTS);                          \
   }
 
 CK_SHIFT_KERNELS(relu, Relu)
@@ -206,7 +208,9 @@ struct Kernels {
   void (*sweep)(CK_SHIFT_SWEEP_PARAMETERS);
 };
 
-#define CK_ENTRY(name) {"shifts_scores_" #name, "shifts_sweep_" #name, shifts_scores_##name, shifts_sweep_##name}
+#define CK_ENTRY(name)                                                                  \
+  {"additive_shifts_scores_" #name "_kernel", "additive_shifts_sweep_" #name "_kernel", \
+   additive_shifts_scores_##name##_kernel, additive_shifts_sweep_##name##_kernel}
 const Kernels KERNELS[] = {CK_ENTRY(relu), CK_ENTRY(leaky_relu), CK_ENTRY(gelu),     CK_ENTRY(gelu_tanh),
                            CK_ENTRY(silu), CK_ENTRY(elu),        CK_ENTRY(softplus), CK_ENTRY(tanh)};
 
@@ -239,8 +243,8 @@ void launch_backward(const AdditiveShifts& p, Workspace& workspace, Launcher& ru
     run(kernels.sweep_name, kernels.sweep, dim3(unit_blocks, row_blocks(p.m)), THREADS, p.b, p.a, p.dtype, whole(p),
         p.w, p.w_dtype, p.m, p.n, p.m, p.h, p.first, p.k, -1, p.slope, p.g, p.db, nullptr);
   if (p.need_w)
-    run("shifts_weights", shifts_weights, dim3(blocks(p.h, THREADS)), THREADS, parts, row_blocks(p.n), p.h, p.dw,
-        p.w_dtype);
+    run("additive_shifts_weights_kernel", additive_shifts_weights_kernel, dim3(blocks(p.h, THREADS)), THREADS, parts,
+        row_blocks(p.n), p.h, p.dw, p.w_dtype);
 }
 
 }  // namespace

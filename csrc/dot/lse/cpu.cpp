@@ -3,8 +3,8 @@
 //     forward    R_i = log sum_j exp l_ij          C_j = log sum_i exp l_ij
 //     backward   G_ij = exp(l_ij - R_i) u_i + exp(l_ij - C_j) v_j
 //
-// One exponential serves rows and columns: exp(l - off) with off = max(0, B - 60), where |l| <= B = scale max|x| max|y|.
-// It cannot overflow; where it could underflow a whole row or column (R < off - 55), and for B > 110, the online mode
+// One exponential serves rows and columns: exp(l - shift), shift = max(0, B - 60), where |l| <= B = scale max|x| max|y|.
+// It cannot overflow; where it could underflow a whole row or column (R < shift - 55), and for B > 110, the online mode
 // keeps a maximum for each row and column instead.  (B - 60 alone would cost l its last digits when B is small.)
 #include "dot/lse/dot_lse.h"
 
@@ -25,13 +25,13 @@ struct Sums {
   float *col_max, *col_sum;  // of the problem, at the tile's columns: added to; col_max is null where nobody wants it
 };
 
-// e = exp(scale s - off) of WIDTH blocks, one `stride` after the other, and its sums; the maxima of scale s where MAX (scale
+// e = exp(scale s - shift) of WIDTH blocks, one `stride` after the other, and its sums; the maxima of scale s where MAX (scale
 // is positive).  e is kept at `keep`, whose blocks are `keep_stride` apart, unless that is null.
 template <bool MAX, int WIDTH>
-static void exp_sums(float scale, float off, const TileShape& t, const float* s, int64_t stride, float* keep,
+static void exp_sums(float scale, float shift, const TileShape& t, const float* s, int64_t stride, float* keep,
                      int64_t keep_stride, const Sums& sums) {
   constexpr int W = kBlock / VL;
-  const vf factor = broadcast(scale * kLog2e), shift = broadcast(off * kLog2e);
+  const vf factor = broadcast(scale * kLog2e), shift_log2 = broadcast(shift * kLog2e);
   vf cols[WIDTH * W], tops[WIDTH * W];
   for (int v = 0; v < WIDTH * W; v++) cols[v] = vf{}, tops[v] = broadcast(neg_inf());
   for (int64_t r0 = 0; r0 < t.rows; r0 += VL) {
@@ -44,7 +44,7 @@ static void exp_sums(float scale, float off, const TileShape& t, const float* s,
         const int64_t at = (r0 + i) * kBlock + v % W * VL;
         const vf score = load(s + v / W * stride + at);
         if (MAX) top = vmax(top, score), tops[v] = vmax(tops[v], score);
-        const vf e = vexp2(score * factor - shift);
+        const vf e = vexp2(score * factor - shift_log2);
         if (keep) {
           float* out = keep + v / W * keep_stride + at;
           if (v * VL % kLine == 0) __builtin_prefetch(out + 16 * kBlock, 1);  // a stash is in memory
@@ -139,20 +139,21 @@ static void to_stash(const float* e, int64_t rows, bf16* out) {
 
 // The epilogue of a product of WIDTH blocks with one shift: sums, and the stash where there is one.
 template <int WIDTH>
-static void fixed_sums(const DotForward& p, float off, const TileShape& t, float* s, int64_t stride, const Sums& sums) {
+static void fixed_sums(const DotForward& p, float shift, const TileShape& t, float* s, int64_t stride,
+                       const Sums& sums) {
   const bool narrow = p.stash_dtype == kBFloat16;
   const int64_t block = p.n * kBlock, at = t.first_col / kBlock * block + t.first_row * kBlock;
   float* keep = !p.stash ? nullptr : narrow ? s : static_cast<float*>(p.stash) + at;
   if (sums.row_max)
-    exp_sums<true, WIDTH>(p.scale, off, t, s, stride, keep, narrow ? stride : block, sums);
+    exp_sums<true, WIDTH>(p.scale, shift, t, s, stride, keep, narrow ? stride : block, sums);
   else
-    exp_sums<false, WIDTH>(p.scale, off, t, s, stride, keep, narrow ? stride : block, sums);
+    exp_sums<false, WIDTH>(p.scale, shift, t, s, stride, keep, narrow ? stride : block, sums);
   for (int c = 0; p.stash && narrow && c < WIDTH; c++)
     to_stash(s + c * stride, t.rows, static_cast<bf16*>(p.stash) + at + c * block);
 }
 
 // A sum lies so far below the shift that its exponentials lost digits, or all of them: one that is empty does not.
-static bool underflowed(const DotForward& p, float off) {
+static bool underflowed(const DotForward& p, float shift) {
   const int64_t groups = p.row_ids ? p.n + p.m : 0;
   ZeroBuffer<int64_t> in_rows(groups), in_cols(groups);  // members of each group
   for (int64_t i = 0; groups && i < p.n; i++) in_rows.data[p.row_ids[i]]++;
@@ -160,20 +161,20 @@ static bool underflowed(const DotForward& p, float off) {
   for (int64_t i = 0; i < p.n; i++) {
     const bool same = groups && p.row_ids[i] == p.col_ids[p.first_positive + i];
     const int64_t left_out = (groups ? in_cols.data[p.row_ids[i]] : 0) + (p.mask_positives && !same);
-    if (p.row_lse[i] < off - kUnderflow && left_out < p.m) return true;
+    if (p.row_lse[i] < shift - kUnderflow && left_out < p.m) return true;
   }
   for (int64_t j = 0; p.col_lse && j < p.m; j++) {
     const int64_t i = j - p.first_positive;
     const bool positive = i >= 0 && i < p.n, same = positive && groups && p.row_ids[i] == p.col_ids[j];
     const int64_t left_out = (groups ? in_rows.data[p.col_ids[j]] : 0) + (p.mask_positives && positive && !same);
-    if (p.col_lse[j] < off - kUnderflow && left_out < p.n) return true;
+    if (p.col_lse[j] < shift - kUnderflow && left_out < p.n) return true;
   }
   return false;
 }
 
 // T: the engine's operand type; S: the features' dtype.  Returns false where the fixed shift underflowed.
 template <typename T, typename S>
-static bool forward_sweep(const DotForward& p, bool fixed, float off) {
+static bool forward_sweep(const DotForward& p, bool fixed, float shift) {
   const int64_t dp = pad32(p.d), mp = pad32(p.m), panel = Engine<T>::kPanelRows, blocks = mp / kBlock;
   const int64_t rows_cap = pad32(p.n) < panel ? pad32(p.n) : panel;
   constexpr int64_t W = Engine<T>::kWidth;
@@ -222,9 +223,9 @@ static bool forward_sweep(const DotForward& p, bool fixed, float off) {
           };
           const TileShape t{valid, i0, b * kBlock, rows};
           if (fixed && width == W)
-            fixed_sums<W>(p, off, t, tile.data, stride, sums(b));
+            fixed_sums<W>(p, shift, t, tile.data, stride, sums(b));
           else if (fixed)
-            fixed_sums<1>(p, off, t, tile.data, stride, sums(b));
+            fixed_sums<1>(p, shift, t, tile.data, stride, sums(b));
           else
             for (int64_t c = 0; c < width; c++) online_sums(p.scale, t, tile.data + c * stride, sums(b + c));
         }
@@ -241,7 +242,7 @@ static bool forward_sweep(const DotForward& p, bool fixed, float off) {
           }
           if (b1 < blocks) continue;
           for (int64_t r = r0; r < r1; r++) {
-            p.row_lse[i0 + r] = static_cast<float>(::log(row_sum.data[r]) + (fixed ? off : row_max.data[r]));
+            p.row_lse[i0 + r] = static_cast<float>(::log(row_sum.data[r]) + (fixed ? shift : row_max.data[r]));
             if (p.row_max) p.row_max[i0 + r] = static_cast<float>(row_max.data[r]);
           }
         }
@@ -250,30 +251,30 @@ static bool forward_sweep(const DotForward& p, bool fixed, float off) {
     Engine<T>::leave();
   }
   for (int64_t j = 0; p.col_lse && j < p.m; j++) {
-    p.col_lse[j] = ::logf(col_sum.data[j]) + (fixed ? off : col_max.data[j]);
+    p.col_lse[j] = ::logf(col_sum.data[j]) + (fixed ? shift : col_max.data[j]);
     if (p.col_max) p.col_max[j] = col_max.data[j];
   }
-  return !fixed || !underflowed(p, off);
+  return !fixed || !underflowed(p, shift);
 }
 
-static bool forward_any(const DotForward& p, bool fixed, float off) {
-  if (p.dtype == kBFloat16) return forward_sweep<Bf16Operand, bf16>(p, fixed, off);
-  if (p.dtype == kFloat16) return forward_sweep<float, fp16>(p, fixed, off);
-  return forward_sweep<float, float>(p, fixed, off);
+static bool forward_any(const DotForward& p, bool fixed, float shift) {
+  if (p.dtype == kBFloat16) return forward_sweep<Bf16Operand, bf16>(p, fixed, shift);
+  if (p.dtype == kFloat16) return forward_sweep<float, fp16>(p, fixed, shift);
+  return forward_sweep<float, float>(p, fixed, shift);
 }
 
-static inline float shared_offset(float bound) { return bound > kHeadroom ? bound - kHeadroom : 0; }
+static inline float shared_shift(float bound) { return bound > kHeadroom ? bound - kHeadroom : 0; }
 
 void dot_lse_forward(const DotForward& p) {
-  const float bound = score_bound(p), off = shared_offset(bound);
+  const float bound = score_bound(p), shift = shared_shift(bound);
   *p.stash_shift = __builtin_nanf("");
   if (!(bound < 1e37f)) {  // NaN or infinity somewhere, or scores past float32
     fill_nan(p.row_lse, p.n), fill_nan(p.positives, p.n), fill_nan(p.row_max, p.n);
     fill_nan(p.col_lse, p.m), fill_nan(p.col_max, p.m);
     return;
   }
-  if (bound <= kFixedBound && forward_any(p, true, off)) {
-    *p.stash_shift = off;
+  if (bound <= kFixedBound && forward_any(p, true, shift)) {
+    *p.stash_shift = shift;
     return;
   }
   DotForward online = p;
@@ -282,11 +283,11 @@ void dot_lse_forward(const DotForward& p) {
 }
 
 // ---------------------------------------------------------------- backward
-// Gradient weights of one backward: G = e (u_i + v_j) with one shared first_positive, or two exponentials.
+// Gradient weights of one backward: G = e (u_i + v_j) with one shift for all pairs, or two exponentials.
 struct Weights {
   bool fixed;
-  float off;
-  const float *u, *v;              // (n,), (padded m,): weights, times exp(off - lse) when fixed
+  float shift;
+  const float *u, *v;              // (n,), (padded m,): weights, times exp(shift - lse) when fixed
   const float *row_lse, *col_lse;  // online only
 };
 
@@ -294,7 +295,7 @@ struct Weights {
 template <typename E>
 static void gradient_tile(const DotProblem& p, const Weights& w, const TileShape& t, float* s, const E* e) {
   constexpr int W = kBlock / VL;
-  const vf factor = broadcast(p.scale * kLog2e), shift = broadcast(w.off * kLog2e);
+  const vf factor = broadcast(p.scale * kLog2e), shift_log2 = broadcast(w.shift * kLog2e);
   vf cols[W];
   for (int v = 0; v < W; v++) cols[v] = load(w.v + t.first_col + v * VL);
   constexpr int64_t kAhead = 32;  // rows: exponentials come from memory and G's place from the last cache
@@ -307,7 +308,7 @@ static void gradient_tile(const DotProblem& p, const Weights& w, const TileShape
     for (int v = 0; v < W; v++) {
       float* at = s + r * kBlock + v * VL;
       if (w.fixed) {
-        const vf x = e ? load(e + r * kBlock + v * VL) : vexp2(load(at) * factor - shift);
+        const vf x = e ? load(e + r * kBlock + v * VL) : vexp2(load(at) * factor - shift_log2);
         store(at, x * (cols[v] + w.u[i]));
       } else {
         const vf l = load(at) * p.scale;
@@ -361,18 +362,18 @@ void dot_lse_backward(const DotBackward& p) {
   clean(p.n, p.row_lse, p.row_weight, rows.data, u.data);
   clean(given, p.col_lse, p.col_weight, cols.data, v.data);
   // the forward's choice again, unless a row or column lies too far below the shift
-  const float off = p.stash_shift;
-  bool fixed = off == off;
-  for (int64_t i = 0; i < p.n; i++) fixed &= !(rows.data[i] < off - kUnderflow);
-  for (int64_t j = 0; j < given; j++) fixed &= !(cols.data[j] < off - kUnderflow) || v.data[j] == 0;
-  for (int64_t i = 0; fixed && i < p.n; i++) u.data[i] *= ::expf(off - rows.data[i]);
+  const float shift = p.stash_shift;
+  bool fixed = shift == shift;
+  for (int64_t i = 0; i < p.n; i++) fixed &= !(rows.data[i] < shift - kUnderflow);
+  for (int64_t j = 0; j < given; j++) fixed &= !(cols.data[j] < shift - kUnderflow) || v.data[j] == 0;
+  for (int64_t i = 0; fixed && i < p.n; i++) u.data[i] *= ::expf(shift - rows.data[i]);
   for (int64_t j = 0; j < given; j++) {
     if (v.data[j] == 0)
       cols.data[j] = 0;
     else if (fixed)
-      v.data[j] *= ::expf(off - cols.data[j]);
+      v.data[j] *= ::expf(shift - cols.data[j]);
   }
-  const Weights w{fixed, off, u.data, v.data, rows.data, p.col_lse ? cols.data : nullptr};
+  const Weights w{fixed, shift, u.data, v.data, rows.data, p.col_lse ? cols.data : nullptr};
   gradient_pass(p, Gradient{p, w, !(p.stash && fixed)});
 }
 

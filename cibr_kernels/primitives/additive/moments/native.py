@@ -28,19 +28,19 @@ def forward(problem: MomentsProblem, needs: Needs) -> tuple[Tensor, Tensor, Tens
     a, w = problem.a, problem.w
     (n, m, h), (need_a, need_b, need_w) = problem.sizes, needs
     moments = torch.empty(2, dtype=torch.float32, device=a.device)
-    ga, gb, gw = problem.gradients(needs)
+    da, db, dw = problem.gradients(needs)
     fields = problem_fields(problem) | {
         "first_positive": problem.first_positive, "include_diagonal": problem.include_diagonal, "need_a": need_a,
-        "need_b": need_b, "need_w": need_w, "moments": moments, "ga": ga, "gb": gb,
+        "need_b": need_b, "need_w": need_w, "moments": moments, "da": da, "db": db,
     }  # fmt: skip
     if cuda_call.takes(a):
         processors = cuda_call.target(a.device).processors
         types = {"dtype": DTYPES[a.dtype], "w_dtype": DTYPES[w.dtype]}
         machine = {"processors": processors, "score_budget": SCORE_BUDGET}
-        cuda_call.call("additive_moments", "AdditiveMomentsCuda", **fields, w=w, gw=gw, **types, **machine)
+        cuda_call.call("additive_moments", "AdditiveMomentsCuda", **fields, w=w, dw=dw, **types, **machine)
     else:
-        wide_gw = gw.float()
+        wide_dw = dw.float()
         types = {"features_dtype": DTYPES[a.dtype]}
-        call("additive_moments", "AdditiveMoments", n * m * h, **fields, w=w.float(), gw=wide_gw, **types)
-        gw = wide_gw.to(w.dtype)
-    return moments[0].clone(), moments[1].clone(), ga, gb, gw
+        call("additive_moments", "AdditiveMoments", n * m * h, **fields, w=w.float(), dw=wide_dw, **types)
+        dw = wide_dw.to(w.dtype)
+    return moments[0].clone(), moments[1].clone(), da, db, dw

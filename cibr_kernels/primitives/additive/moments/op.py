@@ -70,25 +70,25 @@ def _(a, b, w, activation, slope, first_positive, include_diagonal, need_a, need
 
 @operator(SERVES)
 def additive_moments_backward(
-    grad_j: Tensor, grad_l: Tensor, a: Tensor, b: Tensor, w: Tensor, ga: Tensor, gb: Tensor, gw: Tensor,
+    g_j: Tensor, g_l: Tensor, a: Tensor, b: Tensor, w: Tensor, da_of_l: Tensor, db_of_l: Tensor, dw_of_l: Tensor,
     activation: str, slope: float, first_positive: int, need_a: bool, need_b: bool, need_w: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> da (n, h), db (m, h), dw (h,), each empty unless needed: the saved gradients of L and the positives of J."""
     phi, phi_slope = ACTIVATIONS[activation]
     n = a.shape[0]
     t = a.to(_sums(a)) + b[first_positive : first_positive + n]  # (n, h), the positives
-    per_row = grad_j / n
+    per_row = g_j / n
     positive = phi_slope(t, slope) * (w * per_row) if need_a or need_b else a
-    da = (ga * grad_l + positive).to(a.dtype) if need_a else a.new_empty(0)
-    db = gb * grad_l if need_b else b.new_empty(0)
+    da = (da_of_l * g_l + positive).to(a.dtype) if need_a else a.new_empty(0)
+    db = db_of_l * g_l if need_b else b.new_empty(0)
     if need_b:
         db[first_positive : first_positive + n] += positive
-    dw = (gw * grad_l + phi(t, slope).sum(0) * per_row).to(w.dtype) if need_w else w.new_empty(0)
+    dw = (dw_of_l * g_l + phi(t, slope).sum(0) * per_row).to(w.dtype) if need_w else w.new_empty(0)
     return da, db, dw
 
 
 @additive_moments_backward.register_fake
-def _(grad_j, grad_l, a, b, w, ga, gb, gw, activation, slope, first_positive, need_a, need_b, need_w):
+def _(g_j, g_l, a, b, w, da_of_l, db_of_l, dw_of_l, activation, slope, first_positive, need_a, need_b, need_w):
     return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in ((a, need_a), (b, need_b), (w, need_w)))
 
 
@@ -99,12 +99,12 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(a, b, w, *output[2:])
 
 
-def _backward(ctx, grad_j, grad_l, *_):
+def _backward(ctx, g_j, g_l, *_):
     saved = ctx.saved_tensors
     moment = saved[0].new_empty((), dtype=_sums(saved[0]))
-    grad_j, grad_l = or_zeros((grad_j, grad_l), (moment, moment))
+    g_j, g_l = or_zeros((g_j, g_l), (moment, moment))
     needs = [wanted and had for wanted, had in zip(ctx.needs_input_grad[:3], ctx.computed, strict=True)]
-    grads = additive_moments_backward(grad_j, grad_l, *saved, ctx.activation, ctx.slope, ctx.first_positive, *needs)
+    grads = additive_moments_backward(g_j, g_l, *saved, ctx.activation, ctx.slope, ctx.first_positive, *needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 8
 
 

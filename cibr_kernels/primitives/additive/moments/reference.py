@@ -53,11 +53,11 @@ def forward(problem: MomentsProblem, needs: Needs) -> tuple[Tensor, Tensor, Tens
     n, m, _ = problem.sizes
     mask = pair_mask(n, m, problem.first_positive, problem.include_diagonal, a.device)
     p = torch.softmax(scores.masked_fill(~mask, float("-inf")).flatten(), 0).view_as(scores)
-    ga, gb, gw = problem.gradients(needs)
+    da, db, dw = problem.gradients(needs)
     if need_a:
-        ga.copy_((p[..., None] * slope).sum(1) * w)
+        da.copy_((p[..., None] * slope).sum(1) * w)
     if need_b:
-        gb.copy_((p[..., None] * slope).sum(0) * w)
+        db.copy_((p[..., None] * slope).sum(0) * w)
     if need_w:
-        gw.copy_(torch.einsum("ij,ijh->h", p, phi))
-    return j, el, ga, gb, gw
+        dw.copy_(torch.einsum("ij,ijh->h", p, phi))
+    return j, el, da, db, dw

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from cibr_kernels.dispatch import triton_call
-from cibr_kernels.numerics import ceil_div, round_up
+from cibr_kernels.numerics import ceil_div, panel_rows, round_up
 from cibr_kernels.primitives.additive.problem import MomentsProblem, Needs
 
 PANEL_BYTES = 256 << 20
-KINKED = ("relu", "leaky_relu")  # phi = t phi': gw comes free with ga and gb
+KINKED = ("relu", "leaky_relu")  # phi = t phi': dw comes free with da and db
 PAD = 64  # rows and widths of packed arrays are multiples of it, and every block divides it
 
 
@@ -61,7 +61,7 @@ class Sweep:
         need_a, need_b, need_w = needs
         kinked = problem.activation in KINKED
         self.config = config = CONFIGS["kinked" if kinked else "smooth"]
-        self.side_a = need_a or need_w  # the sums over columns, with gw for the smooth activations
+        self.side_a = need_a or need_w  # the sums over columns, with dw for the smooth activations
         self.side_b = need_b or (need_w and kinked)  # the sums over rows
         self.own_weights = need_w and not kinked
 
@@ -71,7 +71,8 @@ class Sweep:
             round_up(self.m, PAD),
             round_up(self.h, PAD),
         )
-        self.rows = _panel_rows(self.n, self.m_padded, self.side_a + self.side_b, block)
+        copies = self.side_a + self.side_b  # of the exponentials; without any one panel has all rows
+        self.rows = panel_rows(PANEL_BYTES, 4 * self.m_padded * copies, self.n, block, block) if copies else self.n
         self.panels = ceil_div(self.n, self.rows)
         self.blocks_a, self.blocks_b, self.blocks_h = (
             ceil_div(self.n, block), ceil_div(self.m, block), ceil_div(self.h, config.block_h),
@@ -112,7 +113,13 @@ class Sweep:
             "typical": self.typical,
             **sizes,
         }
-        triton_call.launch(_kernels().pack, self.pack_grid, arguments, {"BLOCK_R": PAD, "BLOCK_H": PAD}, num_warps=8)
+        triton_call.launch(
+            _kernels().additive_moments_pack_kernel,
+            self.pack_grid,
+            arguments,
+            {"BLOCK_R": PAD, "BLOCK_H": PAD},
+            num_warps=8,
+        )
 
     def scores(self, panel: int) -> None:
         """S of the panel's pairs, or only what J and L need of them, and the running sum of exponentials."""
@@ -120,7 +127,7 @@ class Sweep:
         tiles = ceil_div(end - first, self.config.block) * self.blocks_b
         sums = {"positives": self.positives, "tops": self.tops, "totals": self.totals}
         triton_call.launch(
-            _kernels().scores,
+            _kernels().additive_moments_scores_kernel,
             (tiles,),
             {
                 **self.packed,
@@ -148,7 +155,7 @@ class Sweep:
         )
         pairs = self.n * self.m - (0 if self.problem.include_diagonal else self.n)
         triton_call.launch(
-            _kernels().merge, (1,),
+            _kernels().additive_moments_merge_kernel, (1,),
             {**sums, "run": self.run, "panel": panel, "tiles": tiles, "n": self.n, "bad": self.bad,
              "bads": self.bad.numel(), "j": self.j, "el": self.el,
              "log_pairs": math.log(pairs) if pairs else -math.inf},
@@ -160,7 +167,7 @@ class Sweep:
         first, end = self.rows_of(panel)
         block, stride = self.config.block, round_up(end - first, self.config.block)
         triton_call.launch(
-            _kernels().weigh, (stride // block * (self.m_padded // block),),
+            _kernels().additive_moments_weigh_kernel, (stride // block * (self.m_padded // block),),
             {"s": self.s, "s_transposed": self.s_transposed, "run": self.run, "panel": panel, "rows_padded": stride,
              "m_padded": self.m_padded},
             {"KEEP": self.side_b, "TRANSPOSE": self.side_a, "BLOCK": block},
@@ -190,7 +197,7 @@ class Sweep:
     def _gradient(self, splits: int, arguments: dict[str, Any], constants: dict[str, Any]) -> None:
         rows, others = arguments["x"].shape[0], arguments["y"].shape[0]
         triton_call.launch(
-            _kernels().gradient, (ceil_div(rows, self.config.block), self.blocks_h, splits),
+            _kernels().additive_moments_gradient_kernel, (ceil_div(rows, self.config.block), self.blocks_h, splits),
             {**arguments, "uw": self.uw, "rows": rows, "others": others, "width": self.h, "slope": self.problem.slope},
             {**constants, "ACTIVATION": self.problem.activation, "SPLITS": splits, "BLOCK_R": self.config.block,
              "BLOCK_H": self.config.block_h, "UNROLL": self.config.unroll_gradient},
@@ -200,14 +207,14 @@ class Sweep:
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of L, scaled and in their dtypes."""
         (a, b, _), (need_a, need_b, need_w) = self.problem.tensors, self.needs
-        ga, gb, gw = self.problem.gradients(self.needs)
+        da, db, dw = self.problem.gradients(self.needs)
         if not (self.side_a or self.side_b):
-            return ga, gb, gw
+            return da, db, dw
         blocks = self.blocks_a * self.side_a + self.blocks_b * self.side_b
         partials = self._new(blocks, self.h) if need_w else self._new(0)
         triton_call.launch(
-            _kernels().finish, (blocks, self.blocks_h),
-            {"a": a, "b": b, "ua": self.ua, "ub": self.ub, "uw": self.uw, "ga": ga, "gb": gb, "partials": partials,
+            _kernels().additive_moments_finish_kernel, (blocks, self.blocks_h),
+            {"a": a, "b": b, "ua": self.ua, "ub": self.ub, "uw": self.uw, "da": da, "db": db, "partials": partials,
              "w_packed": self.packed["w_packed"], "typical": self.typical, "run": self.run, "panels": self.panels,
              "panel_rows": self.rows, "n": self.n, "m": self.m, "width": self.h, "width_padded": self.h_padded},
             {"SPLITS_A": self.splits_a, "SPLITS_B": self.splits_b, "SIDE_A": self.side_a, "NEED_A": need_a,
@@ -218,21 +225,14 @@ class Sweep:
         if need_w:
             summed = self.blocks_a if self.own_weights else blocks
             triton_call.launch(
-                _kernels().reduce, (self.blocks_h,),
-                {"partials": partials, "out": gw, "blocks": summed, "width": self.h},
+                _kernels().reduce_kernel, (self.blocks_h,),
+                {"partials": partials, "out": dw, "blocks": summed, "width": self.h},
                 {"BLOCK_R": 32, "BLOCK_H": self.config.block_h},
             )  # fmt: skip
-        return ga, gb, gw
+        return da, db, dw
 
     def rows_of(self, panel: int) -> tuple[int, int]:
         return panel * self.rows, min((panel + 1) * self.rows, self.n)
-
-
-def _panel_rows(n: int, m_padded: int, copies: int, block: int) -> int:
-    """Rows of a panel: a multiple of the block whose exponentials, `copies` times, fit the budget; n without any."""
-    if not copies:
-        return n
-    return min(n, max(block, PANEL_BYTES // (4 * m_padded * copies) // block * block))
 
 
 def _splits(blocks: int, others: int, processors: int, config: Config) -> int:

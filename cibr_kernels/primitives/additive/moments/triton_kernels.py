@@ -15,7 +15,7 @@ import triton.language as tl
 
 from cibr_kernels.dispatch.triton_call import SIZES
 from cibr_kernels.primitives.additive.triton_activations import value_and_slope
-from cibr_kernels.primitives.triton_sums import reduce as reduce
+from cibr_kernels.primitives.triton_sums import reduce_kernel as reduce_kernel
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def _pack(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def pack(
+def additive_moments_pack_kernel(
     a, b, w, a_packed, b_packed, w_packed, zeros, bad, typical, n, m, width, n_padded, m_padded,
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +58,7 @@ def pack(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def scores(
+def additive_moments_scores_kernel(
     a_packed,
     b_packed,
     w_packed,
@@ -122,7 +122,7 @@ def scores(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def merge(
+def additive_moments_merge_kernel(
     tops, totals, run, panel, tiles, positives, n, bad, bads, j, el, log_pairs, LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -160,7 +160,7 @@ def merge(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def weigh(
+def additive_moments_weigh_kernel(
     s, s_transposed, run, panel, rows_padded, m_padded, KEEP: tl.constexpr, TRANSPOSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -178,7 +178,7 @@ def weigh(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def gradient(
+def additive_moments_gradient_kernel(
     x, y, e, u, uw, run, panel, rows, first_block, others, stride, u_stride, width, slope, ACTIVATION: tl.constexpr,
     ADD: tl.constexpr, WEIGHTS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -250,15 +250,15 @@ def _finish(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def finish(
-    a, b, ua, ub, uw, ga, gb, partials, w_packed, typical, run, panels, panel_rows, n, m, width, width_padded,
+def additive_moments_finish_kernel(
+    a, b, ua, ub, uw, da, db, partials, w_packed, typical, run, panels, panel_rows, n, m, width, width_padded,
     SPLITS_A: tl.constexpr, SPLITS_B: tl.constexpr, SIDE_A: tl.constexpr, NEED_A: tl.constexpr, NEED_B: tl.constexpr,
     FREE_WEIGHTS: tl.constexpr, OWN_WEIGHTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """ga = w U, gb = w V in their dtypes, and partials (blocks of a, then of b; h) of gw.
+    """da = w U, db = w V in their dtypes, and partials (blocks of a, then of b; h) of dw.
 
-    FREE_WEIGHTS: phi(t) = t phi'(t), so gw_h = sum_i (a_ih + c_h) U_ih + sum_j (b_jh - c_h) V_jh for any c; one that
-    makes both small keeps the digits where a and b are large and cancel.  OWN_WEIGHTS: gw from uw, in the blocks of a.
+    FREE_WEIGHTS: phi(t) = t phi'(t), so dw_h = sum_i (a_ih + c_h) U_ih + sum_j (b_jh - c_h) V_jh for any c; one that
+    makes both small keeps the digits where a and b are large and cancel.  OWN_WEIGHTS: dw from uw, in the blocks of a.
     Grid: (blocks of rows of a if SIDE_A, then of b; blocks of h).
     """
     block = tl.program_id(0)
@@ -271,11 +271,11 @@ def finish(
     if block < blocks_a:
         scale *= tl.exp(tl.load(run + 2 * (block * BLOCK_R // panel_rows) + 2) - top)
         _finish(
-            a, ua, uw, ga, partial, w_packed, centre, scale, n, width, block, SPLITS_A, NEED_A, FREE_WEIGHTS,
+            a, ua, uw, da, partial, w_packed, centre, scale, n, width, block, SPLITS_A, NEED_A, FREE_WEIGHTS,
             OWN_WEIGHTS, BLOCK_R, BLOCK_H,
         )  # fmt: skip
     else:
         _finish(
-            b, ub, uw, gb, partial, w_packed, -centre, scale, m, width, block - blocks_a, SPLITS_B, NEED_B,
+            b, ub, uw, db, partial, w_packed, -centre, scale, m, width, block - blocks_a, SPLITS_B, NEED_B,
             FREE_WEIGHTS, False, BLOCK_R, BLOCK_H,
         )  # fmt: skip

@@ -30,7 +30,7 @@ def backward(grad: Tensor, problem: AdditiveProblem, needs: Needs) -> tuple[Tens
     """grad (n, m) -> da (n, h), db (m, h), dw (h,), each empty unless needed."""
     da, db, _ = problem.gradients(needs)
     *_, dw = problem.gradients(needs, torch.float32)
-    _call("additive_scores_backward", problem, grad=grad, ga=da, gb=db, gw=dw)
+    _call("additive_scores_backward", problem, grad=grad, da=da, db=db, dw=dw)
     return da, db, dw.to(problem.w.dtype)
 
 

@@ -35,12 +35,12 @@ def forward(problem: AdditiveProblem) -> Tensor:
     }  # fmt: skip
     sizes = {"n": n, "m": m, "n_padded": n_padded, "m_padded": m_padded}
     triton_call.launch(
-        _kernels().pack, ((n_padded + m_padded) // moments.PAD,),
+        _kernels().additive_scores_pack_kernel, ((n_padded + m_padded) // moments.PAD,),
         {"a": a, "b": b, "w": w, **packed, **sizes, "width": h}, {"BLOCK_R": moments.PAD, "BLOCK_H": moments.PAD},
         num_warps=8,
     )  # fmt: skip
     triton_call.launch(
-        _kernels().scores, (ceil_div(n, config.block) * ceil_div(m, config.block),),
+        _kernels().additive_scores_forward_kernel, (ceil_div(n, config.block) * ceil_div(m, config.block),),
         {**packed, "out": out, **sizes, "width_padded": round_up(h, config.unroll), "slope": problem.slope},
         {"ACTIVATION": problem.activation, "BLOCK_I": config.block, "BLOCK_J": config.block, "UNROLL": config.unroll,
          "GROUP": 8},
@@ -62,7 +62,7 @@ def backward(grad: Tensor, problem: AdditiveProblem, needs: Needs) -> tuple[Tens
         first, end = sweep.rows_of(panel)
         stride = round_up(end - first, block)
         triton_call.launch(
-            _kernels().spread, (stride // block * tiles_j,),
+            _kernels().additive_scores_spread_kernel, (stride // block * tiles_j,),
             {"grad": grad[first:end], "s": sweep.s, "s_transposed": sweep.s_transposed,
              "wrong": wrong[first // block * tiles_j :], "rows": end - first, "m": sweep.m, "rows_padded": stride,
              "m_padded": sweep.m_padded},
@@ -70,7 +70,7 @@ def backward(grad: Tensor, problem: AdditiveProblem, needs: Needs) -> tuple[Tens
         )  # fmt: skip
         sweep.gradients(panel)
     triton_call.launch(
-        _kernels().state, (1,),
+        _kernels().additive_scores_state_kernel, (1,),
         {"wrong": wrong, "wrongs": wrong.numel(), "bad": sweep.bad, "bads": sweep.bad.numel(),
          "w": sweep.packed["w_packed"], "width": sweep.h, "total": sweep.run[sweep.panels, 1:]},
         {"BLOCK": 512},

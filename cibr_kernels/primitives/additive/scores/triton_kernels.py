@@ -28,7 +28,7 @@ def _pack(x, w, packed, poison, rows, width, rows_padded, block, BLOCK_R: tl.con
 
 
 @triton.jit(do_not_specialize=SIZES)
-def pack(
+def additive_scores_pack_kernel(
     a, b, w, a_packed, b_packed, w_packed, poison, n, m, width, n_padded, m_padded, BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def pack(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def scores(
+def additive_scores_forward_kernel(
     a_packed, b_packed, w_packed, poison, out, n, m, width_padded, n_padded, m_padded, slope, ACTIVATION: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, UNROLL: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +76,7 @@ def scores(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def spread(
+def additive_scores_spread_kernel(
     grad, s, s_transposed, wrong, rows, m, rows_padded, m_padded, KEEP: tl.constexpr, TRANSPOSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +97,7 @@ def spread(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def state(wrong, wrongs, bad, bads, w, width, total, BLOCK: tl.constexpr):
+def additive_scores_state_kernel(wrong, wrongs, bad, bads, w, width, total, BLOCK: tl.constexpr):
     """total () = 1, or NaN: what additive_moments' gradients are divided by.  Grid: (1,).
 
     wrong (wrongs,): 0 or NaN of the gradient's tiles; bad (bads,): how many of a and b are not finite; w (width,).

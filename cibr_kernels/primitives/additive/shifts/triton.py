@@ -26,7 +26,7 @@ def forward(problem: ShiftsProblem) -> Tensor:
     for done in range(0, k, MOST_SHIFTS):
         here = out[done : done + MOST_SHIFTS]
         triton_call.launch(
-            _kernels().scores, (ceil_div(n, TILE["BLOCK_R"]), here.shape[0]),
+            _kernels().additive_shifts_scores_kernel, (ceil_div(n, TILE["BLOCK_R"]), here.shape[0]),
             {"a": a, "b": b, "w": w, "out": here, "n": n, "m": m, "width": h, "first": problem.first + done,
              "slope": problem.slope},
             {"ACTIVATION": problem.activation, **TILE},
@@ -47,19 +47,19 @@ def backward(grad: Tensor, problem: ShiftsProblem, needs: Needs) -> tuple[Tensor
     constants = {"ACTIVATION": problem.activation, **TILE}
     if need_a or need_w:
         triton_call.launch(
-            _kernels().gradient, (blocks, blocks_h),
+            _kernels().additive_shifts_gradient_kernel, (blocks, blocks_h),
             {"x": a, "y": b, "dx": da, "rows": n, "others": m, **shared},
             {"OF_B": False, "WEIGHTS": need_w, "STORE": need_a, **constants},
         )  # fmt: skip
     if need_b:
         triton_call.launch(
-            _kernels().gradient, (ceil_div(m, TILE["BLOCK_R"]), blocks_h),
+            _kernels().additive_shifts_gradient_kernel, (ceil_div(m, TILE["BLOCK_R"]), blocks_h),
             {"x": b, "y": a, "dx": db, "rows": m, "others": n, **shared},
             {"OF_B": True, "WEIGHTS": False, "STORE": True, **constants},
         )  # fmt: skip
     if need_w:
         triton_call.launch(
-            _kernels().reduce, (blocks_h,), {"partials": partials, "out": dw, "blocks": blocks, "width": h}, TILE
+            _kernels().reduce_kernel, (blocks_h,), {"partials": partials, "out": dw, "blocks": blocks, "width": h}, TILE
         )
     return da, db, dw
 

@@ -6,11 +6,11 @@ import triton
 import triton.language as tl
 
 from cibr_kernels.primitives.additive.triton_activations import value_and_slope
-from cibr_kernels.primitives.triton_sums import reduce as reduce
+from cibr_kernels.primitives.triton_sums import reduce_kernel as reduce_kernel
 
 
 @triton.jit
-def scores(
+def additive_shifts_scores_kernel(
     a, b, w, out, n, m, width, first, slope, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     """out (k, n): w . phi(a_i + b_j), j = (i + first + r) mod m.  Grid: (blocks of rows, k): one r each."""
@@ -32,7 +32,7 @@ def scores(
 
 
 @triton.jit
-def gradient(
+def additive_shifts_gradient_kernel(
     x, y, w, grad, dx, partials, rows, others, n, m, width, first, shifts, slope, OF_B: tl.constexpr,
     WEIGHTS: tl.constexpr, STORE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip

@@ -1,7 +1,7 @@
 """What the Triton kernels of dot_lse share: a tile of scores, and the units they are kept in.
 
-Scores are kept in units of log2: l2 = log2(e) scale <x_i, y_j>, so that exp(l - off) = exp2(l2 - off2) is one fused
-multiply-add and one ex2.  off2 is a whole number: the exponential of the shift is exact.
+Scores are kept in units of log2: l2 = log2(e) scale <x_i, y_j>, so that exp(l - shift) = exp2(l2 - shift_log2) is one
+fused multiply-add and one ex2.  shift_log2 is a whole number: the exponential of the shift is exact.
 
     mode 0, fixed    |l| <= 110 everywhere, and no row or column lies more than 55 nats below the shift: one
                      exponential serves the row and the column, and nobody looks for a maximum

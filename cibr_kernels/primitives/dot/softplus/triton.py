@@ -278,7 +278,7 @@ def _fold(parts: Tensor, out: Tensor, count: int) -> None:
     from cibr_kernels.primitives.dot.softplus import triton_kernels as kernels
 
     triton_call.launch(
-        kernels.reduce, (blocks(out.numel(), BLOCK_L),),
+        kernels.reduce_kernel, (blocks(out.numel(), BLOCK_L),),
         {"partials": parts, "out": out, "blocks": count, "width": out.numel()},
         {"BLOCK_R": BLOCK_T, "BLOCK_H": BLOCK_L},
     )  # fmt: skip

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from cibr_kernels.dispatch.triton_call import SIZES
 from cibr_kernels.primitives.dot.lse.triton_tile import LN2, LOG2E, multiply, on_diagonal, store_panel
-from cibr_kernels.primitives.triton_sums import reduce as reduce
+from cibr_kernels.primitives.triton_sums import reduce_kernel as reduce_kernel
 
 
 @triton.jit(do_not_specialize=SIZES)
