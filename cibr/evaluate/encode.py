@@ -86,12 +86,14 @@ def encode_pairs(model: Model, dataset: Dataset, images: Images, limit: int) -> 
 
 @torch.no_grad()
 def encode_classes(model: Model, dataset: Dataset) -> Tensor:
-    """(classes, d): the classifier of a data set with classes, by its prompts, or by cached ones.
+    """(classes, d): the classifier of a data set with classes, by the model's prompts, its own, or cached ones.
 
     Raises UsageError where there are no class names, or a class of cached features has no row.
     """
     if dataset.labels is None or dataset.class_names is None:
         raise UsageError("the set has no classes, so there is nothing to classify; --retrieval takes captions")
+    if (own := model.classifier(dataset.class_names)) is not None:
+        return own.cpu().float()
     if not dataset.text_width:
         encode = lambda tokens: model.encode_text(tokens.to(device_of(model))).embedding.cpu().float()  # noqa: E731
         return build_classifier(encode, model.tokenizer, dataset.class_names, dataset.templates or ())

@@ -16,10 +16,11 @@ from cibr.models.features import Batch, Features, Output
 from cibr.models.heads import Heads
 from cibr.models.model import Facts, Model
 from cibr.models.open_clip import OpenClip
+from cibr.models.prompts import Coop, Maple
 
 __all__ = ["DEFAULT", "MODELS", "Batch", "Facts", "Features", "Model", "Output", "build", "rebuild"]
 
-MODELS: dict[str, type[Model]] = {"conv": Conv, "heads": Heads, "open_clip": OpenClip}
+MODELS: dict[str, type[Model]] = {"conv": Conv, "heads": Heads, "open_clip": OpenClip, "coop": Coop, "maple": Maple}
 DEFAULT = "conv"
 
 

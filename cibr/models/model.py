@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ class Facts:
     texts: Iterable[str] = field(default=(), repr=False)  # that occur in training
     image_width: int | None = None  # of cached features; None for images
     text_width: int | None = None
+    class_names: Sequence[str] = ()
     logit_scale: float = 1 / 0.07  # at the start, if the model has no own
     logit_bias: float | None = None  # None: the objective needs none
 
@@ -46,6 +47,7 @@ class Model(nn.Module):
     image_width, text_width: of X, what enters the projections; embed_dim: of Z.
     image_key, text_key: the entries of a batch that it reads.
     notes: what somebody who trains it should know, a sentence each.
+    objective: the only one that it can be trained by; None for a model that is for any.
     """
 
     Options: type = TemperatureOptions
@@ -56,6 +58,7 @@ class Model(nn.Module):
     text_key = "text"
     image_prefix = "image_"  # of the names of the image tower's parameters
     notes: tuple[str, ...] = ()
+    objective: str | None = None
 
     def __init__(self, options: Any, recipe: dict[str, Any]) -> None:
         super().__init__()
@@ -86,6 +89,10 @@ class Model(nn.Module):
     def encode_text(self, tokens: Tensor) -> Features:
         """(n, length) int64 as `tokenizer` makes them, or (n, width) text features."""
         raise NotImplementedError
+
+    def classifier(self, class_names: Sequence[str]) -> Tensor | None:
+        """(classes, d) from prompts of the model's own; None: the data's templates are its prompts."""
+        return None
 
     def transform(self, train: bool) -> Callable[[Any], Tensor]:
         """A PIL image -> (3, size, size) float32; random where `train`.  A model of features has none."""

@@ -70,8 +70,8 @@ class OpenClip(Model):
                 raise UsageError(f"open_clip cannot make {options.model}: {error}") from error
         if hasattr(self.clip, "text_decoder"):
             raise UsageError(f"{options.model} is CoCa, whose captioning loss is not part of any objective here")
-        self._image_inputs, self._project_image, image_identity = image_parts(self.clip.visual)
-        self._text_inputs, self._project_text, text_identity = text_parts(self.clip)
+        self._image_inputs, self.project_image, image_identity = image_parts(self.clip.visual)
+        self._text_inputs, self.project_text, text_identity = text_parts(self.clip)
         self.notes = tuple(IDENTITY.format(n) for n, i in (("image", image_identity), ("text", text_identity)) if i)
         self._lock()
         if options.grad_checkpointing:
@@ -107,11 +107,11 @@ class OpenClip(Model):
 
     def encode_image(self, images: Tensor) -> Features:
         inputs = self._image_inputs(images.to(dtype_of(self.clip.visual)))
-        return features_of(inputs, self._project_image(inputs))
+        return features_of(inputs, self.project_image(inputs))
 
     def encode_text(self, tokens: Tensor) -> Features:
         inputs = self._text_inputs(tokens)
-        return features_of(inputs, self._project_text(inputs))
+        return features_of(inputs, self.project_text(inputs))
 
     def temperature(self) -> tuple[nn.Parameter, nn.Parameter | None]:
         return self.clip.logit_scale, self.clip.logit_bias

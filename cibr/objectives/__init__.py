@@ -8,12 +8,13 @@ from cibr.errors import UsageError
 from cibr.models import Model
 from cibr.objectives.alignment import Align, Ceb
 from cibr.objectives.cibr import Cibr
+from cibr.objectives.classes import Classes
 from cibr.objectives.contrastive import Clip, Objective, SigLip
 from cibr.objectives.penalty import Penalised
 
 __all__ = ["DEFAULT", "OBJECTIVES", "Objective", "Penalised", "build", "options_type"]
 
-OBJECTIVES: dict[str, type[Objective]] = {"clip": Clip, "siglip": SigLip, "cibr": Cibr, "align": Align, "ceb": Ceb}
+OBJECTIVES: dict[str, type[Objective]] = {"clip": Clip, "siglip": SigLip, "cibr": Cibr, "align": Align, "ceb": Ceb, "classes": Classes}
 DEFAULT = "clip"
 
 
@@ -26,4 +27,6 @@ def options_type(name: Any) -> type:
 
 def build(options: Any, model: Model) -> Objective:
     """The objective that `options` are of, for a model's widths.  Raises UsageError for options that make no sense."""
+    if model.objective not in (None, options.objective):
+        raise UsageError(f"--model {model.options.model} is trained by --objective {model.objective} only")
     return OBJECTIVES[options.objective](options, model)
