@@ -54,13 +54,19 @@ class OptimOptions:
     )
     lr: float = option(1e-3, "peak learning rate", above=0)
     lr_warmup_steps: int = option(20, "steps of linear growth to the peak", least=0)
-    schedule: Literal["cosine", "constant", "cooldown"] = option("cosine", "of the learning rate after its warm-up")
+    schedule: Literal["cosine", "constant", "cooldown", "epochs"] = option(
+        "cosine",
+        "of the learning rate after its warm-up; epochs: CoOp's, the first one at 1e-5, then a cosine by epoch",
+    )
     cooldown_steps: int = option(0, "with --schedule cooldown: last steps, of linear decay to 0", least=0)
+    epoch_steps: int = option(0, "with --schedule epochs: steps of one", least=0)
     image_lr: float = option(1.0, "learning rate of the image tower, as a factor of --lr", least=0)
     text_lr: float = option(1.0, "learning rate of the text tower, as a factor of --lr", least=0)
     critic_lr: float | None = option(None, "learning rate of critics; default twice --lr, at least 1e-4", above=0)
     layer_decay: float = option(1.0, "factor of the learning rate from each block to the one below it", above=0)
-    weight_decay: float = option(0.1, "AdamW's, on tensors of two and more dimensions", least=0)
+    optimizer: Literal["adamw", "sgd"] = option("adamw", "what moves the weights")
+    momentum: float = option(0.9, "SGD's", least=0, below=1)
+    weight_decay: float = option(0.1, "AdamW's, on tensors of two and more dimensions, or SGD's, on all", least=0)
     no_decay: str = option("", "regular expression: names of parameters without weight decay besides")
     beta1: float = option(0.9, "AdamW's", least=0, below=1)
     beta2: float = option(0.999, "AdamW's", least=0, below=1)
@@ -124,6 +130,8 @@ class RunConfig:
             raise UsageError("--schedule cooldown needs --cooldown-steps and --steps")
         if self.optim.n_critic > 1 and self.optim.update != "alternating":
             raise UsageError("--n-critic needs --update alternating: in one backward critics move with the encoders")
+        if self.optim.schedule == "epochs" and (self.optim.steps is None or self.optim.epoch_steps < 1):
+            raise UsageError("--schedule epochs needs --epoch-steps and --steps")
         if self.run.eval_every is not None and self.run.val_data is None and self.run.val_split is None:
             raise UsageError("--eval-every needs data that training does not see: --val-data or --val-split")
         from cibr.stages import stages_of

@@ -16,6 +16,7 @@ from cibr.run.sharding import is_sharded
 
 BLOCK = re.compile(r"(.*?\.(?:resblocks|blocks|layers?|stages)\.)(\d+)\.")
 BOTTOM = re.compile(r"embedding|patch_embed|conv1|ln_pre|\bstem\b|cls_token|pos_embed")
+FIRST_EPOCH_LR = 1e-5
 
 
 def progress(options: OptimOptions, step: int, seconds: float) -> float:
@@ -30,6 +31,7 @@ def rate(options: OptimOptions, step: int, done: float) -> float:
 
     cosine    after the warm-up, (1 + cos(pi t)) / 2, t from 0 to 1 over the steps that are left
     cooldown  constant, then linear to 0 over the last `cooldown_steps`
+    epochs    of `epoch_steps`: the first at a rate of 1e-5, epoch e of E at (1 + cos(pi (e - 1) / E)) / 2; as CoOp's
     """
     warmup = options.lr_warmup_steps
     if step < warmup:
@@ -39,15 +41,19 @@ def rate(options: OptimOptions, step: int, done: float) -> float:
     if options.schedule == "cooldown":
         assert options.steps is not None
         return min(1.0, (options.steps - step) / options.cooldown_steps)
+    if options.schedule == "epochs":
+        assert options.steps is not None
+        epoch, epochs = step // options.epoch_steps, options.steps / options.epoch_steps
+        return (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2 if epoch else min(1.0, FIRST_EPOCH_LR / options.lr)
     if options.steps is not None and done == step / options.steps:
         done = (step - warmup) / max(1, options.steps - warmup)
     return (1 + math.cos(math.pi * done)) / 2
 
 
-def make_optimizer(options: OptimOptions, model: Model, objective: nn.Module) -> torch.optim.AdamW:
-    """AdamW; a group has "peak_lr", its learning rate at the top of the schedule, and the "names" of its parameters.
+def make_optimizer(options: OptimOptions, model: Model, objective: nn.Module) -> torch.optim.Optimizer:
+    """AdamW or SGD; a group has "peak_lr", its rate at the top of the schedule, and the "names" of its parameters.
 
-    Tensors of one dimension, and those that `no_decay` names, have no weight decay.
+    Tensors that `no_decay` names have no weight decay; with AdamW neither have those of one dimension.
     """
     try:
         spared = re.compile(options.no_decay) if options.no_decay else None
@@ -61,12 +67,14 @@ def make_optimizer(options: OptimOptions, model: Model, objective: nn.Module) ->
         raise UsageError("every parameter is locked: there is nothing to train")
     groups: dict[tuple[float, bool, bool], dict[str, Any]] = {}
     for name, p, lr in moving:
-        decays = p.ndim > 1 and not (spared and spared.search(name))
+        decays = (p.ndim > 1 or options.optimizer == "sgd") and not (spared and spared.search(name))
         weight_decay = options.weight_decay if decays else 0.0
         group = {"params": [], "names": [], "peak_lr": lr, "lr": lr, "weight_decay": weight_decay}
         chosen = groups.setdefault((lr, decays, is_sharded(p)), group)  # a fused update takes one kind of tensor
         chosen["params"].append(p)
         chosen["names"].append(name)
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(list(groups.values()), momentum=options.momentum)
     return torch.optim.AdamW(list(groups.values()), betas=(options.beta1, options.beta2), eps=options.eps)
 
 

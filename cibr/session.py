@@ -116,9 +116,7 @@ def facts(config: RunConfig, dataset: Dataset) -> models.Facts:
     chosen = [stage.objective for stage in stages.stages_of(config)]
     sigmoid = any(objectives.OBJECTIVES[options.objective].sigmoid(options) for options in chosen)
     start = {"logit_scale": 10.0, "logit_bias": -10.0} if sigmoid else {}
-    return models.Facts(
-        dataset.words(), dataset.image_width, dataset.text_width, dataset.class_names or (), **start
-    )
+    return models.Facts(dataset.words(), dataset.image_width, dataset.text_width, dataset.class_names or (), **start)
 
 
 def require_same_run(config: RunConfig, saved: dict[str, Any], fingerprint: str) -> None:

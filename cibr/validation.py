@@ -23,9 +23,8 @@ class Validation:
     def __init__(self, config: RunConfig) -> None:
         options = config.data
         if config.run.val_data is not None:
-            options = dataclasses.replace(
-                options, data=config.run.val_data, limit=None
-            )  # the limit is of the run's own
+            foreign: dict[str, Any] = {"limit": None, "shots": None, "classes": "all"}  # those are of the run's own
+            options = dataclasses.replace(options, data=config.run.val_data, **foreign)
         self.set = Set(options, config.run.val_split or "test")
         self.batch_size = config.optim.batch_size
         if self.set.dataset.class_names is not None:

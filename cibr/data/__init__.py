@@ -12,6 +12,7 @@ from cibr.data.csv import open_csv
 from cibr.data.dataset import Dataset, Sample, Skipped, SkipSample
 from cibr.data.emoji import open_emoji
 from cibr.data.features import open_features
+from cibr.data.few_shot import choose
 from cibr.data.folder import open_folder
 from cibr.data.hf import open_hf
 from cibr.data.karpathy import open_karpathy
@@ -74,7 +75,7 @@ def open_dataset(options: DataOptions, split: str = "train") -> Dataset:
     dataset = SOURCES[kind].open(place, options, split)
     if not isinstance(dataset, Stream) and not len(dataset):
         raise UsageError(f"no usable sample in {options.data}\n{dataset.skipped}".strip())
-    return dataset
+    return choose(dataset, options, split, partial(SOURCES[kind].open, place, options))
 
 
 def _advice(data: str) -> str:

@@ -74,7 +74,9 @@ def choose(dataset: Dataset, options: DataOptions, split: str, open_split: Calla
     if split == "train" and options.shots is not None:
         rows = drawn(rows, labels[rows], options.shots, options.shot_seed)
     if not len(rows):
-        raise UsageError(f"no image of {options.data} is left: it has {count} classes, of which --classes new takes half")
+        raise UsageError(
+            f"no image of {options.data} is left: it has {count} classes, of which --classes new takes half"
+        )
     return Chosen(dataset, rows, classes)
 
 

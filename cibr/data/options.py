@@ -36,6 +36,11 @@ class DataOptions:
         0.1, "emoji: share of the concepts kept from training, of every vendor", least=0, below=1
     )
     limit: int | None = option(None, "use only the first so many samples (emoji: concepts)", least=1)
+    shots: int | None = option(None, "train on so many samples of each class only, drawn by --shot-seed", least=1)
+    shot_seed: int = option(0, "of the draw", least=0)
+    classes: Literal["all", "base", "new"] = option(
+        "all", "base: only the first half of the classes, in order and rounded up; new: the rest"
+    )
     mask_duplicates: bool = option(True, "pairs of equal captions or classes are no negatives of each other")
     augment: Literal["auto", "model", "drawing", "none"] = option(
         "auto", "model: its own; drawing: zoom, shift, turn, mirror, recolour; none; or auto"

@@ -96,10 +96,10 @@ def check_weights(model: Model) -> None:
 
 
 def opened(sets: dict[tuple[str, str], Set], base: DataOptions, spec: str, split: str) -> Set:
-    """The set of a SPEC, one object however often it is asked for. The run's limit is one of its own data only."""
+    """The set of a SPEC, one object however often it is asked for. A run's own choices are of its own data."""
     if (spec, split) not in sets:
-        limit = base.limit if spec == base.data else None
-        sets[spec, split] = Set(dataclasses.replace(base, data=spec, limit=limit), split)
+        foreign: dict[str, Any] = {} if spec == base.data else {"limit": None, "shots": None, "classes": "all"}
+        sets[spec, split] = Set(dataclasses.replace(base, data=spec, **foreign), split)
     return sets[spec, split]
 
 

@@ -65,6 +65,7 @@ class Prompted(Model):
     text_key = "classes"  # no texts are wanted of a batch
     image_prefix = "base.clip.visual."
     objective = "classes"
+    class_tokens: Tensor  # (classes, length) int64 as encode_text takes them
 
     def __init__(self, options: Any, recipe: dict[str, Any]) -> None:
         super().__init__(options, recipe)
@@ -212,9 +213,7 @@ class Maple(Prompted):
         self.deep_couplings = nn.ModuleList(copy.deepcopy(one) for _ in self.deep)
 
     def make_texts(self) -> PromptTexts:
-        return PromptTexts(
-            simple_tokenizer(self.base), phrase=self.options.phrase, places=self.options.context_tokens
-        )
+        return PromptTexts(simple_tokenizer(self.base), phrase=self.options.phrase, places=self.options.context_tokens)
 
     def encode_image(self, images: Tensor) -> Features:
         visual, places = self.base.clip.visual, len(self.context)
@@ -244,7 +243,7 @@ def placed(x: Tensor, places: Tensor, vectors: Tensor) -> Tensor:
 
 
 def base_of(model: str) -> str:
-    """`coop:open_clip:ViT-B-16/FILE` -> `open_clip:ViT-B-16/FILE`.  UsageError for a base that is none of open_clip's."""
+    """`coop:open_clip:ViT-B-16/FILE` -> `open_clip:ViT-B-16/FILE`.  UsageError for another kind of base."""
     base = model.partition(":")[2]
     if not base.startswith("open_clip:"):
         raise UsageError(
@@ -268,7 +267,9 @@ def simple_tokenizer(base: OpenClip) -> Any:
 def refuse_text_tower(tower: Any, model: str) -> None:
     """Raises UsageError unless the tower is a transformer of open_clip's that is read at the end of the text."""
     if not hasattr(tower, "token_embedding"):
-        raise UsageError(f"--model {model}: the text tower is a {type(tower).__name__}, which takes no vectors as words")
+        raise UsageError(
+            f"--model {model}: the text tower is a {type(tower).__name__}, which takes no vectors as words"
+        )
     pool = getattr(tower, "pool_type", None) or tower.text_pool_type
     if pool != "argmax" or getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False):
         kind = "a class token" if getattr(tower, "cls_emb", None) is not None else f"pooling {pool!r}"
@@ -286,4 +287,6 @@ def refuse_image_tower(visual: Any, model: str) -> None:
         )
     if visual.attn_pool is not None or visual.pool_type != "tok":
         kind = "attention pooling" if visual.attn_pool is not None else f"pooling {visual.pool_type!r}"
-        raise UsageError(f"--model {model}: the image tower has {kind}, and MaPLe needs one that is read at its class token")
+        raise UsageError(
+            f"--model {model}: the image tower has {kind}, and MaPLe needs one that is read at its class token"
+        )

@@ -14,7 +14,14 @@ from cibr.objectives.penalty import Penalised
 
 __all__ = ["DEFAULT", "OBJECTIVES", "Objective", "Penalised", "build", "options_type"]
 
-OBJECTIVES: dict[str, type[Objective]] = {"clip": Clip, "siglip": SigLip, "cibr": Cibr, "align": Align, "ceb": Ceb, "classes": Classes}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "clip": Clip,
+    "siglip": SigLip,
+    "cibr": Cibr,
+    "align": Align,
+    "ceb": Ceb,
+    "classes": Classes,
+}
 DEFAULT = "clip"
 
 

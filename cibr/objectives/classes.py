@@ -1,12 +1,11 @@
 """Cross-entropy over all classes, whose prompts the model has: what CoOp and MaPLe minimise.
 
-    loss = -mean_i log softmax_c(scale <x_i, t_c>)[label_i]
+loss = -mean_i log softmax_c(scale <x_i, t_c>)[label_i]
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +31,9 @@ class Classes(Objective):
     def __init__(self, options: ClassesOptions, model: Model) -> None:
         super().__init__(options, model)
         if model.objective != "classes":
-            raise UsageError("--objective classes is of models with prompts of their own: --model coop:BASE, maple:BASE")
+            raise UsageError(
+                "--objective classes is of models with prompts of their own: --model coop:BASE, maple:BASE"
+            )
 
     def forward(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         labels = batch.get("group_ids")
