@@ -21,12 +21,15 @@ from cibr_kernels.information.moments import critic_moments, derangement, permut
 from cibr_kernels.losses.accumulate import accumulate
 from cibr_kernels.losses.cibr import cibr_loss
 from cibr_kernels.losses.clip.op import clip_loss
+from cibr_kernels.losses.clip.options import Negatives, SoftTargets
 from cibr_kernels.losses.siglip.op import siglip_loss
 from cibr_kernels.primitives.dot.lse.op import set_stash_budget, stash_budget
 from cibr_kernels.primitives.log_mean_exp.op import log_mean_exp
 
 __version__ = "0.1.0"
 __all__ = [
+    "Negatives",
+    "SoftTargets",
     "accumulate",
     "bound",
     "cibr_loss",

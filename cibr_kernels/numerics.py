@@ -18,6 +18,12 @@ def softplus(t: Tensor) -> Tensor:
     return torch.logaddexp(t, torch.zeros_like(t))
 
 
+def logsumexp(t: Tensor, dim: int) -> Tensor:
+    """logsumexp whose gradient is zero, not NaN, where the sum is empty: -inf."""
+    empty = (t == -math.inf).all(dim, keepdim=True)
+    return t.masked_fill(empty, 0.0).logsumexp(dim).masked_fill(empty.squeeze(dim), -math.inf)
+
+
 def log_count(count: int, like: Tensor) -> Tensor | float:
     """log of a number of rows or pairs.  Compilers know it as a symbol, of which math.log would make a constant."""
     if torch.compiler.is_compiling():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,13 @@ def check_negatives(name: str, negatives: Tensor | None, like: Tensor) -> Tensor
     checks.same_place(**{name: negatives, "image_features": like})
     checks.same_width(**{name: negatives, "image_features": like})
     return checks.usable(negatives)
+
+
+def refuse_together(option: str, others: dict[str, Any]) -> None:
+    """Raises ValueError where an option is given with one that it does not combine with."""
+    for name, given in others.items():
+        if given:
+            raise ValueError(f"{option} and {name} do not go together")
 
 
 @dataclass(frozen=True)

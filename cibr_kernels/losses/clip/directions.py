@@ -6,7 +6,7 @@
     loss_i = LSE_i - <anchor_i, t_i> = softplus(R_i - p_i) + s_i <anchor_i, y_i - t_i>
 
 The plain loss has t_i = y_i, its positive.  With several positives t_i is their mean, with label smoothing eps the
-target is (1 - eps) of that and eps of the mean over all candidates.
+target is (1 - eps) of that and eps of the mean over all candidates; soft targets take a guide's mean in that place.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from cibr_kernels.distributed import merge
 from cibr_kernels.distributed.collectives import gather
 from cibr_kernels.distributed.lse import sharded_dot_lse
 from cibr_kernels.distributed.shards import Shards
+from cibr_kernels.losses.clip.options import SoftTargets
+from cibr_kernels.losses.clip.soft import guided_mean
 from cibr_kernels.losses.targets import Groups
 from cibr_kernels.numerics import promote, softplus
 from cibr_kernels.primitives.dot.lse.op import dot_lse
@@ -50,6 +52,7 @@ class Problem:
     groups: Groups | None
     several_positives: bool
     label_smoothing: float
+    soft_targets: SoftTargets | None
     one_way: bool
     metrics: bool
     shards: Shards | None
@@ -65,7 +68,7 @@ class Problem:
         if len(ways) == 2 and not scale.dim() and (self.image_negatives is None or self.text_negatives is None):
             order = 1 if self.image_negatives is None else -1  # one matrix, whose columns may be more than its rows
             first, second = ways[::order]
-            rows, cols, positives, *highest = self._sums(*first, need_cols=True)
+            rows, cols, positives, *highest = self.sums(*first, need_cols=True)
             found = [
                 Direction(*first, rows, highest[0] if highest else None),
                 Direction(*second, cols, highest[1] if highest else None),
@@ -73,11 +76,11 @@ class Problem:
             return found[::order], positives
         found = []
         for anchors, candidates, extra in ways:
-            rows, _, positives, *highest = self._sums(anchors, candidates, extra, need_cols=False)
+            rows, _, positives, *highest = self.sums(anchors, candidates, extra, need_cols=False)
             found.append(Direction(anchors, candidates, extra, rows, highest[0] if highest else None))
         return found, positives
 
-    def _sums(self, anchors: Tensor, candidates: Tensor, extra: Tensor | None, need_cols: bool) -> tuple[Tensor, ...]:
+    def sums(self, anchors: Tensor, candidates: Tensor, extra: Tensor | None, need_cols: bool) -> tuple[Tensor, ...]:
         """As `dot_lse`: rows (n,), cols (n,) or (0,), positives (n,), and with metrics the largest of each."""
         scale, shards = self.scale, self.shards
         if scale.dim():
@@ -101,15 +104,21 @@ class Problem:
                 cols, highest[1:] = merge.columns(cols, shards), [merge.largest(t, shards) for t in highest[1:]]
         return rows, cols, positives, *highest
 
+    def sums_within(self, side: Tensor) -> Tensor:
+        """side (n, d) -> (n,): the log-sum-exp of each row's logits with the other rows of its own side."""
+        return self.sums(promote(side) if self.scale.dim() else side, side, None, need_cols=False)[0]
+
     def losses(self, way: Direction, positives: Tensor) -> Tensor:
         """-> (n,) nats."""
         loss = softplus(way.rows - positives)
-        if not self.several_positives and not self.label_smoothing:
+        if not self.several_positives and not self.label_smoothing and self.soft_targets is None:
             return loss
         anchors, own = promote(way.anchors), promote(way.candidates)
         target = own
         if self.several_positives:
             target = self._group_mean(own)
+        if self.soft_targets is not None:
+            target = target + self.soft_targets.share * (self._guided_mean(own, self.soft_targets) - target)
         if self.label_smoothing:
             target = target + self.label_smoothing * (self._candidate_mean(way, own) - target)
         return loss + self.scale * (anchors * (own - target)).sum(1)
@@ -118,6 +127,14 @@ class Problem:
         """The mean of each anchor's positives, (n, d)."""
         sums, size = self._group_sums(own)
         return sums / size[:, None]
+
+    def _guided_mean(self, own: Tensor, soft: SoftTargets) -> Tensor:
+        """The mean of all candidates under the guide's softmax, (n, d)."""
+        guide, scale = promote(soft.guide), torch.full((), soft.scale, dtype=own.dtype, device=own.device)
+        if self.shards is None:
+            return guided_mean(guide, guide, own, scale, 0, self.backend)
+        columns = gather(guide, self.shards), gather(own, self.shards)
+        return guided_mean(guide, *columns, scale, self.shards.offset, self.backend)
 
     def _group_sums(self, own: Tensor) -> tuple[Tensor, Tensor]:
         assert self.groups is not None

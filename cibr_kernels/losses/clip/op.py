@@ -22,8 +22,10 @@ from cibr_kernels.dispatch import library
 from cibr_kernels.distributed.lse import STRATEGIES
 from cibr_kernels.distributed.shards import Agreement, Shards
 from cibr_kernels.losses import targets
+from cibr_kernels.losses.clip.denominators import pair_losses
 from cibr_kernels.losses.clip.directions import Problem
 from cibr_kernels.losses.clip.fast_path import plain_loss
+from cibr_kernels.losses.clip.options import Negatives, SoftTargets
 
 
 def clip_loss(
@@ -36,6 +38,8 @@ def clip_loss(
     group_mode: str = "mask",
     image_negatives: Tensor | None = None,
     text_negatives: Tensor | None = None,
+    negatives: Negatives | None = None,
+    soft_targets: SoftTargets | None = None,
     label_smoothing: float = 0.0,
     weights: Tensor | None = None,
     reduction: str = "mean",
@@ -62,6 +66,11 @@ def clip_loss(
             group as its positives, with equal shares of the target (SupCon, 2004.11362, equation 2).
         image_negatives, text_negatives: (k, d), more candidates that are nobody's positive, of the text -> image and of
             the image -> text direction: a queue (MoCo) or hard negatives.  On several ranks, of this rank's rows.
+        negatives: `cibr_kernels.Negatives`: same-side negatives, each anchor's own hard negatives, one softmax over
+            several directions, weights by hardness.  Not with one_way (it is a choice of directions), group_mode
+            "positives", label_smoothing, soft_targets or return_metrics.
+        soft_targets: `cibr_kernels.SoftTargets`: near duplicates share the target, by the similarity of a guide's
+            features; O(n d) memory.  Not with group_ids or label_smoothing.
         label_smoothing: in [0, 1): that share of the target is spread evenly over an anchor's candidates.
         weights: (n,) weights of the pairs, not negative.
         reduction: "mean" (by weight), "sum", or "none" for (n,) losses, the mean of a pair's two directions.
@@ -88,7 +97,8 @@ def clip_loss(
     checks.choice("strategy", strategy, STRATEGIES)
     checks.choice("reduction", reduction, targets.REDUCTIONS)
     checks.choice("group_mode", group_mode, targets.GROUP_MODES)
-    given = any(t is not None for t in (group_ids, image_negatives, text_negatives, weights, process_group))
+    arguments = group_ids, image_negatives, text_negatives, negatives, soft_targets, weights, process_group
+    given = any(t is not None for t in arguments)
     plain = not (given or label_smoothing or return_metrics) and reduction == "mean"
     if plain and backend != "reference" and library.only_autograd_looks_on(image_features, text_features, logit_scale):
         x, y, scale, bias = _inputs(image_features, text_features, logit_scale, logit_bias)
@@ -99,33 +109,48 @@ def clip_loss(
         "one_way": one_way, "strategy": strategy, "group_ids": group_ids is not None and group_mode,
         "image_negatives": image_negatives is not None, "text_negatives": text_negatives is not None,
         "label_smoothing": label_smoothing, "weights": weights is not None, "reduction": reduction,
-        "return_metrics": return_metrics,
+        "return_metrics": return_metrics, "negatives": negatives and negatives.options(),
+        "soft_targets": soft_targets and soft_targets.options(),
     }  # fmt: skip
     with Agreement("clip_loss", process_group, **options) as agreement:
         x, y, scale, bias = _inputs(image_features, text_features, logit_scale, logit_bias)
         ids, weights = targets.check_ids(group_ids, x), targets.check_weights(weights, x)
-        several = ids is not None and group_mode == "positives"
+        several, ring = ids is not None and group_mode == "positives", strategy == "ring"
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+        if negatives is not None:
+            refused = {
+                "one_way": one_way, "group_mode 'positives'": several, "label_smoothing": label_smoothing,
+                "soft_targets": soft_targets is not None, "return_metrics": return_metrics,
+            }  # fmt: skip
+            targets.refuse_together("negatives", refused)
+            negatives, one_way = negatives.checked(x), negatives.one_way
+        if soft_targets is not None:
+            refused = {"group_ids": ids is not None, "label_smoothing": label_smoothing, "strategy 'ring'": ring}
+            targets.refuse_together("soft_targets", refused)
+            soft_targets = soft_targets.checked(x)
         if one_way and image_negatives is not None:
             raise ValueError("image_negatives are candidates of text -> image, the direction that one_way leaves out")
-        if strategy == "ring" and (several or image_negatives is not None or text_negatives is not None):
+        if ring and (several or image_negatives is not None or text_negatives is not None):
             raise ValueError("strategy 'ring' has no extra negatives and no group_mode 'positives'; use 'gather'")
         if process_group is not None or (scale.dim() and not torch.compiler.is_compiling()):
             checks.positive("logit_scale", scale)  # dot_lse refuses one number too, while other ranks wait for this one
         problem = Problem(
             x, y, scale, targets.check_negatives("image_negatives", image_negatives, x),
-            targets.check_negatives("text_negatives", text_negatives, x), None, several, label_smoothing, one_way,
-            return_metrics, None, strategy, backend,
+            targets.check_negatives("text_negatives", text_negatives, x), None, several, label_smoothing,
+            soft_targets, one_way, return_metrics, None, strategy, backend,
         )  # fmt: skip
         agreement.options["number of logit_scales"] = "one per pair" if scale.dim() else "one"
         agreement.describe(image_features=x, text_features=y)
     shards = agreement.shards
     if shards is not None or ids is not None:
         problem = replace(problem, shards=shards, groups=targets.Groups.of(ids, shards))
-    ways, positives = problem.directions()
-    losses = [problem.losses(way, positives) for way in ways]
-    pairs = losses[0] if one_way else (losses[0] + losses[1]) / 2
+    if negatives is not None:
+        pairs = pair_losses(problem, negatives)
+    else:
+        ways, positives = problem.directions()
+        losses = [problem.losses(way, positives) for way in ways]
+        pairs = losses[0] if one_way else (losses[0] + losses[1]) / 2
     loss = targets.reduce(pairs, weights, reduction, shards)
     loss = loss if bias is None else loss + 0.0 * bias
     return (loss, problem.measure(ways, positives, bias)) if return_metrics else loss

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cibr_kernels.numerics import promote
+from cibr_kernels.numerics import logsumexp, promote
 from cibr_kernels.primitives.dot.problem import LseGradients, LseProblem, LseSums
 
 NONE = float("-inf")
@@ -36,11 +36,11 @@ def dot_lse(
     logits = logits.masked_fill(
         is_masked(len(x), len(y), row_ids, col_ids, first_positive, mask_positives, x.device), NONE
     )
-    cols = _logsumexp(logits, 0) if need_cols else logits.new_empty(0)
+    cols = logsumexp(logits, 0) if need_cols else logits.new_empty(0)
     if not need_max:
-        return _logsumexp(logits, 1), cols, positives
+        return logsumexp(logits, 1), cols, positives
     col_max = logits.detach().amax(0) if need_cols else cols
-    return _logsumexp(logits, 1), cols, positives, logits.detach().amax(1), col_max
+    return logsumexp(logits, 1), cols, positives, logits.detach().amax(1), col_max
 
 
 def is_masked(
@@ -55,12 +55,6 @@ def is_masked(
 def is_positive(n: int, m: int, first_positive: int, device: torch.device) -> Tensor:
     """(n, m) bool: True at (i, first_positive + i)."""
     return torch.arange(m, device=device) == torch.arange(n, device=device)[:, None] + first_positive
-
-
-def _logsumexp(t: Tensor, dim: int) -> Tensor:
-    """logsumexp whose gradient is zero, not NaN, where the sum is empty."""
-    empty = (t == NONE).all(dim, keepdim=True)
-    return t.masked_fill(empty, 0.0).logsumexp(dim).masked_fill(empty.squeeze(dim), NONE)
 
 
 def stash_shape(n: int, m: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
