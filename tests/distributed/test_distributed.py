@@ -64,6 +64,22 @@ CONTRASTIVE: list[tuple[str, dict]] = [
 ]
 
 
+ALL_SIDES = ("image_to_text", "text_to_image", "image_to_image", "text_to_text")
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"directions": ALL_SIDES, "joint": True, "own": True, "groups": 5},
+        {"directions": ALL_SIDES, "hardness": 3.0, "strategy": "ring"},
+        {"guided": True},
+    ],
+)
+def test_clip_loss_with_a_choice_of_negatives(ranks, options, dtype):
+    check(ranks.run(sharded.negatives, 3, (3, 8, 1), dtype, **options), dtype)
+
+
 def on_a_ring(name: str, options: dict) -> bool:
     """Not refused there: test_clip_options.py, test_siglip_loss.py."""
     if options.get("queues") or (name, options.get("group_mode")) == ("clip_loss", "positives"):

@@ -164,6 +164,33 @@ def contrastive(
     return compare(group, rows, loss, leaves, shared, dtype=dtype, unit=("bias",) if name == "siglip_loss" else ())
 
 
+def negatives(
+    group: Group, rows: Sequence[int], dtype: torch.dtype, own: bool = False, guided: bool = False, groups: int = 0,
+    strategy: str = "gather", **choice: Any,
+) -> Errors:  # fmt: skip
+    """clip_loss with `Negatives`, or with `guided` SoftTargets; own: each anchor's hard texts."""
+    total = sum(rows)
+    data, g = batch(total), torch.Generator().manual_seed(4)
+    leaves = {"zv": data["zv"], "zt": data["zt"]}
+    if own:
+        leaves["texts"] = F.normalize(torch.randn(total, 3, D, generator=g, dtype=torch.float64), dim=2)
+    guide = torch.randn(total, 5, generator=g, dtype=torch.float64)
+    ids = torch.randint(0, groups, (total,), generator=g) if groups else None
+
+    def loss(t: dict[str, Tensor], _: Any, group: Group | None) -> Tensor:
+        part = (lambda v: v) if group is None else (lambda v: mine(v, rows, group).contiguous())
+        option: dict[str, Any] = {"negatives": ck.Negatives(**choice, texts=t.get("texts"))}
+        if guided:
+            soft = ck.SoftTargets(guide=part(guide).to(t["zv"].dtype), scale=2.0, share=0.5)
+            option = {"soft_targets": soft}
+        return ck.clip_loss(
+            t["zv"], t["zt"], t["scale"], group_ids=None if ids is None else part(ids), process_group=group,
+            strategy=strategy, **option,
+        )  # fmt: skip
+
+    return compare(group, rows, loss, leaves, {"scale": torch.tensor(4.0, dtype=torch.float64)}, dtype=dtype)
+
+
 def ntxent(group: Group, rows: Sequence[int], dtype: torch.dtype, strategy: str) -> Errors:
     """nn.NTXentLoss of two views, of lengths that it has to take away."""
     data = batch(sum(rows))

@@ -132,7 +132,7 @@ class Problem:
         """The mean of all candidates under the guide's softmax, (n, d)."""
         guide, scale = promote(soft.guide), torch.full((), soft.scale, dtype=own.dtype, device=own.device)
         if self.shards is None:
-            return guided_mean(guide, guide, own, scale, 0, self.backend)
+            return guided_mean(guide, None, own, scale, 0, self.backend)
         columns = gather(guide, self.shards), gather(own, self.shards)
         return guided_mean(guide, *columns, scale, self.shards.offset, self.backend)
 

@@ -17,8 +17,10 @@ from torch.autograd.function import once_differentiable
 from cibr_kernels.primitives.dot.lse.op import dot_lse_backward, dot_lse_forward
 
 
-def guided_mean(a: Tensor, b: Tensor, values: Tensor, scale: Tensor, first_positive: int, backend: str) -> Tensor:
-    """a (n, g), b (m, g) constants, values (m, d), scale () -> t (n, d), differentiable in the values.
+def guided_mean(
+    a: Tensor, b: Tensor | None, values: Tensor, scale: Tensor, first_positive: int, backend: str
+) -> Tensor:
+    """a (n, g), b (m, g) constants (None: a), values (m, d), scale () -> t (n, d), differentiable in the values.
 
     Row i's own column is first_positive + i.  All in float32, or all in float64.
     """
@@ -29,8 +31,9 @@ def guided_mean(a: Tensor, b: Tensor, values: Tensor, scale: Tensor, first_posit
 class _GuidedMean(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, values: Tensor, scale: Tensor, first_positive: int, backend: str
+        ctx: Any, a: Tensor, b: Tensor | None, values: Tensor, scale: Tensor, first_positive: int, backend: str
     ) -> Tensor:
+        b = a if b is None else b
         x, y = _beside(a, values.shape[1]), torch.cat([b, values], 1)
         rows, _, positives, _, _, shift, _ = dot_lse_forward(
             x, y, scale, None, None, first_positive, False, False, False, 0, backend
