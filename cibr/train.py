@@ -56,6 +56,8 @@ def train(config: RunConfig, *, resume: bool = False) -> Outcome:
     """
     if find_spec("tensorboard") is None:
         raise missing_extra(ImportError(name="tensorboard"))
+    if config.run.wandb is not None and find_spec("wandb") is None:
+        raise UsageError("--wandb needs a package that is not installed: pip install wandb")
     config = resolve(config)
     run = Path(config.run.out)
     with ExitStack() as stack:

@@ -6,13 +6,14 @@ import json
 import os
 import signal
 import sys
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from cibr.errors import UsageError
+from cibr.run.atomic import write_text
 
 SHOWN = ("loss", "contrastive_loss", "image_cmi", "text_cmi", "samples_per_second")
 BAR = "{percentage:3.0f}%|{bar}| {elapsed} < {remaining} {desc}{postfix}"
@@ -125,12 +126,13 @@ def flat(entry: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def open_wandb(project: str, run: Path, about: dict[str, Any]) -> Any:
-    """Goes on with the run's own history there."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise UsageError("--wandb needs a package that is not installed: pip install wandb") from error
-    return wandb.init(project=project, name=run.name, id=run.name, resume="allow", dir=str(run), config=about)
+    """Goes on with the run's own history there, whose name RUN/wandb.id keeps."""
+    import wandb
+
+    kept = run / "wandb.id"
+    if not kept.is_file():
+        write_text(kept, uuid.uuid4().hex)
+    return wandb.init(project=project, name=run.name, id=kept.read_text(), resume="allow", dir=str(run), config=about)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -149,6 +151,4 @@ def trim_log(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [json.dumps(entry) + "\n" for entry in read_log(path) if entry["step"] <= step]
-    trimmed = path.with_suffix(".tmp")
-    trimmed.write_text("".join(kept))
-    os.replace(trimmed, path)
+    write_text(path, "".join(kept))
