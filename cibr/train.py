@@ -123,6 +123,7 @@ def loop(session: Session) -> tuple[int | None, dict[str, Any]]:
                 evaluate(session, stage.objective, journal)
             if counters.step % config.run.save_every == 0 or done >= 1 or asked:
                 save(session)
+    session.batches.share(players.ranks.union)
     return asked or None, last
 
 
@@ -141,6 +142,7 @@ def open_journal(session: Session, done: float) -> Silent:
 def entry_of(session: Session) -> dict[str, Any]:
     """What the log says now: means over the steps since its last entry, and where their time went."""
     counters, players = session.counters, session.players
+    session.batches.share(players.ranks.union)
     means = {name: value / max(1, counters.count) for name, value in counters.sums.items()}
     rows = session.config.optim.batch_size * session.config.optim.n_critic * counters.steps
     scale, bias = players.model.temperature()
@@ -149,6 +151,7 @@ def entry_of(session: Session) -> dict[str, Any]:
         "samples_per_second": rows / max(1e-9, counters.seconds - counters.since),
         "lr": players.optimizer.param_groups[0]["lr"],
         "skipped": counters.skipped,
+        "skipped_samples": session.batches.skipped.total,
         **means,
         "scale": whole(scale.detach()).exp().item(),
         "share_of_time": players.clock.shares(),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,6 +58,7 @@ class Batches:
         self.skipped = Skipped()
         self.skipped.update(dataset.skipped)
         self._seen: set[tuple[str, str]] = set()
+        self._news: set[tuple[str, str]] = set()  # that other ranks do not know of
 
     def start(self, step: int, part: slice | None = None) -> Iterator[Batch]:
         """The batches of `step`, `step` + 1, ... without end; of each the rows `part`.
@@ -66,14 +67,25 @@ class Batches:
         """
         with dead_workers_in_words():
             for made in self._loader(step, part or slice(None)):
-                for name, reason in set(made.bad) - self._seen:
-                    self._seen.add((name, reason))
-                    self.skipped.add(reason, name)
+                self._news |= self._count(set(made.bad))
                 if made.error is not None:
                     raise UsageError(made.error)
                 if not self.options.mask_duplicates:
                     del made.batch["group_ids"]
                 yield made.batch
+
+    def share(self, union: Callable[[set[tuple[str, str]]], set[tuple[str, str]]]) -> None:
+        """Counts what other ranks could not read since the last call; `union` is of all ranks' sets, which all call."""
+        self._count(union(self._news))
+        self._news = set()
+
+    def _count(self, bad: set[tuple[str, str]]) -> set[tuple[str, str]]:
+        """Counts each (name, reason) once; returns those that were new."""
+        new = bad - self._seen
+        for name, reason in sorted(new):
+            self.skipped.add(reason, name)
+        self._seen |= new
+        return new
 
     def _loader(self, step: int, part: slice) -> DataLoader:
         workers, prefetch = default_workers(self.dataset, self.options), self.options.prefetch

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import tempfile
@@ -25,6 +24,7 @@ from cibr.data.dataset import Dataset, Skipped, SkipSample
 from cibr.data.images import decode
 from cibr.data.listing import Listing, clean, decode_json
 from cibr.data.options import DataOptions
+from cibr.data.tar_index import cache_home
 from cibr.data.tars import image_place, samples
 from cibr.errors import UsageError
 from cibr.run.atomic import atomic_directory
@@ -145,7 +145,7 @@ def load_drawings(tars: list[Path], max_pixels: int) -> Drawings:
     """
     stats = [tar.stat() for tar in tars]
     key = repr([1, max_pixels, *((t.name, s.st_size, s.st_mtime_ns) for t, s in zip(tars, stats, strict=True))])
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cibr"
+    home = cache_home()
     name = f"emoji-{_hash(str(tars[0].parent.resolve()))}"
     folder = home / f"{name}-{_hash(key)}"
     try:

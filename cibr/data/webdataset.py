@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from cibr.data.dataset import Dataset, SkipSample
 from cibr.data.images import decode
-from cibr.data.listing import Listing, captions_and_class, names_and_templates
+from cibr.data.listing import Listing, names_and_templates
 from cibr.data.options import DataOptions
-from cibr.data.tars import TEXTS, image_place, samples
+from cibr.data.tar_index import index_of
 from cibr.errors import UsageError
 
 
@@ -69,30 +69,12 @@ def open_webdataset(place: str, options: DataOptions, split: str) -> Dataset:
     tars = find_tars(place, split)
     listing = Listing(options.limit)
     for number, tar in enumerate(tqdm(tars, desc="listing", unit="tar", leave=False, delay=2, disable=None)):
+        if listing.full:
+            break
         try:
-            list_tar(tar, number, listing, options)
+            index_of(tar, options.caption_column).add_to(listing, number)
         except OSError as error:
             listing.skipped.add(f"tar that cannot be opened ({type(error).__name__})", tar.name)
     names, templates = names_and_templates(tars[0].parent, tars[0].parent.parent)
     columns = listing.columns(names, templates)
     return TarImages(tars, listing, options.max_pixels, **columns)
-
-
-def list_tar(tar: Path, number: int, listing: Listing, options: DataOptions) -> None:
-    """Adds the tar's samples, with the captions and classes they carry."""
-    if listing.full:
-        return
-    found = samples(tar, listing.skipped)
-    with tar.open("rb") as file:
-        for key, endings in found.items():
-            if listing.full:
-                return
-            with listing.row(f"{key} in {tar.name}"):
-                image = image_place(endings)
-                texts = {}
-                for ending in TEXTS:
-                    if ending in endings:
-                        file.seek(endings[ending].offset)
-                        texts[ending] = file.read(endings[ending].size)
-                captions, named = captions_and_class(texts, options.caption_column)
-                listing.add(key, captions, named, (number, image.offset, image.size))

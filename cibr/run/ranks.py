@@ -23,6 +23,7 @@ from cibr.errors import UsageError
 from cibr_kernels.distributed import Shards
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,14 @@ class Ranks:
         found = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
         return found.tolist()
+
+    def union(self, items: set[T]) -> set[T]:
+        """Of all ranks' sets, of what can be pickled."""
+        if self.group is None:
+            return items
+        found: list[set[T]] = [set()] * self.world
+        dist.all_gather_object(found, items, group=self.group)
+        return set().union(*found)
 
     def require_same(self, what: str, value: int) -> None:
         """Raises UsageError on every rank if they have found different values."""

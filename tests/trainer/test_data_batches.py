@@ -121,6 +121,20 @@ def test_what_cannot_be_read_is_replaced_and_counted_once(workers: int) -> None:
     assert same(part, {key: value[2:7] for key, value in taken[4].items()})
 
 
+def test_what_ranks_cannot_read_is_counted_together_and_once() -> None:
+    """Two ranks of halves of a batch: the second epoch shows either what the other has found in the first."""
+    ranks = [batches(Numbers(24, (2, 5, 11, 17))) for _ in range(2)]
+    parts = [ranks[k].start(0, slice(4 * k, 4 * k + 4)) for k in range(2)]
+    for steps in (1, 2, 9):
+        for part in parts:
+            take(part, steps)
+        both = ranks[0]._news | ranks[1]._news
+        for rank in ranks:
+            rank.share(both.union)
+        assert ranks[0].skipped.counts == ranks[1].skipped.counts
+    assert [rank.skipped.counts for rank in ranks] == [{"a bad one": 4}] * 2
+
+
 class Deadly(Numbers):
     """Row 5 ends the process that reads it, as a fault in a decoder would."""
 

@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import bad_data
 import pytest
 import torch
 import toyset
@@ -303,6 +304,23 @@ def test_several_ranks_take_the_steps_of_one(tmp_path: Path) -> None:
     for key, value in state(tmp_path / "one").items():
         if value.is_floating_point() and not key.startswith("optimizer."):
             assert (state(tmp_path / "two")[key] - value).abs().max() < 1e-5, key
+
+
+def test_ranks_count_what_any_of_them_cannot_read(tmp_path: Path) -> None:
+    """Each broken image once, in the log of the first rank, as in that of one process."""
+    lines = ["filepath,title"]
+    for k in range(40):
+        path = tmp_path / f"{k}.png"
+        path.write_bytes(bad_data.good(k % 6) if k % 5 else b"broken")
+        lines.append(f"{path},caption {k}")
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    common = {"data": f"csv:{tmp_path / 'pairs.csv'}", "batch_size": 10, "steps": 12, "log_every": 6}
+    train(config(tmp_path / "one", **common))
+    for process in two_ranks(config(tmp_path / "two", **common)):
+        process.join(120)
+        assert process.exitcode == 0
+    for run in ("one", "two"):
+        assert [entry["skipped_samples"] for entry in log_of(tmp_path / run)][-1] == 8
 
 
 @pytest.mark.parametrize("more", [{}, {"fsdp": True}])
