@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cibr import models
 from cibr.data import DataOptions, Dataset, open_dataset
+from cibr.data.corruptions import Corrupted
 from cibr.data.dataset import group_id
 from cibr.data.features import save_strings
 from cibr.data.strings import Strings
@@ -42,8 +43,12 @@ def towers(spec: str) -> Model:
 
 
 @torch.no_grad()
-def write_cache(spec: str, model: Model, options: DataOptions, out: Path, split: str = "train") -> dict[str, int]:
+def write_cache(
+    spec: str, model: Model, options: DataOptions, out: Path, split: str = "train", *, corrupted: bool = False
+) -> dict[str, int]:
     """Writes `out` whole or not at all; returns the numbers of images, captions and skipped samples.
+
+    `corrupted`: the images are damaged first, as `cibr.data.corruptions` says.
 
     Raises UsageError if `out` is there, for data that is no images, and if none can be read.
     """
@@ -54,6 +59,8 @@ def write_cache(spec: str, model: Model, options: DataOptions, out: Path, split:
     if out.exists():
         raise UsageError(f"{out} is there already; remove it or choose another --out")
     dataset = open_dataset(options, split)
+    if corrupted:
+        dataset = Corrupted(dataset)
     images = encode_images(model, dataset, options)
     captions = [own_captions(dataset, row) for row in images.rows.tolist()]
     tensors = describe(dataset, images.rows, captions)
@@ -71,9 +78,9 @@ def write_cache(spec: str, model: Model, options: DataOptions, out: Path, split:
 
 def own_captions(dataset: Dataset, row: int) -> tuple[str, ...]:
     """A row's captions; of a class's many templates the first, since they are no captions of this image."""
-    captions = dataset.texts[row] or dataset.captions(row)[:1]
+    captions = dataset.captions(row)
     assert isinstance(captions, tuple)
-    return captions
+    return captions if dataset.texts[row] else captions[:1]
 
 
 def encode_distinct(model: Model, texts: list[str]) -> Tensor:

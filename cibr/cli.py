@@ -158,6 +158,7 @@ class CacheOptions:
     model: str = option("", "packaged (towers of PyPI packages), open_clip:NAME/TAG_OR_FILE, or the folder of a run")
     out: str = option("", "file to write; it must not exist")
     split: str = option("train", "of the data")
+    corrupted: bool = option(False, "damage each image first, by noise, blur, fog or coarse pixels in turn")
     device: Literal["cpu", "cuda"] = option("cpu", "where the towers run")
     threads: int | None = option(None, "CPU threads; default torch's", least=1)
 
@@ -170,7 +171,8 @@ def data_cache(arguments: Sequence[str]) -> int:
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    found = write_cache(options.model, towers(options.model).to(options.device), data, Path(options.out), options.split)
+    model = towers(options.model).to(options.device)
+    found = write_cache(options.model, model, data, Path(options.out), options.split, corrupted=options.corrupted)
     print(f"{found['images']} images and {found['captions']} captions in {options.out}; {found['skipped']} skipped")
     print(f"next: cibr train --model heads --data features:{options.out}")
     return 0

@@ -33,7 +33,7 @@ def critics_turn(players: Players, stage: Stage, output: Output, batch: Batch, s
     players.clock.mark("critics")
     kept = [(buffer, buffer.clone()) for buffer in objective.buffers()]
     players.seed(step, 0, 0, turn + 1)
-    objective(Output.of([t.detach() for t in output.tensors()]), batch)["loss"].backward()
+    objective(Output.of({name: t.detach() for name, t in output.tensors().items()}), batch)["loss"].backward()
     for buffer, value in kept:
         buffer.copy_(value)
     players.ranks.average(objective.parameters())

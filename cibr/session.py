@@ -97,6 +97,7 @@ def prepare(config: RunConfig, found: Path | None, ranks: Ranks) -> Session:
         seed=config.run.seed,
         transform=training_transform(kind, model.transform) if model.image_key == "image" else None,
         tokenizer=model.tokenizer if model.text_key == "text" else None,
+        needs=stages.needs(players.stages),
     )
     validation = Validation(config) if config.run.eval_every is not None else None
     for line in (*description(config, players, batches, counters), *left_out(batches)):

@@ -27,6 +27,7 @@ from cibr import objectives
 from cibr.config import RunConfig, check, of_kind
 from cibr.errors import UsageError
 from cibr.models import Model
+from cibr.needs import Needs
 from cibr.objectives import Objective
 
 KEYS = ("steps", "train", "lr", "objective")
@@ -139,6 +140,14 @@ def critics_of(stages: Sequence[Stage]) -> nn.Module:
     for stage in stages:
         distinct.setdefault(stage.objective.options.objective, stage.objective)
     return stages[0].objective if len(distinct) == 1 else nn.ModuleDict(distinct)
+
+
+def needs(stages: Iterable[Stage]) -> Needs:
+    """What any of them asks of a batch."""
+    found = Needs()
+    for stage in stages:
+        found |= stage.objective.needs(stage.objective.options)
+    return found
 
 
 def stage_at(stages: Iterable[Stage], step: int) -> tuple[Stage, bool]:

@@ -107,23 +107,27 @@ def forward_backward(players: Players, stage: Stage, batch: Batch, step: int, tu
     """
     pieces = cut(batch, players.config.optim.accumulate)
     parts: dict[str, Tensor] = {}
+    names: list[str] = []  # of what the towers give
+
+    def encode_part(k: int) -> list[Tensor]:
+        found = encode(players, pieces[k], step, k).tensors()
+        names[:] = found
+        return list(found.values())
 
     def loss(*tensors: Tensor) -> Tensor:
+        output = Output.of(dict(zip(names, tensors, strict=True)))
         if alternates(players, stage):
-            parts["critic_gradient_norm"] = critics_turn(players, stage, Output.of(tensors), batch, step, turn)
+            parts["critic_gradient_norm"] = critics_turn(players, stage, output, batch, step, turn)
             meanwhile.enter_context(fixed(stage.objective))
         players.clock.mark("loss")
         players.seed(step)
-        parts.update(stage.objective(Output.of(tensors), batch))
+        parts.update(stage.objective(output, batch))
         return players.scaler.scale(parts["loss"])
 
     with contextlib.ExitStack() as meanwhile:
         if len(pieces) > 1:
             meanwhile.enter_context(unsynchronised(players.called))
-        ck.accumulate(
-            lambda k: encode(players, pieces[k], step, k).tensors(), range(len(pieces)), loss,
-            buffers=players.model.buffers(),
-        )  # fmt: skip
+        ck.accumulate(encode_part, range(len(pieces)), loss, buffers=players.model.buffers())
     players.ranks.average(left_to_average(players, parted=len(pieces) > 1))
     return parts
 
@@ -140,7 +144,7 @@ def turn_on_fresh(players: Players, stage: Stage, batch: Batch, step: int, turn:
     pieces = cut(batch, players.config.optim.accumulate)
     with torch.no_grad():
         outputs = [encode(players, piece, step, k, turn + 1).tensors() for k, piece in enumerate(pieces)]
-    whole_batch = [torch.cat(ts) if ts[0].ndim else ts[0] for ts in zip(*outputs, strict=True)]
+    whole_batch = {n: torch.cat([out[n] for out in outputs]) if t.ndim else t for n, t in outputs[0].items()}
     critics_turn(players, stage, Output.of(whole_batch), batch, step, turn)
 
 

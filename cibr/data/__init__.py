@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from cibr.data.folder import open_folder
 from cibr.data.hf import open_hf
 from cibr.data.karpathy import open_karpathy
 from cibr.data.options import DataOptions
+from cibr.data.split import divide
 from cibr.data.standard import STANDARD, open_standard
 from cibr.data.stream import Stream
 from cibr.data.synthetic import open_synthetic
@@ -72,6 +74,9 @@ def open_dataset(options: DataOptions, split: str = "train") -> Dataset:
         kind, place = "emoji" if (Path(kind) / "set.json").is_file() else "webdataset", kind
     if kind not in SOURCES or not place:
         raise UsageError(_advice(options.data))
+    if options.split_by is not None:
+        whole = dataclasses.replace(options, hold_out=None, split_by=None)
+        return divide(SOURCES[kind].open(place, whole, "all" if kind == "emoji" else "train"), options, split)
     dataset = SOURCES[kind].open(place, options, split)
     if not isinstance(dataset, Stream) and not len(dataset):
         raise UsageError(f"no usable sample in {options.data}\n{dataset.skipped}".strip())

@@ -6,6 +6,8 @@ A batch is a dictionary:
     text             (n, length) int64, through the tokenizer; or text_features (n, dt) float32
     group_ids        (n,) int64, equal for pairs that are no negatives of each other; absent without `mask_duplicates`
     index            (n,) int64, rows of the data set
+
+and what else of each row the objective needs (`cibr.needs`).
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from cibr.data.steps import Rows, Steps
 from cibr.data.stream import Stream, StreamSteps
 from cibr.data.transforms import Tokenizer, Transform
 from cibr.errors import UsageError
+from cibr.needs import Needs
 
 Batch = dict[str, Tensor]
 
@@ -46,13 +49,17 @@ class Batches:
         seed: int,
         transform: Transform | None = None,
         tokenizer: Tokenizer | None = None,
+        needs: Needs = Needs(),
     ) -> None:
         """Raises UsageError where there are fewer samples than a batch takes, nothing to tell a pair from, or options
-        that this kind of data does not have.
+        that this kind of data does not have; and where a stream, whose rows are not known, would have to give more of
+        one.
         """
         require_read(options)
+        if needs and isinstance(dataset, Stream):
+            raise UsageError(f"{options.data} is streamed, and this objective wants several views or captions of a row")
         self.dataset, self.options, self.batch_size, self.seed = dataset, options, batch_size, seed
-        self.transform, self.tokenizer = transform, tokenizer
+        self.transform, self.tokenizer, self.needs = transform, tokenizer, needs
         self.order = None if isinstance(dataset, Stream) else make_order(dataset, options, batch_size, seed)
         self.steps_per_epoch = None if self.order is None else self.order.steps_per_epoch  # of a stream not known
         self.skipped = Skipped()
@@ -71,7 +78,8 @@ class Batches:
                 if made.error is not None:
                     raise UsageError(made.error)
                 if not self.options.mask_duplicates:
-                    del made.batch["group_ids"]
+                    for name in [name for name in made.batch if name.startswith("group_ids")]:
+                        del made.batch[name]
                 yield made.batch
 
     def share(self, union: Callable[[set[tuple[str, str]]], set[tuple[str, str]]]) -> None:
@@ -90,7 +98,7 @@ class Batches:
     def _loader(self, step: int, part: slice) -> DataLoader:
         workers, prefetch = default_workers(self.dataset, self.options), self.options.prefetch
         if self.order is not None:
-            steps = Steps(self.dataset, self.order, part, self.transform, self.tokenizer)
+            steps = Steps(self.dataset, self.order, part, self.transform, self.tokenizer, self.needs)
             return loader(steps, itertools.count(step), workers, prefetch)
         assert isinstance(self.dataset, Stream)
         size = len(range(self.batch_size)[part])

@@ -154,6 +154,10 @@ class Dataset:
             return bool((self.labels == self.labels[0]).all())
         return all(text == self.texts.strings[0] for text in self.texts.strings)
 
+    def take(self, rows: np.ndarray) -> Dataset:
+        """The data set of these `rows` (m,) int64, in their order; its classes are those that are left."""
+        return Subset(self, rows)
+
     def sizes(self) -> np.ndarray:
         """What besides names and captions tells a changed set from this one: by default nothing."""
         return np.zeros(0, np.int64)
@@ -168,3 +172,44 @@ class Dataset:
             names = "\n".join([*(self.class_names or ()), *(self.templates or ())])
             digest.update(self.labels.numpy().tobytes() + names.encode())
         return digest.hexdigest()
+
+
+class Subset(Dataset):
+    """Some rows of another data set, which reads them."""
+
+    def __init__(self, base: Dataset, rows: np.ndarray) -> None:
+        self.base, self.rows = base, rows
+        labels, names = classes_left(base, rows)
+        super().__init__(
+            [base.keys[row] for row in rows.tolist()],
+            [base.texts[row] for row in rows.tolist()],
+            labels=None if labels is None else labels.tolist(),
+            class_names=names,
+            templates=base.templates,
+            styles=None if base.styles is None else [base.styles[row] for row in rows.tolist()],
+            skipped=base.skipped,
+        )
+        self.distinct_groups, self.augment = base.distinct_groups, base.augment
+
+    def image(self, index: int) -> Image.Image | Tensor:
+        return self.base.image(int(self.rows[index]))
+
+    def captions(self, index: int) -> tuple[str, ...] | Tensor:
+        return self.base.captions(int(self.rows[index]))
+
+    def draw(self, index: int, number: int) -> str | Tensor:
+        return self.base.draw(int(self.rows[index]), number)
+
+    def words(self) -> Iterable[str]:
+        return self.base.words()  # the vocabulary is the same for every split
+
+    def sizes(self) -> np.ndarray:
+        return self.rows
+
+
+def classes_left(dataset: Dataset, rows: np.ndarray) -> tuple[Tensor | None, list[str] | None]:
+    """Labels (m,) of the rows, counted anew from 0, and the names of the classes that have one of them."""
+    if dataset.labels is None or dataset.class_names is None:
+        return None, None
+    left, labels = dataset.labels[torch.from_numpy(rows)].unique(return_inverse=True)
+    return labels, [dataset.class_names[c] for c in left.tolist()]

@@ -30,6 +30,7 @@ from cibr.errors import UsageError
 from cibr.run.atomic import atomic_directory
 
 DROPPED = ("flags",)  # groups left out: a flag's drawing says nothing of its country's name
+CAPTIONS = 6  # at most so many of a drawing, where all are asked for
 SPLITS = ("train", "held_out", "unseen", "unseen_held_out", "all")
 
 
@@ -67,6 +68,11 @@ class Emoji(Dataset):
 
     def image(self, index: int) -> Image.Image:
         return Image.fromarray(self.images[self.rows[index]])
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The label, and what the first draws of CAPTIONS - 1 numbers say: the same for all drawings of a concept."""
+        more = (self.draw(index, number) for number in range(1, CAPTIONS))
+        return tuple(dict.fromkeys([self.texts[index][0], *more]))
 
     def draw(self, index: int, number: int) -> str:
         """The label, the label with one to three keywords, or keywords, in 5, 3 and 2 of 10 draws."""

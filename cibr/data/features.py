@@ -10,6 +10,7 @@ labels           (n,) int64, where there are classes
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cibr.data.dataset import Dataset
+from cibr.data.dataset import Dataset, classes_left
 from cibr.data.options import DataOptions
 from cibr.data.strings import Strings, Texts
 from cibr.errors import UsageError, missing_extra
+from cibr.needs import MOST_CAPTIONS
 
 
 class FeatureSet(Dataset):
@@ -45,6 +47,7 @@ class FeatureSet(Dataset):
         self.styles = None if styles is None else list(styles)
         self.labels = tensors["labels"][:n] if "labels" in tensors else None
         self.rows = n
+        self.distinct_groups = self.styles is not None  # two drawings of one concept are no negatives of each other
         self.image_width, self.text_width = self.image_features.shape[1], self.text_features.shape[1]
 
     def __len__(self) -> int:
@@ -74,6 +77,36 @@ class FeatureSet(Dataset):
             "group_ids": self.caption_groups[caption],
             "index": index,
         }
+
+    def take(self, rows: np.ndarray) -> FeatureSet:
+        chosen = torch.from_numpy(rows)
+        first, count = self.starts[chosen], self.starts[chosen + 1] - self.starts[chosen]
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), count.cumsum(0)])
+        captions = torch.arange(int(starts[-1])) + (first - starts[:-1]).repeat_interleave(count)
+        tensors = {"image_features": self.image_features[chosen], "text_features": self.text_features[captions]}
+        tensors |= {"caption_starts": starts, "group_ids": self.caption_groups[captions]}
+        labels, names = classes_left(self, rows)
+        if labels is not None:
+            tensors["labels"] = labels
+        strings: dict[str, Iterable[str] | None] = {
+            "keys": (self.keys[row] for row in rows.tolist()),
+            "captions": (text for row in rows.tolist() for text in self.texts[row]) if len(self.texts) else None,
+            "class_names": names,
+            "styles": None if self.styles is None else (self.styles[row] for row in rows.tolist()),
+        }
+        for name, several in strings.items():
+            if several is not None:
+                save_strings(tensors, name, Strings(several))
+        return FeatureSet(tensors)
+
+    def every_caption(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """All captions of `rows` (n,), MOST_CAPTIONS at most: (n, k, dt), 0 where there are fewer, and how many."""
+        first, end = (self.starts[torch.from_numpy(rows) + one] for one in (0, 1))
+        count = (end - first).clamp(max=MOST_CAPTIONS)
+        place = torch.arange(int(count.max()))
+        there = place < count[:, None]
+        texts = self.text_features[(first[:, None] + place).clamp(max=len(self.text_features) - 1)]
+        return texts * there[:, :, None], count
 
     def sizes(self) -> np.ndarray:
         """The sums of the features, so that those of another tower are another set."""

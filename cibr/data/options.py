@@ -9,7 +9,7 @@ from cibr.config import option
 from cibr.errors import UsageError
 
 READ_BY = {  # options of some kinds of data only
-    "hold_out": ("emoji",),
+    "hold_out": ("emoji", "features"),
     "unseen_fraction": ("emoji",),
     "image_column": ("csv", "hf"),
     "caption_column": ("csv", "hf", "webdataset"),
@@ -31,10 +31,16 @@ class DataOptions:
     caption_column: str | None = option(None, "column of captions; default title (csv), or caption(s) or text (hf)")
     separator: str | None = option(None, "between columns of a csv; default a tab if the header has one, else a comma")
     hf_split: str | None = option(None, "split of an hf data set; default train to train on, else test or validation")
-    hold_out: str | None = option(None, "emoji: vendor family or style that training must not see")
+    hold_out: str | None = option(None, "drawings: vendor family or style that training must not see")
     unseen_fraction: float = option(
         0.1, "emoji: share of the concepts kept from training, of every vendor", least=0, below=1
     )
+    split_by: Literal["rows", "classes"] | None = option(
+        None, "divide the data into train, val and test at random; by classes, those of val and test are not trained on"
+    )
+    split_seed: int = option(0, "of --split-by", least=0)
+    val_share: float = option(0.1, "of --split-by: share of the rows or classes to validate on", least=0, below=1)
+    test_share: float = option(0.2, "of --split-by: share of the rows or classes to test on", least=0, below=1)
     limit: int | None = option(None, "use only the first so many samples (emoji: concepts)", least=1)
     shots: int | None = option(None, "train on so many samples of each class only, drawn by --shot-seed", least=1)
     shot_seed: int = option(0, "of the draw", least=0)
@@ -52,6 +58,9 @@ class DataOptions:
     prefetch: int = option(2, "batches each worker makes ahead", least=1, changeable=True)
 
     def __post_init__(self) -> None:
+        if self.split_by is not None and self.val_share + self.test_share >= 1:
+            shares = f"--val-share {self.val_share} and --test-share {self.test_share}"
+            raise UsageError(f"{shares} leave nothing to train on")
         if self.separator is not None and len(self.separator.replace("\\t", "\t")) != 1:
             raise UsageError(f"--separator is {self.separator!r}, but must be one character")
 

@@ -9,10 +9,12 @@ import numpy as np
 from cibr.errors import UsageError
 
 
-def random_numbers(seed: int, step: int, rows: np.ndarray) -> np.ndarray:
-    """(n,) int64 in [0, 2^63), a function of (seed, step, row) each: SplitMix64's finaliser, once per argument."""
+def random_numbers(seed: int, step: int, rows: np.ndarray, *more: int) -> np.ndarray:
+    """(n,) int64 in [0, 2^63), a function of (seed, step, row) each and of `more`: SplitMix64's finaliser, once per
+    argument.
+    """
     mixed = np.zeros(len(rows), np.uint64)
-    for argument in (np.uint64(seed), np.uint64(step), rows.astype(np.uint64)):
+    for argument in (np.uint64(seed), np.uint64(step), rows.astype(np.uint64), *map(np.uint64, more)):
         mixed = mixed + argument + np.uint64(0x9E3779B97F4A7C15)  # the golden ratio: 0 is no fixed point
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -50,3 +52,26 @@ class Order:
 
     def _shuffle(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, epoch)).permutation(len(self.first))
+
+
+class Partners:
+    """Of each row another one of its class or concept; the row itself where there is none."""
+
+    def __init__(self, groups: np.ndarray | None) -> None:
+        """`groups` (n,) are the rows' ids; None: every row is alone."""
+        self.groups = groups
+        if groups is not None:
+            self.by_group = np.argsort(groups, kind="stable")
+            self.place = np.empty(len(groups), np.int64)
+            self.place[self.by_group] = np.arange(len(groups))
+            _, of, count = np.unique(groups, return_inverse=True, return_counts=True)
+            starts = np.concatenate([[0], np.cumsum(count)[:-1]])
+            self.first, self.count = starts[of], count[of]
+
+    def of(self, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """(n,) rows, each chosen uniformly by its random number in [0, 2^63) among the others of its group."""
+        if self.groups is None:
+            return rows
+        first, count = self.first[rows], self.count[rows]
+        further = 1 + numbers % np.maximum(count - 1, 1)
+        return self.by_group[first + (self.place[rows] - first + further) % count]

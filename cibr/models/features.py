@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +16,9 @@ class Features:
     inputs: Tensor  # X: (n, width) fp32, pooled, what enters the projection
     embedding: Tensor  # Z = normalize(X W): (n, d) fp32, unit norm
 
+    def __getitem__(self, rows: slice) -> Features:
+        return Features(self.inputs[rows], self.embedding[rows])
+
 
 @dataclass(frozen=True)
 class Output:
@@ -22,14 +26,25 @@ class Output:
     text: Features
     logit_scale: Tensor  # 0-d, exp already taken
     logit_bias: Tensor | None  # 0-d; None for models without one
+    image_2: Features | None = None  # of another image of each row's class or concept, where the batch has it
+    text_2: Features | None = None  # of another caption
+    captions: Features | None = None  # means of X and, normalised, of Z over all captions of a row
 
-    def tensors(self) -> list[Tensor]:
-        """The four (n, width) feature tensors, then scale and, where there is one, bias."""
-        features = [self.image.inputs, self.image.embedding, self.text.inputs, self.text.embedding]
-        return [*features, self.logit_scale, *([] if self.logit_bias is None else [self.logit_bias])]
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them by name: "image.inputs" (n, width), "image.embedding", ..., "logit_scale"; no entry for None."""
+        found: dict[str, Tensor] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Features):
+                found |= {f"{name}.inputs": value.inputs, f"{name}.embedding": value.embedding}
+            elif value is not None:
+                found[name] = value
+        return found
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> Output:
+    def of(cls, tensors: Mapping[str, Tensor]) -> Output:
         """The inverse of `tensors`."""
-        image_inputs, image, text_inputs, text, scale, *bias = tensors
-        return cls(Features(image_inputs, image), Features(text_inputs, text), scale, bias[0] if bias else None)
+        given: dict[str, Any] = {"logit_bias": None}
+        for name, value in tensors.items():
+            tower, dot, _ = name.partition(".")
+            given[tower] = Features(tensors[f"{tower}.inputs"], tensors[f"{tower}.embedding"]) if dot else value
+        return cls(**given)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from cibr.config import option
 from cibr.models.features import Batch, Features, Output
+from cibr.needs import ALL, SECOND
 
 SPECS = "conv; open_clip:NAME[/TAG_OR_FILE]; open_clip:local-dir:DIR; open_clip:FILE.json; heads"
 
@@ -73,9 +74,29 @@ class Model(nn.Module):
         """Weights that a new run starts from, where the options name some."""
 
     def forward(self, batch: Batch) -> Output:
-        """One batch through both towers."""
-        image, text = self.encode_image(batch[self.image_key]), self.encode_text(batch[self.text_key])
-        return Output(image, text, *self.logits())
+        """One batch through both towers, and what else it has of each row (`cibr.needs`)."""
+        if self.image_key + SECOND not in batch:
+            image, text = self.encode_image(batch[self.image_key]), self.encode_text(batch[self.text_key])
+            return Output(image, text, *self.logits(), captions=self.mean_of_captions(batch))
+        keys = (self.image_key, self.text_key)
+        both = (torch.cat([batch[key], batch[key + SECOND]]) for key in keys)  # one call: one batch of a batch norm's
+        image, text = self.encode_image(next(both)), self.encode_text(next(both))
+        n, captions = len(batch[self.image_key]), self.mean_of_captions(batch)
+        return Output(image[:n], text[:n], *self.logits(), image[n:], text[n:], captions)
+
+    def mean_of_captions(self, batch: Batch) -> Features | None:
+        """The means over all captions of each row, where the batch has them."""
+        texts = batch.get(self.text_key + ALL)
+        if texts is None:
+            return None
+        n, most = texts.shape[:2]
+        row, place = (torch.arange(most, device=texts.device) < batch["caption_count"][:, None]).nonzero(as_tuple=True)
+        features = self.encode_text(texts[row, place])
+        count = batch["caption_count"][:, None]
+        inputs, embedding = (
+            t.new_zeros(n, t.shape[1]).index_add(0, row, t) / count for t in (features.inputs, features.embedding)
+        )
+        return Features(inputs, F.normalize(embedding, dim=1))
 
     def logits(self) -> tuple[Tensor, Tensor | None]:
         """Scale and, where there is one, bias of the logits, 0-d float32."""

@@ -6,10 +6,10 @@ from typing import Any
 
 from cibr.errors import UsageError
 from cibr.models import Model
-from cibr.objectives.alignment import Align, Ceb
+from cibr.objectives.alignment import Align, Ceb, Variance
 from cibr.objectives.cibr import Cibr
 from cibr.objectives.classes import Classes
-from cibr.objectives.contrastive import Clip, Objective, SigLip
+from cibr.objectives.contrastive import Clip, Clip2, MeanPos, Objective, SigLip
 from cibr.objectives.penalty import Penalised
 
 __all__ = ["DEFAULT", "OBJECTIVES", "Objective", "Penalised", "build", "options_type"]
@@ -17,9 +17,12 @@ __all__ = ["DEFAULT", "OBJECTIVES", "Objective", "Penalised", "build", "options_
 OBJECTIVES: dict[str, type[Objective]] = {
     "clip": Clip,
     "siglip": SigLip,
+    "clip2": Clip2,
+    "meanpos": MeanPos,
     "cibr": Cibr,
     "align": Align,
     "ceb": Ceb,
+    "variance": Variance,
     "classes": Classes,
 }
 DEFAULT = "clip"

@@ -19,13 +19,13 @@ from cibr.config import option
 from cibr.errors import UsageError
 from cibr.models import Features, Model, Output
 from cibr.objectives.contrastive import NAMES
-from cibr.objectives.penalty import Penalised, PenaltyOptions, scaled
+from cibr.objectives.penalty import Conditioned, ConditionOptions, scaled
 
 TERMS = ("image_own", "image_other", "text_own", "text_other")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CibrOptions(PenaltyOptions):
+class CibrOptions(ConditionOptions):
     objective: str = option("cibr", NAMES)
     estimator: Literal["mine", "dv", "nwj", "tuba", "remine", "js", "smile", "infonce"] = option(
         "mine", "of information"
@@ -45,7 +45,7 @@ class CibrOptions(PenaltyOptions):
     )
 
 
-class Cibr(Penalised):
+class Cibr(Conditioned):
     Options = CibrOptions
 
     def __init__(self, options: CibrOptions, model: Model) -> None:
@@ -55,8 +55,6 @@ class Cibr(Penalised):
         widths = (model.image_width, model.text_width, model.text_width, model.image_width)
         critics = zip(TERMS, widths, strict=True)
         self.critics = nn.ModuleDict({name: self._critic(width, model.embed_dim) for name, width in critics})
-        self.standardize_image = ck.nn.Standardize(model.image_width)
-        self.standardize_text = ck.nn.Standardize(model.text_width)
         self.ema = nn.ModuleDict()
         if options.ema_decay is not None:
             self.ema.update({name: ck.nn.LogEMA(options.ema_decay) for name in TERMS})
@@ -71,12 +69,11 @@ class Cibr(Penalised):
         return ck.nn.ConcatCritic(width, embed_dim, options.critic_hidden, activation=options.critic_activation)
 
     def penalty(self, output: Output, lam_image: Tensor, lam_text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        xv = self.standardize_image(output.image.inputs.detach(), self.shards)
-        xt = self.standardize_text(output.text.inputs.detach(), self.shards)
+        xv, xt, captions = self.inputs(output)
         zv, zt = self.noisy(output.image.embedding), self.noisy(output.text.embedding)
         nats = {
             "image_own": self.information("image_own", xv, scaled(zv, -lam_image)),
-            "image_other": self.information("image_other", xt, scaled(zv, lam_image)),
+            "image_other": self.information("image_other", captions, scaled(zv, lam_image)),
             "text_own": self.information("text_own", xt, scaled(zt, -lam_text)),
             "text_other": self.information("text_other", xv, scaled(zt, lam_text)),
         }

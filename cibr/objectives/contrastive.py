@@ -1,4 +1,10 @@
-"""CLIP's and SigLIP's losses over the rows of all ranks; pairs of one group are no negatives of each other."""
+"""CLIP's and SigLIP's losses over the rows of all ranks; pairs of one group are no negatives of each other.
+
+Two more see as much data as the penalties that need it, and are their controls:
+
+    clip2     (CLIP(zv, zt) + CLIP(zv', zt')) / 2     another image and another caption of each row's class or concept
+    meanpos   (CLIP(zv, zt) + CLIP(zv, zt*)) / 2      zt* the normalised mean over all captions of the row
+"""
 
 from __future__ import annotations
 
@@ -10,9 +16,11 @@ from torch import Tensor, nn
 
 import cibr_kernels as ck
 from cibr.config import option
-from cibr.models import Batch, Model, Output
+from cibr.errors import UsageError
+from cibr.models import Batch, Features, Model, Output
+from cibr.needs import SECOND, Needs
 
-NAMES = "clip, siglip, cibr, align, ceb"
+NAMES = "clip, siglip, clip2, meanpos, cibr, align, ceb, variance"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +35,21 @@ class SigLipOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EitherOptions:
-    """Of an objective that adds a penalty to one of the two."""
+class Clip2Options(ClipOptions):
+    objective: str = option("clip2", NAMES)
 
-    contrastive: Literal["clip", "siglip"] = option("clip", "the loss that the penalty is added to")
+
+@dataclass(frozen=True, kw_only=True)
+class MeanPosOptions(ClipOptions):
+    objective: str = option("meanpos", NAMES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EitherOptions:
+    """Of an objective that adds a penalty to one of these."""
+
+    contrastive: Literal["clip", "siglip", "clip2", "meanpos"] = option("clip", "the loss that the penalty is added to")
+    label_smoothing: float = option(0.0, "of the softmax's targets; not of siglip", least=0, below=1)
 
 
 class Objective(nn.Module):
@@ -54,6 +73,11 @@ class Objective(nn.Module):
         """Whether logits want a bias, and to begin as SigLIP's do."""
         return False
 
+    @classmethod
+    def needs(cls, options: Any) -> Needs:
+        """What a training batch has besides an image and a caption a row; evaluation gives these alone."""
+        return Needs()
+
     def forward(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         raise NotImplementedError
 
@@ -64,11 +88,48 @@ class Objective(nn.Module):
 
 class Clip(Objective):
     def forward(self, output: Output, batch: Batch) -> dict[str, Tensor]:
-        loss = ck.clip_loss(
-            output.image.embedding, output.text.embedding, output.logit_scale, output.logit_bias,
-            group_ids=batch.get("group_ids"), label_smoothing=self.options.label_smoothing, process_group=self.shards,
-        )  # fmt: skip
+        loss = self.clip(output.image, output.text, output, batch.get("group_ids"))
         return {"loss": loss, "contrastive_loss": loss.detach()}
+
+    def clip(self, image: Features, text: Features, output: Output, group_ids: Tensor | None) -> Tensor:
+        return ck.clip_loss(
+            image.embedding, text.embedding, output.logit_scale, output.logit_bias, group_ids=group_ids,
+            label_smoothing=self.options.label_smoothing, process_group=self.shards,
+        )  # fmt: skip
+
+
+class Clip2(Clip):
+    Options = Clip2Options
+
+    @classmethod
+    def needs(cls, options: Any) -> Needs:
+        return Needs(second=True)
+
+    def forward(self, output: Output, batch: Batch) -> dict[str, Tensor]:
+        """Without a second image and caption, in evaluation, it is CLIP's."""
+        found = super().forward(output, batch)
+        if output.image_2 is None or output.text_2 is None:
+            return found
+        second = self.clip(output.image_2, output.text_2, output, batch.get("group_ids" + SECOND))
+        return {**found, "loss": (found["loss"] + second) / 2}
+
+
+class MeanPos(Clip):
+    Options = MeanPosOptions
+
+    @classmethod
+    def needs(cls, options: Any) -> Needs:
+        return Needs(captions=True)
+
+    def forward(self, output: Output, batch: Batch) -> dict[str, Tensor]:
+        """Without all captions, in evaluation, it is CLIP's."""
+        found = super().forward(output, batch)
+        if output.captions is None:
+            return found
+        return {
+            **found,
+            "loss": (found["loss"] + self.clip(output.image, output.captions, output, batch.get("group_ids"))) / 2,
+        }
 
 
 class SigLip(Objective):
@@ -86,6 +147,14 @@ class SigLip(Objective):
         return {"loss": loss, "contrastive_loss": loss.detach()}
 
 
-def contrastive(name: str, model: Model) -> Objective:
-    """The contrastive part of an objective with a penalty."""
-    return Clip(ClipOptions(), model) if name == "clip" else SigLip(SigLipOptions(), model)
+CONTRASTIVE: dict[str, type[Objective]] = {"clip": Clip, "siglip": SigLip, "clip2": Clip2, "meanpos": MeanPos}
+
+
+def contrastive(options: EitherOptions, model: Model) -> Objective:
+    """The contrastive part of an objective with a penalty.  Raises UsageError for smoothing without a softmax."""
+    kind = CONTRASTIVE[options.contrastive]
+    if options.contrastive == "siglip":
+        if options.label_smoothing:
+            raise UsageError("--label-smoothing is of a softmax's targets, and --contrastive siglip has none")
+        return kind(SigLipOptions(), model)
+    return kind(kind.Options(label_smoothing=options.label_smoothing), model)

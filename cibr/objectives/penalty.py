@@ -9,14 +9,16 @@ made of terms in which the embedding's gradient is scaled, `scaled(z, lam)`, and
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+import cibr_kernels as ck
 from cibr.config import option
 from cibr.models import Batch, Model, Output
-from cibr.objectives.contrastive import EitherOptions, Objective, contrastive
+from cibr.needs import Needs
+from cibr.objectives.contrastive import CONTRASTIVE, EitherOptions, Objective, contrastive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +42,16 @@ class Penalised(Objective):
 
     def __init__(self, options: Any, model: Model) -> None:
         super().__init__(options, model)
-        self.contrastive = contrastive(options.contrastive, model)
+        self.contrastive = contrastive(options, model)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     @classmethod
     def sigmoid(cls, options: Any) -> bool:
         return options.contrastive == "siglip"
+
+    @classmethod
+    def needs(cls, options: Any) -> Needs:
+        return CONTRASTIVE[options.contrastive].needs(options)
 
     def lams(self) -> tuple[Tensor, Tensor]:
         """Weights of the image's and the text's term, 0-d: 0 in the warm-up, then linear growth to the options'."""
@@ -61,10 +67,12 @@ class Penalised(Objective):
     def forward(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         """-> "loss", 0-d, with the gradient of both players; the other entries are for the log."""
         self.contrastive.shards = self.shards
-        loss = self.contrastive(output, batch)["loss"]
+        found = self.contrastive(output, batch)
+        loss = found["loss"]
         lam_image, lam_text = self.lams()
         self.mark("critics")
-        branch = Output.of([t.view_as(t) for t in output.tensors()])  # on which a gradient is the penalty's alone
+        views = {name: t.view_as(t) for name, t in output.tensors().items()}
+        branch = Output.of(views)  # on which a gradient is the penalty's alone
         surrogate, parts = self.penalty(branch, lam_image, lam_text)
         if self.options.gradient_cap is not None and loss.requires_grad and surrogate.requires_grad:
             parts["gradient_ratio"] = self.cap(loss, output, surrogate, branch)
@@ -77,7 +85,7 @@ class Penalised(Objective):
             self.step += 1
         return {
             "loss": loss + value + (surrogate - surrogate.detach()),
-            "contrastive_loss": loss.detach(),
+            "contrastive_loss": found["contrastive_loss"],
             "lam": lam_image,
             **parts,
         }
@@ -87,18 +95,59 @@ class Penalised(Objective):
         ends = ((loss, output), (surrogate, branch))
         norms = []
         for end, at in ends:
-            found = torch.autograd.grad(end, [at.image.embedding, at.text.embedding], retain_graph=True)
-            square = torch.stack([g.square().sum() for g in found]).sum()
+            found = torch.autograd.grad(end, embeddings(at), retain_graph=True, allow_unused=True)
+            square = torch.stack([g.square().sum() for g in found if g is not None]).sum()
             if self.shards is not None:
                 torch.distributed.all_reduce(square, group=self.shards.group)
             norms.append(square.sqrt())
         ratio = norms[1] / norms[0]
         factor = (self.options.gradient_cap / ratio).clamp(max=1.0)
-        for z in (branch.image.embedding, branch.text.embedding):
+        for z in embeddings(branch):
             z.register_hook(lambda gradient: gradient * factor)
         return ratio
+
+
+def embeddings(output: Output) -> list[Tensor]:
+    """Z of both towers, and of the second views where there are any."""
+    return [t for name, t in output.tensors().items() if name.endswith(".embedding")]
 
 
 def scaled(z: Tensor, factor: Tensor | float) -> Tensor:
     """The value of z with `factor` times its gradient."""
     return z.detach() + factor * (z - z.detach())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionOptions(PenaltyOptions):
+    """Of a penalty whose image term asks what the text already says."""
+
+    condition: Literal["one", "all"] = option(
+        "one", "what the other modality is to an image: the caption drawn, or the mean of X over all its captions"
+    )
+
+
+class Conditioned(Penalised):
+    """Critics or mean networks that see X, and a choice of what an image is conditioned on."""
+
+    def __init__(self, options: Any, model: Model) -> None:
+        super().__init__(options, model)
+        self.standardize_image = ck.nn.Standardize(model.image_width)
+        self.standardize_text = ck.nn.Standardize(model.text_width)
+        if options.condition == "all":  # a mean of several varies less than one of them
+            self.standardize_captions = ck.nn.Standardize(model.text_width)
+
+    @classmethod
+    def needs(cls, options: Any) -> Needs:
+        return super().needs(options) | Needs(captions=options.condition == "all")
+
+    def inputs(self, output: Output) -> tuple[Tensor, Tensor, Tensor]:
+        """Xv (n, dv), Xt (n, dt) and what an image is conditioned on (n, dt): Xt, or the mean over all captions.
+
+        In evaluation, where there is one caption, it stands for all.
+        """
+        xv = self.standardize_image(output.image.inputs.detach(), self.shards)
+        xt = self.standardize_text(output.text.inputs.detach(), self.shards)
+        if self.options.condition == "one":
+            return xv, xt, xt
+        several = output.text if output.captions is None else output.captions
+        return xv, xt, self.standardize_captions(several.inputs.detach(), self.shards)

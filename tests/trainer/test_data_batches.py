@@ -191,7 +191,7 @@ def test_too_few_samples_and_a_single_group_are_refused() -> None:
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ({"hold_out": "google"}, "--hold-out is an option of emoji data, not of synthetic"),
+        ({"hold_out": "google"}, "--hold-out is an option of emoji and features data, not of synthetic"),
         (
             {"caption_column": "title"},
             "--caption-column is an option of csv and hf and webdataset data",

@@ -46,7 +46,12 @@ def test_rows(directory: Path) -> None:
     row = next(k for k, key in enumerate(dataset.keys) if key == "red-square_plain")
     sample = dataset.sample(row)
     assert isinstance(sample.image, Image.Image) and sample.image.getpixel((8, 8)) == (255, 0, 0)
-    assert sample.captions == ("red square",) and sample.style == "plain" and sample.image.size == (16, 16)
+    assert (
+        sample.captions[0] == "red square"
+        and sample.captions == dataset.captions(row)
+        and sample.style == "plain"
+        and sample.image.size == (16, 16)
+    )
     assert dataset.class_names is not None and dataset.class_names[sample.label or 0] == "red square"
     assert dataset.augment == "drawing" and dataset.distinct_groups and not dataset.skipped.total
 

@@ -37,6 +37,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cibr, separable": {**CIBR, "critic": "separable", "estimator": "infonce"},
     "cibr, shifts": {**CIBR, "negatives": "shifts:3", "ema_decay": 0.9},
     "cibr, remine": {**CIBR, "estimator": "remine", "remine_rho": 0.2, "lam_text": 0.1},
+    "cibr, all captions": {**CIBR, "condition": "all", "contrastive": "meanpos"},
+    "clip2": {},
+    "meanpos": {"label_smoothing": 0.1},
+    "variance": {"lam_warmup_steps": 0, "lam_ramp_steps": 1},
     "align": {"objective": "align", "lam_warmup_steps": 0, "lam_ramp_steps": 1},
     "ceb": {"objective": "ceb", "critic_hidden": 8, "lam_warmup_steps": 0, "lam_ramp_steps": 1},
 }
@@ -159,7 +163,7 @@ def test_a_part_draws_the_same_dropout_twice(tmp_path: Path) -> None:
 
 
 def leaves_of(output: models.Output) -> models.Output:
-    return models.Output.of([t.detach().requires_grad_() for t in output.tensors()])
+    return models.Output.of({name: t.detach().requires_grad_() for name, t in output.tensors().items()})
 
 
 def test_penalties_give_encoders_and_critics_their_own_gradients(tmp_path: Path) -> None:
@@ -257,7 +261,7 @@ def test_cibr_is_the_loss_of_cibr_kernels(tmp_path: Path) -> None:
     torch.manual_seed(1)
     z = other.image.embedding, other.text.embedding
     theirs(*z, other.logit_scale, other.image.inputs, other.text.inputs).backward()
-    for a, b in zip(one.tensors(), other.tensors(), strict=True):
+    for a, b in zip(one.tensors().values(), other.tensors().values(), strict=True):
         if b.grad is not None:
             torch.testing.assert_close(a.grad, b.grad)
 
