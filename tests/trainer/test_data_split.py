@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import itertools
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ def test_rows_are_divided_at_random() -> None:
     options = {"data": "synthetic:50", "split_by": "rows", "split_seed": 3}
     found = [keys(split=split, **options) for split in ("train", "val", "test")]  # type: ignore[arg-type]
     assert [len(part) for part in found] == [35, 5, 10]
-    assert sorted(sum(found, [])) == sorted(keys("synthetic:50", "train"))
+    assert sorted(itertools.chain(*found)) == sorted(keys("synthetic:50", "train"))
     assert keys(split="test", **options) == found[2]  # type: ignore[arg-type]
     assert set(keys(split="test", **{**options, "split_seed": 4})) != set(found[2])  # type: ignore[arg-type]
 
