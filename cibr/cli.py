@@ -159,6 +159,7 @@ class CacheOptions:
     out: str = option("", "file to write; it must not exist")
     split: str = option("train", "of the data")
     corrupted: bool = option(False, "damage each image first, by noise, blur, fog or coarse pixels in turn")
+    precision: Literal["fp32", "amp_bf16"] = option("fp32", "of the towers; features are float32 either way")
     device: Literal["cpu", "cuda"] = option("cpu", "where the towers run")
     threads: int | None = option(None, "CPU threads; default torch's", least=1)
 
@@ -172,7 +173,8 @@ def data_cache(arguments: Sequence[str]) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     model = towers(options.model).to(options.device)
-    found = write_cache(options.model, model, data, Path(options.out), options.split, corrupted=options.corrupted)
+    with torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "amp_bf16"):
+        found = write_cache(options.model, model, data, Path(options.out), options.split, corrupted=options.corrupted)
     print(f"{found['images']} images and {found['captions']} captions in {options.out}; {found['skipped']} skipped")
     print(f"next: cibr train --model heads --data features:{options.out}")
     return 0

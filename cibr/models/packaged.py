@@ -45,6 +45,7 @@ class Packaged(Model):
         self.image_tower.load_state_dict(weights)
         self.text_tower = AutoModel.from_pretrained(get_model_path(), local_files_only=True)
         self._tokenizer = AutoTokenizer.from_pretrained(get_model_path(), local_files_only=True)
+        self.image_tower.to(memory_format=torch.channels_last)
         self.requires_grad_(False).eval()
 
     def forward(self, batch: Any) -> Output:
@@ -52,7 +53,7 @@ class Packaged(Model):
 
     def encode_image(self, images: Tensor) -> Features:
         """(n, 3, 224, 224) -> (n, 1280), averaged over positions."""
-        inputs = self.image_tower.extract_features(images).mean((2, 3))
+        inputs = self.image_tower.extract_features(images.contiguous(memory_format=torch.channels_last)).mean((2, 3))
         return Features(inputs, F.normalize(inputs, dim=-1))
 
     def encode_text(self, tokens: Tensor) -> Features:
