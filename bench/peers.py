@@ -21,7 +21,7 @@ import cibr_kernels as ck
 from bench import optional_peers
 from bench.cases import TIERS, Case, Passes
 from bench.inputs import HIDDEN, TERMS, Inputs
-from cibr_kernels.losses.cibr import noisy, scale_gradient
+from cibr_kernels.losses.penalty import noisy, scale_gradient
 from cibr_kernels.primitives.additive.moments.reference import moments
 
 Loss = Callable[[Inputs], Tensor]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import cibr_kernels as ck
 from bench.experiments.frame import Outcome, seeds
 from cibr_kernels.information.moments import Shifts
-from cibr_kernels.losses.cibr import scale_gradient
+from cibr_kernels.losses.penalty import scale_gradient
 
 SHARED, PRIVATE, Z_DIM, HIDDEN, RHO, SIGMA, LAM = 4, 8, 8, 64, 0.95, 0.35, 0.5
 X_DIM = SHARED + PRIVATE

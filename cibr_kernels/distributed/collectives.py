@@ -69,6 +69,13 @@ def all_gather(t: Tensor, group: dist.ProcessGroup, kind: str = "all-gather") ->
     return out
 
 
+def all_reduce(t: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over ranks of t, of one shape on every rank, in place."""
+    dist.all_reduce(t, group=group)
+    count("all-reduce", 2 * (dist.get_world_size(group) - 1) * t.numel() * t.itemsize // dist.get_world_size(group))
+    return t
+
+
 def _padded(t: Tensor, shards: Shards) -> Tensor:
     """The shards of t (total, ...) at equal distances, zeros between them: (world, most rows, ...)."""
     most = max(shards.rows)

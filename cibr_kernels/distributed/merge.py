@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cibr_kernels.distributed.collectives import all_gather, exchange, gather
+from cibr_kernels.distributed.collectives import all_gather, all_reduce, exchange, gather
 from cibr_kernels.distributed.shards import Shards
 
 
@@ -66,6 +66,11 @@ def vector_total(values: Tensor, shards: Shards) -> Tensor:
     if shards.world == 1:
         return values
     return _of_all_ranks(values.double(), shards).sum(0).to(values.dtype)
+
+
+def sum_of_ranks(t: Tensor, shards: Shards) -> Tensor:
+    """t of one shape on every rank -> its sum over ranks, without gradient: for what is too large to gather."""
+    return t if shards.world == 1 else all_reduce(t.detach().clone(), shards.group)
 
 
 def gather_rows(t: Tensor, group: dist.ProcessGroup) -> Tensor:

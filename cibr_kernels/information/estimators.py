@@ -28,18 +28,19 @@ from cibr_kernels.distributed.shards import Agreement, Shards
 from cibr_kernels.information import bounds
 from cibr_kernels.information.bounds import BOUNDS, Ema, bound, check_ema, check_options
 from cibr_kernels.information.contrast import CONTRASTS, contrast
-from cibr_kernels.information.gaussian import align, ceb, club, gaussian_log_likelihood
+from cibr_kernels.information.gaussian import align, ceb, club, gaussian_log_likelihood, variance
 from cibr_kernels.information.moments import moments
 from cibr_kernels.information.negatives import Negatives
 from cibr_kernels.information.pairs import Pairs, agree
 
 __all__ = [
-    "BOUNDS", "DECOMPOSITIONS", "ESTIMATORS", "MAXIMISED", "Ema", "bound", "conditional_mutual_information",
+    "BOUNDS", "DECOMPOSITIONS", "ESTIMATORS", "MAXIMISED", "UPPER", "Ema", "bound", "conditional_mutual_information",
     "gaussian_log_likelihood", "mutual_information",
 ]  # fmt: skip
 
 MAXIMISED = (*BOUNDS, *CONTRASTS)  # what a critic maximises: the estimators that CIBR's game can be played with
 ESTIMATORS = (*MAXIMISED, "club")
+UPPER = ("ceb", "variance", "align")  # upper bounds of the conditional information, in closed form
 DECOMPOSITIONS = ("markov", "chain", "joint")
 UNITS = {"nats": 1.0, "bits": 1 / math.log(2)}
 
@@ -139,6 +140,8 @@ def conditional_mutual_information(
         `noise_std`, and critics is a callable other -> mean (n, dz) or (mean, log_std), trained to *minimise* it.
     estimator "align": the same bound with q centred at the other encoder's z, passed as `other` (n, dz):
         |z - other|^2 / 2 s^2, equal to (1 - cos) / s^2 for unit vectors (2506.04870); critics is None.
+    estimator "variance": an upper bound by two views.  `other` (n, dz) is the z of a second draw of `own` with the same
+        condition: |z - other|^2 / 4 s^2, without bias the trace of Cov(Z | condition) / 2 s^2; critics is None.
 
     unit, process_group: as in `mutual_information`; every rank gets the same estimate.
 
@@ -146,22 +149,25 @@ def conditional_mutual_information(
     """
     facts = {"estimator": estimator, "decomposition": decomposition, "negatives": negatives, "diagonal": diagonal}
     with Agreement("conditional_mutual_information", process_group, noise_std=noise_std, **facts) as agreement:
-        checks.choice("estimator", estimator, (*MAXIMISED, "ceb", "align"))
+        checks.choice("estimator", estimator, (*MAXIMISED, *UPPER))
         checks.choice("unit", unit, tuple(UNITS))
         for name, t in (("z", z), ("own", own), ("other", other)):
             checks.matrix(name, t)
         checks.same_rows(z=z, own=own, other=other)
         checks.one_precision(z=z, own=own, other=other)
-        if estimator in ("ceb", "align") and (noise_std is None or noise_std <= 0):
+        if estimator in UPPER and (noise_std is None or noise_std <= 0):
             raise ValueError(
                 f"estimator {estimator!r} needs noise_std > 0 (without noise it is infinite), got {noise_std}"
             )
-        if estimator == "align":
+        if estimator in ("align", "variance"):
             checks.same_width(z=z, other=other)
         agreement.describe(z=z, own=own, other=other)
-    if estimator in ("ceb", "align") and noise_std is not None:
+    if estimator in UPPER and noise_std is not None:
         with torch.autocast(z.device.type, enabled=False):
-            upper = align(z, other, noise_std) if estimator == "align" else ceb(z, other, critics, noise_std)
+            if estimator == "ceb":
+                upper = ceb(z, other, critics, noise_std)
+            else:
+                upper = (align if estimator == "align" else variance)(z, other, noise_std)
         value = upper.mean() if agreement.shards is None else merge.mean(upper, agreement.shards)
         return value if unit == "nats" else value * UNITS[unit]
     checks.choice("decomposition", decomposition, DECOMPOSITIONS)

@@ -1,4 +1,4 @@
-"""Estimates from a Gaussian model q of Z given another variable: CLUB, and the upper bounds CEB and alignment.
+"""Estimates from a Gaussian model q of Z given another variable: CLUB, and the upper bounds CEB, alignment, variance.
 
 q(. | x) = N(mean(x), diag exp(2 log_std(x))); a callable that returns only the mean has unit variance in CLUB, and
 the noise's in CEB
@@ -81,10 +81,18 @@ def align(z: Tensor, other: Tensor, noise_std: float) -> Tensor:
     return (promote(z) - promote(other)).square().sum(1) / (2 * noise_std**2)
 
 
-def ceb(z: Tensor, other: Tensor, q: Callable[[Tensor], Any], noise_std: float) -> Tensor:
-    """KL(N(z, s^2 I) || q(. | other)) -> (n,) nats."""
+def variance(z: Tensor, second: Tensor, noise_std: float) -> Tensor:
+    """|z - z'|^2 / 4 s^2 -> (n,) nats, of two draws of z that share what it is conditioned on.
+
+    In the mean the trace of Cov(Z | other) over 2 s^2, without bias: above 1/2 log det(I + Cov(Z | other) / s^2).
+    """
+    return (promote(z) - promote(second)).square().sum(1) / (4 * noise_std**2)
+
+
+def ceb(z: Tensor, other: Tensor, q: Callable[[Tensor], Any], noise_std: float, name: str = "q(other)") -> Tensor:
+    """KL(N(z, s^2 I) || q(. | other)) -> (n,) nats.  name: of q, for errors."""
     z = promote(z)
-    mean, log_std = predicted("q(other)", q, promote(other), z, math.log(noise_std))
+    mean, log_std = predicted(name, q, promote(other), z, math.log(noise_std))
     variance = noise_std**2 + (z - mean).square()
     return (log_std - math.log(noise_std) + variance / (2 * torch.exp(2 * log_std)) - 0.5).sum(1)
 

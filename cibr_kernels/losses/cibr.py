@@ -9,11 +9,13 @@ with g_s(z) = z.detach() + s (z - z.detach()), the surrogate
 
 gives the critics the gradient of -I whatever lam is, and the encoders that of lam (I_own - I_other).  X is data: it is
 detached.  Z gets noise, without which the information of a deterministic encoder is infinite, and is scaled by sqrt(d).
+
+The upper bounds of `penalty.py` need no adversary: their surrogate is the bound of g_lam(z), which ceb's networks
+descend on together with the encoders.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,79 +25,110 @@ from torch.distributed import ProcessGroup
 
 from cibr_kernels import checks
 from cibr_kernels.distributed.shards import Agreement, Shards
-from cibr_kernels.information.critics import View, check, view
-from cibr_kernels.information.estimators import MAXIMISED, Ema, check_ema, estimate
+from cibr_kernels.information.critics import check, view
+from cibr_kernels.information.estimators import MAXIMISED, Ema, check_ema
 from cibr_kernels.information.negatives import Negatives, check_negatives, check_partners
-from cibr_kernels.information.pairs import DIAGONALS, Pairs
+from cibr_kernels.information.pairs import DIAGONALS
+from cibr_kernels.information.wrappers import dtype_for
+from cibr_kernels.losses import diagnostics as diagnose
 from cibr_kernels.losses.clip.op import clip_loss
-from cibr_kernels.numerics import promote
+from cibr_kernels.losses.penalty import PENALTIES, Options, Players, Rows, penalty, players
+from cibr_kernels.losses.targets import check_ids
 
-TERMS = {  # the critics, and what each of them sees
-    "image_own": ("image_inputs", "image_features"),
-    "image_other": ("text_inputs", "image_features"),
-    "text_own": ("text_inputs", "text_features"),
-    "text_other": ("image_inputs", "text_features"),
-}
-
-
-def scale_gradient(z: Tensor, factor: Tensor | float) -> Tensor:
-    """The value of z with `factor` times its gradient."""
-    return z.detach() + factor * (z - z.detach())
-
-
-def noisy(
-    z: Tensor, noise_std: float, generator: torch.Generator | None = None, shards: Shards | None = None
-) -> Tensor:
-    """(z + noise_std * standard normal) * sqrt(d), float32: what the critics see of a unit-norm z (n, d).
-
-    With `shards` each rank draws the noise of the whole batch and takes its rows: ranks seeded alike get what a single
-    process would draw, ranks seeded differently independent noise.
-    """
-    z = promote(z)
-    n, d = z.shape
-    total, first = (n, 0) if shards is None else (shards.total, shards.offset)
-    drawn: dict[str, Any] = {} if generator is None else {"generator": generator}  # refused beside a symbolic size
-    noise = torch.randn((total, d), dtype=z.dtype, device=z.device, **drawn)[first : first + n]
-    return (z + noise_std * noise) * math.sqrt(d)
+__all__ = ["agree", "cibr_loss", "objective"]
 
 
 def agree(
-    op: str, process_group: ProcessGroup | Shards | None, image_features: Tensor, text_features: Tensor,
-    image_inputs: Tensor, text_inputs: Tensor, *, critics: Mapping[str, Any] | nn.ModuleDict, negatives: Negatives,
-    **options: object,
-) -> tuple[Shards | None, dict[str, View]]:  # fmt: skip
+    op: str, process_group: ProcessGroup | Shards | None, rows: Rows, given: Players | None, options: Options,
+    **more: object,
+) -> tuple[Shards | None, Mapping[str, Any]]:  # fmt: skip
     """Checks what only the inputs can tell; with a group, that all ranks have inputs and options that go together.
 
-    -> who has which rows, and the critics.
+    -> who has which rows, and the critics' views, or ceb's networks.
     """
-    inputs = {
-        "image_features": image_features, "text_features": text_features, "image_inputs": image_inputs,
-        "text_inputs": text_inputs,
+    maximised = options.estimator in MAXIMISED
+    facts = {
+        "negatives": options.negatives, "estimator": options.estimator, "diagonal": options.diagonal,
+        "one_way": options.one_way, "strategy": options.strategy, "noise_std": options.noise_std, **more,
     }  # fmt: skip
-    with Agreement(op, process_group, negatives=negatives, **options) as agreement:
-        for name, t in inputs.items():
+    with Agreement(op, process_group, **facts) as agreement:
+        features, data = rows.features(), _data_of(rows, options.estimator)
+        for name, t in (features | data).items():
             checks.matrix(name, t)
-        checks.same_rows(**inputs)
-        checks.same_device(**inputs)
-        if image_features.dtype != text_features.dtype:  # autocast may make them alike
-            image, text = checks.autocast(image_features, text_features)
-            checks.same_place(image_features=image, text_features=text)
-        _check_names("critics", critics)
-        check_negatives(negatives)
-        seen = {name: view(critics[name]) for name in TERMS}
-        for name, (x, z) in TERMS.items():
-            check(seen[name], inputs[x], inputs[z], names=(x, z), made=f"the critic {name}")
-        agreement.describe(**inputs)
+        checks.same_rows(**features, **data)
+        checks.same_device(**features, **data)
+        _check_features(features, options.estimator, rows.group_ids)
+        check_ids(rows.group_ids, rows.image_features)
+        seen = _seen(given, rows, options.estimator)
+        if maximised:
+            check_negatives(options.negatives)
+        described = {name: t for name, t in data.items() if name.endswith("_inputs")} if maximised else {}
+        for name, t in data.items():  # a header has room for the widths of four tensors
+            if name not in described:
+                agreement.options[name] = (t.shape[1], t.dtype)
+        agreement.options["group_ids"] = rows.group_ids is not None
+        agreement.describe(**features, **described)
     shards = agreement.shards
-    rows, world = (image_features.shape[0], 1) if shards is None else (shards.total, shards.world)
-    if rows < 2:
+    count, world = (rows.image_features.shape[0], 1) if shards is None else (shards.total, shards.world)
+    if count < 2:
         raise ValueError(f"{op} needs at least 2 rows: one pair has no negatives, got 1")
-    check_partners(negatives, rows, world)
+    if maximised:
+        check_partners(options.negatives, count, world)
     return shards, seen
 
 
-def _check_names(what: str, given: Mapping[str, Any] | nn.ModuleDict) -> None:
-    missing = [name for name in TERMS if name not in given]
+def _data_of(rows: Rows, estimator: str) -> dict[str, Tensor]:
+    """The inputs and conditions that an estimator reads, by the caller's names, inputs first."""
+    names = sorted((x for x, _ in players(estimator).values()), key=lambda name: name.endswith("_condition"))
+    data: dict[str, Tensor] = {}
+    for wanted in names:
+        name, t = rows.read(wanted)
+        if t is None:
+            more = f", or {wanted}" if name != wanted else ""
+            raise ValueError(f"estimator {estimator!r} needs {name}{more}")
+        data[name] = t
+    return data
+
+
+def _check_features(features: Mapping[str, Tensor], estimator: str, group_ids: Tensor | None) -> None:
+    first = features["image_features"]
+    for name, z in features.items():
+        if z.dtype != first.dtype:  # autocast may make them alike
+            a, b = checks.autocast(first, z)
+            checks.same_place(image_features=a, **{name: b})
+    checks.same_width(**features)
+    seconds = [name for name in features if name.endswith("2")]
+    if seconds and estimator != "variance":
+        raise ValueError(f"{', '.join(seconds)}: second views belong to estimator 'variance', got {estimator!r}")
+    if estimator == "variance" and not seconds and group_ids is None:
+        raise ValueError("estimator 'variance' needs image_features2 or text_features2, second views, or group_ids")
+
+
+def _seen(given: Players | None, rows: Rows, estimator: str) -> Mapping[str, Any]:
+    wanted = players(estimator)
+    if not wanted:
+        return {}
+    if given is None:
+        raise ValueError(f"estimator {estimator!r} needs critics: {', '.join(wanted)}")
+    _check_names("critics", given, wanted)
+    if estimator not in MAXIMISED:
+        for name, (y, z) in wanted.items():
+            called, t = rows.read(y)
+            assert t is not None
+            for what, of, dim in ((called, t, "y_dim"), (z, getattr(rows, z), "z_dim")):  # nn.MeanNetwork's
+                checks.width(what, of, getattr(given[name], dim, of.shape[1]), f"the network {name}")
+            dtype_for(z, getattr(rows, z), given[name])
+        return {name: given[name] for name in wanted}
+    seen = {name: view(given[name]) for name in wanted}
+    for name, (x, z) in wanted.items():
+        called, t = rows.read(x)
+        assert t is not None
+        check(seen[name], t, getattr(rows, z), names=(called, z), made=f"the critic {name}")
+    return seen
+
+
+def _check_names(what: str, given: Mapping[str, Any] | nn.ModuleDict, wanted: Mapping[str, object]) -> None:
+    missing = [name for name in wanted if name not in given]
     if missing:
         raise ValueError(f"{what} lacks {', '.join(missing)}; it has {', '.join(given)}")
 
@@ -106,18 +139,24 @@ def cibr_loss(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None,
     *,
-    image_inputs: Tensor,  # (n, dv)
-    text_inputs: Tensor,  # (n, dt)
-    critics: Mapping[str, Any],
+    image_inputs: Tensor | None = None,  # (n, dv)
+    text_inputs: Tensor | None = None,  # (n, dt)
+    critics: Mapping[str, Any] | None = None,
     lam: float | Tensor = 0.5,
     noise_std: float = 0.25,
     estimator: str = "mine",
     negatives: Negatives = "all",
     diagonal: str = "exclude",
     ema: Mapping[str, Ema] | None = None,
+    image_condition: Tensor | None = None,  # (n, any)
+    text_condition: Tensor | None = None,  # (n, any)
+    image_features2: Tensor | None = None,  # (n, d)
+    text_features2: Tensor | None = None,  # (n, d)
+    group_ids: Tensor | None = None,  # (n,) integers
     one_way: bool = False,
     generator: torch.Generator | None = None,
     return_parts: bool = False,
+    diagnostics: bool = False,
     process_group: ProcessGroup | Shards | None = None,
     strategy: str = "gather",
     backend: str = "auto",
@@ -132,69 +171,87 @@ def cibr_loss(
         logit_scale, logit_bias, one_way: as in `clip_loss`.
         image_inputs, text_inputs: (n, dv), (n, dt), what Z is computed from (pooled pre-projection features),
             standardised; data of any floating dtype, converted to float32 (float64 beside float64 features); no
-            gradient flows into them.
-        critics: {"image_own": T(Xv, Zv), "image_other": T(Xt, Zv), "text_own": T(Xt, Zt), "text_other": T(Xv, Zt)}.
+            gradient flows into them.  "variance" and "align" read none.
+        critics: {"image_own": T(Xv, Zv), "image_other": T(Xt, Zv), "text_own": T(Xt, Zt), "text_other": T(Xv, Zt)}; of
+            "ceb" {"image_mean": Xt -> mean of Zv, "text_mean": Xv -> mean of Zt}, which *minimise* their bounds.
         lam: weight of the penalty, a number or a 0-d tensor; 0 trains the critics only.
-        noise_std: noise on Z before the critics, on its unit-norm scale; caps I(Z; X) near 1 / 2 noise_std^2 nats.
-        estimator, negatives, diagonal, backend: as in `mutual_information` (an estimator that critics maximise: all but
-            "club"; under "js" the reported terms are no information); ema: as there, by critic name.
+        noise_std: noise on Z before the critics, on its unit-norm scale; caps I(Z; X) near 1 / 2 noise_std^2 nats.  The
+            upper bounds draw none: they are divided by 2 noise_std^2.
+        estimator: one that critics maximise (all of `mutual_information` but "club"; under "js" the reported terms are
+            no information), or an upper bound in closed form, O(n d): "ceb", "variance", "align".
+        negatives, diagonal, backend: as in `mutual_information`; ema: as there, by critic name.
+        image_condition, text_condition: data that stands for X where the *other* modality's term is conditioned on it
+            (the mean over all captions, say); the inputs where None.
+        image_features2, text_features2: embeddings of a second image and text of each row's concept, for "variance".
+            The contrastive loss is then the mean of both views'; a modality without a second view keeps its first.
+        group_ids: (n,), rows of one concept: no negatives of each other, and, for "variance" in a modality without
+            second views, the groups whose scatter counts.  Rows alone in theirs do not.
         generator: draws the noise; torch's default generator otherwise.
         return_parts: also return {"contrastive_loss", "image_cmi", "text_cmi", and the four estimates}, detached.
+        diagnostics: among the parts also `losses/diagnostics.py`: "image_capacity", "text_capacity",
+            "gradient_log_ratio", "gradient_cosine".  A backward more to Z, and O(n d^2).
         process_group, strategy: as in `clip_loss`; "ring" is the contrastive part's.  The information terms are those
             of all ranks' rows, the same on every rank; the mean of the losses over ranks is the whole batch's.
 
     Raises ValueError for shapes, missing critics, negative lam or noise, ranks that disagree; TypeError for dtypes.
     """
-    checks.choice("estimator", estimator, MAXIMISED)
+    checks.choice("estimator", estimator, PENALTIES)
     checks.choice("diagonal", diagonal, DIAGONALS)
-    checks.number("noise_std", noise_std)
+    options = Options(estimator, negatives, diagonal, noise_std, one_way, strategy)
+    options.check_noise()
     if ema is not None:
-        _check_names("ema", ema)
         for average in ema.values():
             check_ema(estimator, average)
-    if noise_std < 0:
-        raise ValueError(f"noise_std must not be negative, got {noise_std}")
+        _check_names("ema", ema, players(estimator))
     if isinstance(lam, (int, float)) and lam < 0:
         raise ValueError(f"lam must not be negative, got {lam}")
-    shards, seen = agree(
-        "cibr_loss", process_group, image_features, text_features, image_inputs, text_inputs, critics=critics,
-        negatives=negatives, estimator=estimator, diagonal=diagonal, one_way=one_way, strategy=strategy,
-        noise_std=noise_std,
+    if diagnostics and not return_parts:
+        raise ValueError("diagnostics are among the parts: return_parts must be True")
+    rows = Rows(
+        image_features, text_features, image_inputs, text_inputs, image_condition, text_condition, image_features2,
+        text_features2, group_ids,
     )  # fmt: skip
+    shards, seen = agree("cibr_loss", process_group, rows, critics, options)
     loss, parts = objective(
-        image_features, text_features, logit_scale, logit_bias, image_inputs=image_inputs, text_inputs=text_inputs,
-        critics=seen, lam=checks.scalar("lam", lam, image_features), noise_std=noise_std, estimator=estimator,
-        negatives=negatives, diagonal=diagonal, ema=ema, one_way=one_way, generator=generator, shards=shards,
-        strategy=strategy, backend=backend,
+        rows, logit_scale, logit_bias, options, seen, lam=checks.scalar("lam", lam, image_features), ema=ema,
+        generator=generator, shards=shards, backend=backend, diagnostics=diagnostics,
     )  # fmt: skip
     return (loss, parts) if return_parts else loss
 
 
 def objective(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float | None, *,
-    image_inputs: Tensor, text_inputs: Tensor, critics: Mapping[str, View], lam: Tensor, noise_std: float,
-    estimator: str, negatives: Negatives, diagonal: str, ema: Mapping[str, Ema] | nn.ModuleDict | None, one_way: bool,
-    generator: torch.Generator | None = None, shards: Shards | None, strategy: str, backend: str = "auto",
+    rows: Rows, logit_scale: Tensor | float, logit_bias: Tensor | float | None, options: Options,
+    seen: Mapping[str, Any], *, lam: Tensor, ema: Mapping[str, Ema] | nn.ModuleDict | None = None,
+    generator: torch.Generator | None = None, shards: Shards | None = None, backend: str = "auto",
+    diagnostics: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """`cibr_loss` after its checks -> the loss () and its parts."""
-    contrastive = clip_loss(
-        image_features, text_features, logit_scale, logit_bias, one_way=one_way, process_group=shards,
-        strategy=strategy, backend=backend,
-    )  # fmt: skip
-    with torch.autocast(image_features.device.type, enabled=False):
-        zv, zt = (noisy(z, noise_std, generator, shards) for z in (image_features, text_features))
-        xv, xt = (checks.usable(x.detach()).to(zv.dtype) for x in (image_inputs, text_inputs))
-        tensors = {"image_inputs": xv, "text_inputs": xt, "image_features": zv, "text_features": zt}
-        nats = {}
-        for name, (x, z) in TERMS.items():
-            pairs = Pairs(
-                tensors[x], scale_gradient(tensors[z], -lam if name.endswith("own") else lam), None,
-                critics[name], negatives, diagonal == "include", shards, "gather", backend,
-            )  # fmt: skip
-            nats[name] = estimate(pairs, estimator, None if ema is None else ema[name], {})
-        image_cmi = (nats["image_own"] - nats["image_other"]).detach()
-        text_cmi = (nats["text_own"] - nats["text_other"]).detach()
-        surrogate = -torch.stack(list(nats.values())).sum()
-        loss = contrastive + lam * (image_cmi + text_cmi) + (surrogate - surrogate.detach())
-    parts = {"contrastive_loss": contrastive.detach(), "image_cmi": image_cmi, "text_cmi": text_cmi}
-    return loss, parts | {name: value.detach() for name, value in nats.items()}
+    contrastive = _contrastive(rows, logit_scale, logit_bias, options, shards, backend)
+    with torch.autocast(rows.image_features.device.type, enabled=False):
+        branch = rows.scaled(lam)
+        surrogate, parts = penalty(branch, options, seen, ema=ema, generator=generator, shards=shards, backend=backend)
+        if diagnostics:
+            parts |= diagnose.capacities(rows, options.noise_std, shards)
+            parts |= diagnose.compare_gradients(contrastive, rows, surrogate, branch, shards)
+        loss = contrastive + lam * (parts["image_cmi"] + parts["text_cmi"]) + (surrogate - surrogate.detach())
+    return loss, {"contrastive_loss": contrastive.detach(), **parts}
+
+
+def _contrastive(
+    rows: Rows, logit_scale: Tensor | float, logit_bias: Tensor | float | None, options: Options,
+    shards: Shards | None, backend: str,
+) -> Tensor:  # fmt: skip
+    """CLIP's loss, the mean of both views' where there are second ones."""
+
+    def of(image: Tensor, text: Tensor) -> Tensor:
+        return clip_loss(
+            image, text, logit_scale, logit_bias, one_way=options.one_way, group_ids=rows.group_ids,
+            process_group=shards, strategy=options.strategy, backend=backend,
+        )  # fmt: skip
+
+    first = of(rows.image_features, rows.text_features)
+    image, text = rows.image_features2, rows.text_features2
+    if image is None and text is None:
+        return first
+    second = of(rows.image_features if image is None else image, rows.text_features if text is None else text)
+    return (first + second) / 2

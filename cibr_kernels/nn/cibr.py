@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,122 +14,227 @@ from torch.distributed import ProcessGroup
 
 from cibr_kernels import checks
 from cibr_kernels.distributed.lse import STRATEGIES
+from cibr_kernels.distributed.shards import Shards
 from cibr_kernels.information.estimators import MAXIMISED
 from cibr_kernels.information.negatives import Negatives, check_negatives
 from cibr_kernels.information.pairs import DIAGONALS
-from cibr_kernels.losses.cibr import TERMS, agree, objective
+from cibr_kernels.losses.cibr import agree, objective
+from cibr_kernels.losses.diagnostics import capacities
+from cibr_kernels.losses.penalty import PENALTIES, Options, Rows, penalty, players
 from cibr_kernels.nn.critics import ConcatCritic
 from cibr_kernels.nn.groups import OnGroup
+from cibr_kernels.nn.means import MeanNetwork
+from cibr_kernels.nn.saturation import Saturation
+from cibr_kernels.nn.schedule import Schedule
 from cibr_kernels.nn.statistics import LogEMA, Standardize
 
 
 class CIBRLoss(OnGroup):
-    """The CIBR objective with its four critics, standardisation of X, noise on Z and warm-up of lambda.
+    """The CIBR objective with its four critics, standardisation of X, noise on Z and a schedule of lambda.
 
+    As it stands it is the paper's: MINE at lambda 0.5.  `CIBRLoss.recommended` is ours, and says why.
     Give `parameters()` to the optimiser in a group of their own, with a learning rate at least twice the encoders' and
     no weight decay on biases; one `loss.backward()` serves encoders and critics.
 
     Args:
-        embed_dim: width of the embeddings Z; image_input_dim, text_input_dim: widths of X (pre-projection features).
-        hidden, activation: of the critics.
+        embed_dim: width of the embeddings Z; image_input_dim, text_input_dim: widths of X (pre-projection features),
+            for critics and "ceb".
+        image_condition_dim, text_condition_dim: widths of conditions that stand for X in the other modality's term;
+            they are then required by the call.
+        hidden, activation: of the critics; hidden also of ceb's networks.
         lam: weight of the penalty (0.5, the paper's best).
         noise_std: noise on unit-norm Z, 0.25.
         warmup_steps: training steps in which only the critics learn (lambda 0); ramp_steps: then linear growth.
-        estimator, negatives, diagonal: as in `mutual_information`.
+        total_steps: the run's length.  Where the two above are None they are then these fractions of it:
+            warmup_fraction, 10 %, and ramp_fraction, 15 %; else 0.  Warns at once where lambda cannot reach its value.
+        accumulation_steps: training calls that make one optimiser step, for gradients that are added up; 1 within
+            `cibr_kernels.accumulate`, which calls the loss once per step.
+        estimator: as in `cibr_loss`; negatives, diagonal: as in `mutual_information`.
         ema_decay: decay of MINE's moving average; None (default for all pairs) leaves the gradient of DV.
         process_group, strategy: as in `cibr_loss`.  Statistics, averages and the step then move alike on every rank;
             state that was loaded on one rank has to be loaded on all.
 
     `.to(torch.bfloat16)` and the like cast the critics; statistics, averages, noise, scores and sums stay float32.
-    Warns once per critic when an estimate passes log(n) - 1: there it measures the batch, not the information.
-    Raises ValueError for unknown names, negative lam, noise or steps.
+    Warns once when Z can carry more than critics tell in batches of n: see `nn/saturation.py`.
+    Raises ValueError for unknown names, missing widths, negative lam, noise or steps.
     """
 
     step: Tensor
+    micro_step: Tensor
 
     def __init__(
-        self, embed_dim: int, image_input_dim: int, text_input_dim: int, *, hidden: int = 512, activation: str = "relu",
-        lam: float = 0.5, noise_std: float = 0.25, warmup_steps: int = 0, ramp_steps: int = 0, estimator: str = "mine",
+        self, embed_dim: int, image_input_dim: int | None = None, text_input_dim: int | None = None, *,
+        image_condition_dim: int | None = None, text_condition_dim: int | None = None, hidden: int = 512,
+        activation: str = "relu", lam: float = 0.5, noise_std: float = 0.25, warmup_steps: int | None = None,
+        ramp_steps: int | None = None, total_steps: int | None = None, warmup_fraction: float = 0.1,
+        ramp_fraction: float = 0.15, accumulation_steps: int = 1, estimator: str = "mine",
         negatives: Negatives = "all", diagonal: str = "exclude", ema_decay: float | None = None,
         one_way: bool = False, process_group: ProcessGroup | None = None, strategy: str = "gather",
     ) -> None:  # fmt: skip
         super().__init__(process_group)
-        checks.choice("estimator", estimator, MAXIMISED)
+        checks.choice("estimator", estimator, PENALTIES)
         checks.choice("diagonal", diagonal, DIAGONALS)
         checks.choice("strategy", strategy, STRATEGIES)
         check_negatives(negatives)
-        if min(lam, noise_std, warmup_steps, ramp_steps) < 0:
+        if min(lam, noise_std, warmup_steps or 0, ramp_steps or 0) < 0:
             raise ValueError(f"must not be negative: {lam=}, {noise_std=}, {warmup_steps=}, {ramp_steps=}")
         if ema_decay is not None and estimator != "mine":
             raise ValueError(f"ema_decay belongs to estimator 'mine', got estimator {estimator!r}")
+        if accumulation_steps < 1:
+            raise ValueError(f"accumulation_steps must be positive, got {accumulation_steps}")
+        self.options = Options(estimator, negatives, diagonal, noise_std, one_way, strategy)
+        self.options.check_noise()
         if noise_std == 0:
             warnings.warn("noise_std is 0: the information of a deterministic Z about X is infinite", stacklevel=2)
+        of_run = Schedule.of_run(lam, total_steps or 1, warmup_fraction, ramp_fraction)
+        by_length = of_run if total_steps is not None else Schedule(lam)
+        self.schedule = Schedule(
+            lam, by_length.warmup_steps if warmup_steps is None else warmup_steps,
+            by_length.ramp_steps if ramp_steps is None else ramp_steps, total_steps,
+        )  # fmt: skip
+        if said := self.schedule.warning():
+            warnings.warn(said, stacklevel=2)
+        self.accumulation_steps = accumulation_steps
         widths = {
-            "image_own": image_input_dim, "image_other": text_input_dim,
-            "text_own": text_input_dim, "text_other": image_input_dim,
+            "image_inputs": image_input_dim, "text_inputs": text_input_dim,
+            "image_condition": image_condition_dim, "text_condition": text_condition_dim,
         }  # fmt: skip
-        self.critics = nn.ModuleDict(
-            {name: ConcatCritic(widths[name], embed_dim, hidden, activation=activation) for name in TERMS}
-        )
-        self.standardize_image, self.standardize_text = Standardize(image_input_dim), Standardize(text_input_dim)
-        self.ema = None if ema_decay is None else nn.ModuleDict({name: LogEMA(ema_decay) for name in TERMS})
-        self.lam, self.noise_std, self.warmup_steps, self.ramp_steps = lam, noise_std, warmup_steps, ramp_steps
-        self.estimator, self.negatives, self.diagonal, self.one_way = estimator, negatives, diagonal, one_way
-        self.strategy = strategy
+        self._build(widths, embed_dim, hidden, activation)
+        self.ema = None if ema_decay is None else nn.ModuleDict({name: LogEMA(ema_decay) for name in self.critics})
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self._warned: set[str] = set()
+        self.register_buffer("micro_step", torch.zeros((), dtype=torch.int64), persistent=False)
+        self._saturation = Saturation()
+
+    def _build(self, widths: dict[str, int | None], embed_dim: int, hidden: int, activation: str) -> None:
+        """The critics or networks, and a standardisation for each of the inputs and conditions they read."""
+        estimator, made = self.options.estimator, dict[str, nn.Module]()
+        self._read: dict[str, str] = {}  # the field of Rows -> the standardisation of it
+        for name, (x, _) in players(estimator).items():
+            given = x if widths[x] is not None else x.replace("_condition", "_inputs")
+            width = widths[given]
+            if width is None:
+                raise ValueError(f"estimator {estimator!r} needs {given.replace('inputs', 'input')}_dim")
+            made[name] = (
+                ConcatCritic(width, embed_dim, hidden, activation=activation)
+                if estimator in MAXIMISED
+                else MeanNetwork(width, embed_dim, hidden)
+            )
+            self._read[given] = f"standardize_{given.removesuffix('_inputs')}"
+        self.critics = nn.ModuleDict(made)
+        for given, module in self._read.items():
+            width = widths[given]
+            assert width is not None
+            self.add_module(module, Standardize(width))
+
+    @classmethod
+    def recommended(cls, embed_dim: int, *, total_steps: int, **options: Any) -> CIBRLoss:
+        """What we would take instead of the paper's: estimator "variance" at lambda 0.4, scheduled by the run's length.
+
+        It needs two views of each concept, or group_ids, and has nothing to train.  The ideal penalty's gradient is
+        (z - E[z | concept]) / noise_std^2; two views give it without bias, where four critics first have to learn it.
+        On heads over frozen towers it helped concepts that were never trained on, from few images each, and cost a few
+        points on those that were; MINE at 0.5 helped nowhere.  See docs/cibr_loss.md.  options: of the constructor.
+        """
+        return cls(embed_dim, **{"estimator": "variance", "lam": 0.4, "total_steps": total_steps, **options})
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Back to the first step; critics, statistics and averages have their own."""
         self.step.zero_()
+        self.micro_step.zero_()
 
     def current_lam(self) -> Tensor:
-        """Lambda at the current training step, a 0-d float32: 0 in the warm-up, then linear, then `lam`."""
-        grown = (self.step - self.warmup_steps + 1).clamp(min=0).float() / (self.ramp_steps + 1)
-        return self.lam * grown.clamp(max=1.0)
+        """Lambda at the current training step, a 0-d float32: 0 in the warm-up, then linear, then its value."""
+        return self.schedule.at(self.step)
+
+    def warn_if_short(self) -> bool:
+        """For the end of a run: whether lambda stopped short of its value, with a warning if so.  Reads `step`."""
+        said = self.schedule.warning(int(self.step.item()))
+        if said:
+            warnings.warn(said, stacklevel=2)
+        return bool(said)
 
     def forward(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, image_inputs: Tensor,
-        text_inputs: Tensor, logit_bias: Tensor | float | None = None, output_dict: bool = False,
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
+        image_inputs: Tensor | None = None, text_inputs: Tensor | None = None,
+        logit_bias: Tensor | float | None = None, output_dict: bool = False, *, image_condition: Tensor | None = None,
+        text_condition: Tensor | None = None, image_features2: Tensor | None = None,
+        text_features2: Tensor | None = None, group_ids: Tensor | None = None, diagnostics: bool = False,
     ) -> Any:  # fmt: skip
         """-> the loss in nats, or a dictionary of it ("loss") and its parts.
 
         image_features, text_features: (n, embed_dim) of unit norm, of one dtype; image_inputs (n, image_input_dim),
-        text_inputs (n, text_input_dim), of any floating dtype.  The dictionary has "loss", "contrastive_loss",
-        "image_cmi", "text_cmi", the four estimates and "lam"; only "loss" carries gradient.  With a process_group
-        "loss" and "contrastive_loss" are this rank's part, whose mean over ranks is the whole batch's; the others are
-        the whole batch's.  In eval mode statistics, averages and the step stand still.
+        text_inputs (n, text_input_dim), conditions, of any floating dtype; second views and group_ids as in
+        `cibr_loss`.  The dictionary has "loss", "contrastive_loss", "image_cmi", "text_cmi", the four estimates, "lam",
+        and with `diagnostics` those of `cibr_loss`; only "loss" carries gradient.  With a process_group "loss" and
+        "contrastive_loss" are this rank's part, whose mean over ranks is the whole batch's; the others are the whole
+        batch's.  In eval mode statistics, averages and the step stand still.
         """
-        lam = self.current_lam()
-        options: dict[str, Any] = {
-            "estimator": self.estimator, "negatives": self.negatives,
-            "diagonal": self.diagonal, "one_way": self.one_way, "noise_std": self.noise_std, "strategy": self.strategy,
-        }  # fmt: skip
-        shards, critics = agree(
-            "CIBRLoss", self.process_group, image_features, text_features, image_inputs, text_inputs,
-            critics=self.critics, training=self.training, **options,
+        if diagnostics and not output_dict:
+            raise ValueError("diagnostics are among the parts: output_dict must be True")
+        rows = Rows(
+            image_features, text_features, image_inputs, text_inputs, image_condition, text_condition, image_features2,
+            text_features2, group_ids,
         )  # fmt: skip
+        lam = self.current_lam()
+        shards, seen, rows = self._ready(rows)
         loss, parts = objective(
-            image_features, text_features, logit_scale, logit_bias,
-            image_inputs=self.standardize_image(image_inputs, shards),
-            text_inputs=self.standardize_text(text_inputs, shards),
-            critics=critics, lam=lam, ema=self.ema, shards=shards, **options,
+            rows, logit_scale, logit_bias, self.options, seen, lam=lam, ema=self.ema, shards=shards,
+            diagnostics=diagnostics,
         )  # fmt: skip
         if self.training:
-            self.step += 1
-        self._warn_if_saturated(parts, image_features.shape[0] if shards is None else shards.total)
+            self._count()
+            if not torch.compiler.is_compiling() and self.options.estimator in MAXIMISED and self.options.noise_std:
+                self._saturation.look(image_features, text_features, self.options.noise_std, shards)
         return {"loss": loss, "lam": lam, **parts} if output_dict else loss
 
-    def _warn_if_saturated(self, parts: dict[str, Tensor], n: int) -> None:
-        if torch.compiler.is_compiling() or parts["image_own"].device.type != "cpu" or self.estimator == "js":
-            return  # reading the values would stall an accelerator; js is no information
-        limit = math.log(n) - 1
-        for name in TERMS:
-            if name not in self._warned and parts[name].item() > limit:
-                self._warned.add(name)
-                warnings.warn(
-                    f"the estimate {name} is {parts[name].item():.2f} nats, above log(n) - 1 = {limit:.2f} at n = {n}: "
-                    "use a larger batch or more noise_std",
-                    stacklevel=3,
-                )
+    @torch.no_grad()
+    def estimates(
+        self, image_features: Tensor, text_features: Tensor, image_inputs: Tensor | None = None,
+        text_inputs: Tensor | None = None, *, image_condition: Tensor | None = None,
+        text_condition: Tensor | None = None, image_features2: Tensor | None = None,
+        text_features2: Tensor | None = None, group_ids: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The penalty's parts and Z's capacities on pairs that nothing was trained on, in nats, detached.
+
+        With one image a text critics can learn the pairs by heart; what they then say of others is less, and is what
+        they know.  In one batch, of training's size if values are to be compared.  Nothing moves.
+        """
+        rows = Rows(
+            image_features, text_features, image_inputs, text_inputs, image_condition, text_condition, image_features2,
+            text_features2, group_ids,
+        )  # fmt: skip
+        with self._standing_still(), torch.autocast(image_features.device.type, enabled=False):
+            shards, seen, rows = self._ready(rows)
+            _, parts = penalty(rows.scaled(1.0), self.options, seen, generator=generator, shards=shards)
+            return parts | capacities(rows, self.options.noise_std, shards)
+
+    def _ready(self, rows: Rows) -> tuple[Shards | None, Any, Rows]:
+        """Checks -> who has which rows, the players, and the rows with standardised data."""
+        for name in ("image_condition", "text_condition"):
+            if (getattr(rows, name) is None) == (name in self._read):
+                verb = "needs" if name in self._read else "has no"
+                raise ValueError(f"this CIBRLoss {verb} {name}: it was made with{'' if verb == 'needs' else 'out'} "
+                                 f"{name}_dim")  # fmt: skip
+        shards, seen = agree("CIBRLoss", self.process_group, rows, self.critics, self.options, training=self.training)
+        data = {name: getattr(self, module)(getattr(rows, name), shards) for name, module in self._read.items()}
+        return shards, seen, replace(rows, **data)
+
+    def _count(self) -> None:
+        if self.accumulation_steps == 1:
+            self.step += 1
+            return
+        self.micro_step += 1
+        self.step += self.micro_step // self.accumulation_steps
+        self.micro_step %= self.accumulation_steps
+
+    @contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        modes = {module: module.training for module in self.modules()}
+        self.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode

@@ -7,7 +7,7 @@ import torch
 from cases import Recorded, leaves, towers
 
 import cibr_kernels as ck
-from cibr_kernels.losses.cibr import TERMS
+from cibr_kernels.losses.penalty import TERMS
 
 BF16 = {"device_type": "cpu", "dtype": torch.bfloat16}
 

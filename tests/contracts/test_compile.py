@@ -10,7 +10,7 @@ from cases import LARGE, leaves, towers
 from torch import Tensor
 
 import cibr_kernels as ck
-from cibr_kernels.losses.cibr import TERMS
+from cibr_kernels.losses.penalty import TERMS
 
 N, D = 24, 8
 CONCAT, SEPARABLE = ck.nn.ConcatCritic(D, D, 16), ck.nn.SeparableCritic(D, D, 16, 8)
@@ -26,6 +26,7 @@ def moments(critic: torch.nn.Module, **options) -> Callable[..., Tensor]:
     return f
 
 
+MEANS = {"image_mean": ck.nn.MeanNetwork(D, D, 8), "text_mean": ck.nn.MeanNetwork(D, D, 8)}
 FUNCTIONS = {
     "clip_loss": lambda x, y, s: ck.clip_loss(x, y, s),
     "clip_loss_one_way": lambda x, y, s: ck.clip_loss(x, y, s, s, one_way=True),
@@ -40,6 +41,13 @@ FUNCTIONS = {
     "mine_with_ema": lambda x, y, s: ck.mutual_information(s * x, y, CONCAT, ema=torch.tensor(0.1)),
     "cmi_align": lambda x, y, s: ck.conditional_mutual_information(s * x, x, y, None, estimator="align", noise_std=0.3),
     "cibr_loss": lambda x, y, s: ck.cibr_loss(x, y, s, **PENALTY, noise_std=0.0),
+    "cibr_loss_variance": lambda x, y, s: ck.cibr_loss(
+        x, y, s, estimator="variance", image_features2=x.roll(1, 0), group_ids=torch.arange(N) % 5
+    ),
+    "cibr_loss_groups": lambda x, y, s: ck.cibr_loss(x, y, s, estimator="variance", group_ids=torch.arange(N) % 5),
+    "cibr_loss_ceb": lambda x, y, s: ck.cibr_loss(
+        x, y, s, estimator="ceb", critics=MEANS, image_inputs=PENALTY["image_inputs"], text_condition=y
+    ),
     "cibr_loss_nwj": lambda x, y, s: ck.cibr_loss(x, y, s, **PENALTY, noise_std=0.0, estimator="nwj", lam=0.1),
 }
 
@@ -50,7 +58,7 @@ def run(f: Callable[..., Tensor], **options) -> list[Tensor]:
     compiled = torch.compile(f, fullgraph=True, **options) if options else f
     x, y = towers(N, N, D)
     inputs = leaves(x, y, torch.tensor(3.0))
-    parameters = [p for c in (CONCAT, SEPARABLE, *CRITICS.values()) for p in c.parameters()]
+    parameters = [p for c in (CONCAT, SEPARABLE, *CRITICS.values(), *MEANS.values()) for p in c.parameters()]
     value = compiled(*inputs)
     grads = torch.autograd.grad(value, [*inputs, *parameters], allow_unused=True)
     return [value.detach(), *(g for g in grads if g is not None)]
@@ -111,6 +119,17 @@ def test_cibr_module_compiles_and_keeps_its_state(ema_decay):
         torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
     for name, value in eager.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_scheduled_variance_module_compiles():
+    torch.compiler.reset()
+    ids = torch.arange(N) % 5
+    eager, other = (ck.nn.CIBRLoss.recommended(D, total_steps=8, accumulation_steps=2) for _ in range(2))
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    x, y = towers(N, N, D)
+    for _ in range(6):
+        torch.testing.assert_close(compiled(x, y, 5.0, group_ids=ids), eager(x, y, 5.0, group_ids=ids))
+    assert other.step == eager.step == 3
 
 
 @pytest.mark.slow

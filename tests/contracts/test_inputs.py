@@ -10,7 +10,7 @@ from cases import Recorded, each_dtype, each_isa, leaves, towers
 
 import cibr_kernels as ck
 from cibr_kernels import testing
-from cibr_kernels.losses.cibr import TERMS
+from cibr_kernels.losses.penalty import TERMS
 
 X = torch.randn(6, 4)
 CRITIC = ck.nn.ConcatCritic(4, 4, 8)
@@ -129,7 +129,7 @@ REFUSED = {
     "cibr critics": (cibr(critics={"image_own": CRITIC}), ValueError, r"critics lacks image_other, .* has image_own"),
     "cibr lam": (cibr(lam=-0.5), ValueError, r"lam must not be negative, got -0.5"),
     "cibr noise": (cibr(noise_std=-0.1), ValueError, r"noise_std must not be negative, got -0.1"),
-    "cibr estimator": (cibr(estimator="ceb"), ValueError, r"estimator is 'ceb'"),
+    "cibr estimator": (cibr(estimator="club"), ValueError, r"estimator is 'club'"),
     "cibr inputs": (cibr(image_inputs=X[:5]), ValueError, r"image_features has 6 rows but image_inputs has 5"),
     "cibr integer": (cibr(text_inputs=X.long()), TypeError, r"text_inputs must be float32"),
     "cibr features": (cibr(X[:5], X[:5]), ValueError, r"image_features has 5 rows but image_inputs has 6"),

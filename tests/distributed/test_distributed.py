@@ -221,6 +221,19 @@ def test_cibr_loss(ranks, rows):
     check(ranks.run(sharded.cibr, len(rows), rows, F32, strategy="ring", negatives=ck.shifts(2)), F32)
 
 
+@pytest.mark.parametrize(("estimator", "grouped"), [("variance", False), ("variance", True), ("ceb", False)])
+def test_cibr_loss_without_an_adversary(ranks, estimator, grouped):
+    for rows in ((5, 5), (3, 8, 1)):
+        check(ranks.run(sharded.upper_bound, len(rows), rows, F32, estimator, grouped), F32)
+
+
+def test_diagnostics_and_warnings_are_of_all_ranks(ranks):
+    (one,) = ranks.run(sharded.looked_at, 1, (12,))
+    for answer in ranks.run(sharded.looked_at, 3, (3, 8, 1)):
+        assert answer == pytest.approx(one, rel=1e-4)
+    assert one["warnings"] == 1 and one["step"] == 3
+
+
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp", "loop"])
 @pytest.mark.parametrize(
     "steps",

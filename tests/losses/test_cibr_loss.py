@@ -10,7 +10,7 @@ from cases import leaves, towers
 from torch import Tensor
 
 import cibr_kernels as ck
-from cibr_kernels.losses.cibr import TERMS, noisy
+from cibr_kernels.losses.penalty import TERMS, noisy
 
 N, D, DV, DT = 24, 5, 7, 6
 WIDTHS = {"image_own": DV, "image_other": DT, "text_own": DT, "text_other": DV}

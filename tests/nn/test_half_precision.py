@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import cibr_kernels as ck
 from cibr_kernels.information.estimators import MAXIMISED
-from cibr_kernels.losses.cibr import TERMS
+from cibr_kernels.losses.penalty import TERMS
 
 HALVES = (torch.bfloat16, torch.float16)
 EPS = torch.finfo(torch.bfloat16).eps

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cibr_kernels as ck
-from cibr_kernels.losses.cibr import TERMS
+from cibr_kernels.losses.penalty import TERMS
 from cibr_kernels.primitives.additive.activations import ACTIVATIONS
 
 N, D, DV, DT = 32, 8, 6, 5
@@ -263,18 +262,6 @@ def test_state_dict_reproduces_the_next_losses(options):
 def test_deterministic_embeddings_are_warned_about():
     with pytest.warns(UserWarning, match="noise_std is 0"):
         objective(noise_std=0.0)
-
-
-def test_saturated_estimate_is_warned_about_once():
-    module = ck.nn.CIBRLoss(8, 8, 8, hidden=8).eval()
-    module.critics["image_own"] = ck.nn.SeparableCritic.from_maps(Identity(10), Identity())  # knows its pairs
-    arguments = torch.eye(8), torch.eye(8), 5.0, torch.eye(8), torch.randn(8, 8)
-    with pytest.warns(UserWarning, match=r"image_own is .* above log\(n\) - 1 = 1.08 at n = 8") as seen:
-        module(*arguments)
-    assert len(seen) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        module(*arguments)
 
 
 @pytest.mark.parametrize(

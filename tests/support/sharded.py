@@ -345,3 +345,56 @@ def cibr(group: Group, rows: Sequence[int], dtype: torch.dtype, **options: Any) 
 
     shared = {"scale": torch.tensor(4.0, dtype=torch.float64)}
     return compare(group, rows, loss, {"zv": data["zv"], "zt": data["zt"]}, shared, objective().critics, dtype)
+
+
+def upper_bound(group: Group, rows: Sequence[int], dtype: torch.dtype, estimator: str, grouped: bool = False) -> Errors:
+    """cibr_loss without an adversary: groups go over ranks; `grouped` "variance" has no second views."""
+    data, total = batch(sum(rows)), sum(rows)
+    g = torch.Generator().manual_seed(4)
+    names = ("zv", "zt", "zv2", "zt2") if estimator == "variance" and not grouped else ("zv", "zt")
+    seconds = {
+        f"{name}2": F.normalize(data[name] + 0.3 * torch.randn(total, D, generator=g), dim=1) for name in names[:2]
+    }
+    leaves = {name: (data | seconds)[name] for name in names}
+    ids = torch.randint(0, max(total // 3, 1), (total,), generator=g) if grouped else None
+    torch.manual_seed(2)
+    means = nn.ModuleDict({"image_mean": ck.nn.MeanNetwork(DT, D, 9), "text_mean": ck.nn.MeanNetwork(DV, D, 9)})
+    for p in means.parameters():
+        nn.init.normal_(p, std=0.3)
+
+    def loss(t: dict[str, Tensor], modules: Any, group: Group | None) -> Tensor:
+        part = (lambda v: v) if group is None else (lambda v: mine(v, rows, group))
+        options: dict[str, Any] = {"image_features2": t.get("zv2"), "text_features2": t.get("zt2")}
+        if estimator == "ceb":
+            x = {name: part(data[name]).to(t["zv"].dtype) for name in ("xv", "xt")}
+            options = {"critics": modules, "image_condition": x["xv"], "text_inputs": x["xt"]}
+        return ck.cibr_loss(
+            t["zv"], t["zt"], t["scale"], estimator=estimator, lam=0.7, noise_std=0.3, process_group=group,
+            group_ids=None if ids is None else part(ids), **options,
+        )  # fmt: skip
+
+    shared = {"scale": torch.tensor(4.0, dtype=torch.float64)}
+    return compare(group, rows, loss, leaves, shared, means if estimator == "ceb" else None, dtype)
+
+
+def looked_at(group: Group, rows: Sequence[int]) -> dict[str, float]:
+    """Diagnostics, warnings and the step of ranks; of one process where the group is None."""
+    import warnings
+
+    data = batch(sum(rows))
+    part = (lambda v: v) if group is None else (lambda v: mine(v, rows, group))
+    own = {name: part(data[name]).requires_grad_() for name in ("zv", "zt")}
+    module = ck.nn.CIBRLoss(D, estimator="align", process_group=group)
+    module(own["zv"], own["zt"], 4.0).backward()
+    out = module(own["zv"], own["zt"], 4.0, output_dict=True, diagnostics=True)
+    found = {name: out[name].item() for name in out if "gradient" in name or "capacity" in name}
+    critics = objective(group)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            critics(*(part(data[name]).float() for name in ("zv", "zt")), 4.0, *(part(data[n]) for n in ("xv", "xt")))
+    held = critics.estimates(*(part(data[name]).float() for name in ("zv", "zt", "xv", "xt")))
+    return found | {
+        "warnings": float(len(seen)), "nats": float(str(seen[0].message).split()[5]), "step": critics.step.item(),
+        "held-out capacity": held["image_capacity"].item(),
+    }  # fmt: skip

@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cibr_kernels as ck
 from bench.experiments import sharded as measured
 from cibr_kernels.distributed import Shards, merge, set_header_check, traffic
-from cibr_kernels.losses.cibr import noisy
+from cibr_kernels.losses.penalty import noisy
 
 
 # ------------------------------------------------------------------------------------------------ training

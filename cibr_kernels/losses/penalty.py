@@ -1,0 +1,193 @@
+"""The redundancy I(Zv; Xv | Xt) + I(Zt; Xt | Xv), by critics or by an upper bound in closed form, with its players.
+
+    mine ... infonce    I(Z; own) - I(Z; condition)         four critics, each maximises its own term
+    ceb                 |z - m(condition)|^2 / 2 s^2        two networks, each minimises its own bound
+    variance            |z - z'|^2 / 4 s^2                  z' of a second x with the same condition; or in groups
+    align               |zv - zt|^2 / 2 s^2                 the other embedding stands for m
+
+Ideal critics and the ideal m are after one gradient, (z - E[z | condition]) / s^2; critics need far longer to find it.
+
+A penalty returns a surrogate whose gradient is every player's.  `branch` holds the features as encoders pay for them:
+their gradient is scaled by lam already, critics' and networks' is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cibr_kernels import checks
+from cibr_kernels.distributed import merge
+from cibr_kernels.distributed.shards import Shards
+from cibr_kernels.information import gaussian
+from cibr_kernels.information.critics import View
+from cibr_kernels.information.estimators import MAXIMISED, UPPER, Ema, estimate
+from cibr_kernels.information.negatives import Negatives
+from cibr_kernels.information.pairs import Pairs
+from cibr_kernels.losses.scatter import variance_in_groups
+from cibr_kernels.numerics import promote
+
+TERMS = {  # the critics, and what each of them sees
+    "image_own": ("image_inputs", "image_features"),
+    "image_other": ("text_condition", "image_features"),
+    "text_own": ("text_inputs", "text_features"),
+    "text_other": ("image_condition", "text_features"),
+}
+MEANS = {  # ceb's networks: what each reads, and the embedding whose mean it predicts
+    "image_mean": ("text_condition", "image_features"),
+    "text_mean": ("image_condition", "text_features"),
+}
+PENALTIES = (*MAXIMISED, *UPPER)
+MODALITIES = ("image", "text")
+
+Players = Mapping[str, Any] | nn.ModuleDict
+
+
+def players(estimator: str) -> Mapping[str, tuple[str, str]]:
+    """The names of an estimator's critics or networks, and what each reads."""
+    return TERMS if estimator in MAXIMISED else MEANS if estimator == "ceb" else {}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One batch, a row a pair.  Features (n, d); inputs and conditions (n, any), data; a condition stands for X."""
+
+    image_features: Tensor
+    text_features: Tensor
+    image_inputs: Tensor | None = None
+    text_inputs: Tensor | None = None
+    image_condition: Tensor | None = None  # what the text's term is conditioned on; the inputs where None
+    text_condition: Tensor | None = None
+    image_features2: Tensor | None = None  # second views
+    text_features2: Tensor | None = None
+    group_ids: Tensor | None = None
+
+    def read(self, name: str) -> tuple[str, Tensor | None]:
+        """The tensor that goes by a name of TERMS or MEANS, with the name under which the caller gave it."""
+        if name.endswith("_condition") and getattr(self, name) is None:
+            name = name.replace("_condition", "_inputs")
+        return name, getattr(self, name)
+
+    def features(self) -> dict[str, Tensor]:
+        """The embeddings that were given, second views among them."""
+        names = ("image_features", "text_features", "image_features2", "text_features2")
+        return {name: t for name in names if (t := getattr(self, name)) is not None}
+
+    def scaled(self, lam: Tensor | float) -> Rows:
+        """The same with float32 (float64) features whose gradient is multiplied by lam."""
+        return replace(self, **{name: scale_gradient(promote(z), lam) for name, z in self.features().items()})
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a penalty is estimated and what stands around it.  Raises as `cibr_loss` says."""
+
+    estimator: str = "mine"
+    negatives: Negatives = "all"
+    diagonal: str = "exclude"
+    noise_std: float = 0.25
+    one_way: bool = False
+    strategy: str = "gather"
+
+    def check_noise(self) -> None:
+        checks.number("noise_std", self.noise_std)
+        if self.noise_std < 0:
+            raise ValueError(f"noise_std must not be negative, got {self.noise_std}")
+        if self.noise_std == 0 and self.estimator in UPPER:
+            raise ValueError(
+                f"estimator {self.estimator!r} needs noise_std > 0 (without noise it is infinite), got {self.noise_std}"
+            )
+
+
+def scale_gradient(z: Tensor, factor: Tensor | float) -> Tensor:
+    """The value of z with `factor` times its gradient."""
+    return z.detach() + factor * (z - z.detach())
+
+
+def noisy(
+    z: Tensor, noise_std: float, generator: torch.Generator | None = None, shards: Shards | None = None
+) -> Tensor:
+    """(z + noise_std * standard normal) * sqrt(d), float32: what the critics see of a unit-norm z (n, d).
+
+    With `shards` each rank draws the noise of the whole batch and takes its rows: ranks seeded alike get what a single
+    process would draw, ranks seeded differently independent noise.
+    """
+    z = promote(z)
+    n, d = z.shape
+    total, first = (n, 0) if shards is None else (shards.total, shards.offset)
+    drawn: dict[str, Any] = {} if generator is None else {"generator": generator}  # refused beside a symbolic size
+    noise = torch.randn((total, d), dtype=z.dtype, device=z.device, **drawn)[first : first + n]
+    return (z + noise_std * noise) * math.sqrt(d)
+
+
+def penalty(
+    branch: Rows, options: Options, players: Mapping[str, Any], *, ema: Mapping[str, Ema] | nn.ModuleDict | None = None,
+    generator: torch.Generator | None = None, shards: Shards | None = None, backend: str = "auto",
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """-> the surrogate (), and "image_cmi", "text_cmi" and what they are made of, detached nats.  Outside of autocast.
+
+    players: views of the critics, or ceb's networks.
+    """
+    if options.estimator in MAXIMISED:
+        return _by_critics(branch, options, players, ema, generator, shards, backend)
+    if options.estimator == "ceb":
+        bounds = [_by_network(branch, name, options, players[name], shards) for name in MEANS]
+    elif options.estimator == "variance":
+        bounds = [_by_variance(branch, modality, options, shards) for modality in MODALITIES]
+    else:
+        aligned = gaussian.align(branch.image_features, branch.text_features, options.noise_std)
+        bounds = [_mean(aligned, shards)] * 2
+    return bounds[0] + bounds[1], {"image_cmi": bounds[0].detach(), "text_cmi": bounds[1].detach()}
+
+
+def _by_critics(
+    branch: Rows, options: Options, critics: Mapping[str, View], ema: Mapping[str, Ema] | nn.ModuleDict | None,
+    generator: torch.Generator | None, shards: Shards | None, backend: str,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Minus the sum of the four estimates, where Z's gradient has the other sign in `own`."""
+    tensors = {
+        f"{modality}_features": noisy(getattr(branch, f"{modality}_features"), options.noise_std, generator, shards)
+        for modality in MODALITIES
+    }
+    nats = {}
+    for name, (x, z) in TERMS.items():
+        seen = tensors[z]
+        pairs = Pairs(
+            _data(branch, x, seen), scale_gradient(seen, -1.0) if name.endswith("own") else seen, None,
+            critics[name], options.negatives, options.diagonal == "include", shards, "gather", backend,
+        )  # fmt: skip
+        nats[name] = estimate(pairs, options.estimator, None if ema is None else ema[name], {})
+    parts = {f"{m}_cmi": (nats[f"{m}_own"] - nats[f"{m}_other"]).detach() for m in MODALITIES}
+    return -torch.stack(list(nats.values())).sum(), parts | {name: value.detach() for name, value in nats.items()}
+
+
+def _by_network(branch: Rows, name: str, options: Options, network: Any, shards: Shards | None) -> Tensor:
+    y, features = MEANS[name]
+    z = getattr(branch, features)
+    return _mean(gaussian.ceb(z, _data(branch, y, z), network, options.noise_std, name=name), shards)
+
+
+def _by_variance(branch: Rows, modality: str, options: Options, shards: Shards | None) -> Tensor:
+    """Of the two views, or else in groups; 0 for a modality that has neither."""
+    z, second = getattr(branch, f"{modality}_features"), getattr(branch, f"{modality}_features2")
+    if second is not None:
+        return _mean(gaussian.variance(z, second, options.noise_std), shards)
+    if branch.group_ids is None:
+        return z.sum() * 0.0
+    return variance_in_groups(z, branch.group_ids, options.noise_std, shards)
+
+
+def _data(rows: Rows, name: str, like: Tensor) -> Tensor:
+    """Inputs or a condition without gradient, in the dtype of the features."""
+    t = rows.read(name)[1]
+    assert t is not None
+    return checks.usable(t.detach()).to(like.dtype)
+
+
+def _mean(nats: Tensor, shards: Shards | None) -> Tensor:
+    return nats.mean() if shards is None else merge.mean(nats, shards)
