@@ -294,6 +294,46 @@ def omib(arguments: Sequence[str]) -> int:
     return 0
 
 
+def table(arguments: Sequence[str]) -> int:
+    from cibr.table import TableOptions, table
+
+    options = made(TableOptions, arguments, "table", required=("runs",))
+    print(table([Path(run) for run in options.runs], metric=options.metric, out=options.out and Path(options.out)))
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenOptions:
+    model: str = option("", "coop:BASE or maple:BASE to train; a run or open_clip:NAME/FILE to test by its templates")
+
+
+def prompts(arguments: Sequence[str]) -> int:
+    """Trains prompts, or tests a model as it is, and prints what it can do -> exit status."""
+    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    look.add_argument("--model", default="")
+    spec = look.parse_known_args(arguments)[0].model
+    from cibr import models
+    from cibr.data import DataOptions
+    from cibr.prompts import PromptsOptions, method_of, run
+
+    kinds = [FrozenOptions if method_of(spec) is None else models.options_type(spec), PromptsOptions, DataOptions]
+    values = parse(kinds, arguments, command="prompts")
+    model, options, data = (of_kind(kind, values) for kind in kinds)
+    for one, required in ((model, ("model",)), (options, ("out",)), (data, ("data",))):
+        checked(one, required)
+    import torch
+
+    from cibr.evaluate import table
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    found = run(options, data, dataclasses.asdict(model))
+    print(table(found))
+    for name, score in found.get("base_to_new", {}).items():
+        print(f"{name}: base {score['base']:.1f}, new {score['new']:.1f}, H {score['harmonic_mean']:.1f}")
+    return 0
+
+
 def made(kind: type, arguments: Sequence[str], command: str, *, required: Sequence[str] = ()) -> Any:
     """`kind` from its flags, checked.  Raises UsageError for a required option that is missing."""
     options = kind(**parse([kind], arguments, command=command))
@@ -320,6 +360,8 @@ def checked(options: Any, required: Sequence[str]) -> Any:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "train a model, or resume a run"),
     "evaluate": (evaluate, "what a checkpoint can do: zero-shot, retrieval, probes"),
+    "prompts": (prompts, "few-shot prompts, CoOp and MaPLe, on a frozen open_clip model"),
+    "table": (table, "several runs in the layout of the paper's tables, mean and standard error"),
     "plot": (plot, "draw curves, recall and embeddings of several runs"),
     "demo": (demo, "emoji, two runs, a table and pictures, in one go"),
     "data emoji": (data_emoji, "build the set of emoji as eleven artists drew them"),
