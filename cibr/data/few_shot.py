@@ -81,8 +81,9 @@ def choose(dataset: Dataset, options: DataOptions, split: str, open_split: Calla
 
 
 def same_rows(one: Dataset, other: Dataset) -> bool:
-    """Whether two splits are the same rows, which says that the set has none."""
-    return len(one) == len(other) and one.keys[0] == other.keys[0] and one.fingerprint() == other.fingerprint()
+    """Whether two splits are the same rows of the same files, which says that the set has none."""
+    places = [getattr(split, "folder", None) or getattr(split, "tars", None) for split in (one, other)]
+    return len(one) == len(other) and places[0] == places[1] and one.fingerprint() == other.fingerprint()
 
 
 def first_halves(keys: Any, labels: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WORK = (
     "cibr.train.train", "cibr.evaluate.evaluate_run", "cibr.pictures.plot", "cibr.demo.demo", "cibr.export.export",
-    "cibr.data.emoji_build.build", "cibr.data.check.check", "cibr.cache.towers",
+    "cibr.data.emoji_build.build", "cibr.data.check.check", "cibr.cache.towers", "cibr.prompts.run", "cibr.table.table",
 )  # fmt: skip
 
 

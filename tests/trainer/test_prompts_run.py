@@ -79,6 +79,8 @@ def test_coop_learns_on_a_frozen_run_and_zero_shot_stands_beside_it(base: Path, 
     rates = {entry["step"]: entry["lr"] for entry in log_of(tmp_path / "coop")}
     assert rates[1] == pytest.approx(1e-5) and rates[10] == pytest.approx(0.05)  # the second epoch is at the peak
     assert evaluate_run(tmp_path / "coop", zero_shot={"swatches": swatches})["zero_shot"] == found["zero_shot"]
+    with pytest.raises(UsageError, match="only open_clip's can be exported"):
+        export(tmp_path / "coop", tmp_path / "out")
 
 
 def test_base_to_new_tests_both_halves(base: Path, swatches: str, tmp_path: Path) -> None:
@@ -184,12 +186,6 @@ def test_the_command(base: Path, swatches: str, tmp_path: Path, capsys: pytest.C
         with pytest.raises(SystemExit, match="2"):
             main([*command[:3], "--out", str(tmp_path / "refused"), *arguments])
         assert message in capsys.readouterr().err
-
-
-def test_a_prompted_run_is_no_open_clip_model_to_export(base: Path, swatches: str, tmp_path: Path) -> None:
-    done(tmp_path / "coop", f"coop:{base}", swatches, choice={"shots": 1}, context_tokens=2, epochs=1)
-    with pytest.raises(UsageError, match="only open_clip's can be exported"):
-        export(tmp_path / "coop", tmp_path / "out")
 
 
 def test_epochs_are_coops_by_shots() -> None:
