@@ -119,7 +119,7 @@ def test_bars(runs: Path, tmp_path: Path) -> None:
 
 def test_what_is_no_run(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="holds no evaluation[.]json, nor does a folder in it"):
+    with pytest.raises(UsageError, match=r"holds no evaluation\.json, nor does a folder in it"):
         table([runs, tmp_path / "empty"])
     for text in ("{", "[]", '{"zero_shot": {}}', '{"method": "clip"}'):
         (tmp_path / "empty" / "evaluation.json").write_text(text)
