@@ -21,9 +21,10 @@ EXPERIMENTS = {
     "mi": "estimates of mutual information beside the truth",
     "variance": "why all pairs: the spread of log-mean-exp",
     "curve": "the forward of clip_loss up to N = 131072",
+    "omib": "fusion through bottlenecks, where the best accuracy is known",
     "scale": "bytes and gradients on real ranks, and what many GPUs would do",
 }
-PICTURES = ("mi", "variance", "curve")
+PICTURES = ("mi", "variance", "curve", "omib")
 FILES = ("toy", *PICTURES)  # with --json
 
 
