@@ -7,6 +7,7 @@ from typing import Any
 from cibr.errors import UsageError
 from cibr.models import Model
 from cibr.objectives.alignment import Align, Ceb, Variance
+from cibr.objectives.alignment_ib import AlignmentBottleneck
 from cibr.objectives.cibr import Cibr
 from cibr.objectives.classes import Classes
 from cibr.objectives.contrastive import Clip, Clip2, MeanPos, Objective, SigLip
@@ -24,6 +25,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ceb": Ceb,
     "variance": Variance,
     "classes": Classes,
+    "aib": AlignmentBottleneck,
 }
 DEFAULT = "clip"
 
