@@ -186,7 +186,8 @@ def _step(case: str) -> Callable[[], Any]:
     import cibr_kernels as ck
 
     name, size = case.split(" ")
-    name = name.removesuffix("-triton")
+    name, float32 = name.removesuffix("-triton"), name.endswith("-float32")
+    name = name.removesuffix("-float32")
     n, d = map(int, size.split("x"))
 
     def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -214,7 +215,7 @@ def _step(case: str) -> Callable[[], Any]:
             return module(images, texts, scale, *inputs)
 
     else:
-        x, y = leaf(n, d), leaf(n, d)
+        x, y = (leaf(n, d, dtype=torch.float32 if float32 else torch.bfloat16) for _ in range(2))
         leaves = [x, y, scale, *([bias] if "siglip" in name.lower() else [])]
         loss = _contrastive(name, leaves)
 

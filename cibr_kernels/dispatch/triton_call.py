@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cibr_kernels.dispatch import pointers, triton_relaunch
+from cibr_kernels.dispatch import pointers, triton_recording, triton_relaunch
 
 # Arguments of kernels for whose value Triton must not compile anew (`do_not_specialize`): an epoch's last batch has
 # another number of rows, and compiling takes seconds.  Widths and pitches are not among them: 16 divides them, and that
@@ -68,10 +68,13 @@ class Gpu:
     ) -> None:
         device = next(t.device for t in args.values() if isinstance(t, Tensor))
         if device.index == torch._C._cuda_getDevice():
-            triton_relaunch.launch(kernel, grid, args, constants, options, device)
+            compiled = triton_relaunch.launch(kernel, grid, args, constants, options, device)
         else:
             with torch.cuda.device(device):
-                triton_relaunch.launch(kernel, grid, args, constants, options, device)
+                compiled = triton_relaunch.launch(kernel, grid, args, constants, options, device)
+        recorder = triton_recording.active()
+        if recorder is not None:
+            recorder.launched(compiled, grid, kernel, {**args, **constants})
 
 
 _executor: Executor = Gpu()

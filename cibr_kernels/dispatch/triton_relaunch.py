@@ -55,11 +55,10 @@ def clear() -> None:
 def launch(
     kernel: Any, grid: tuple[int, ...], args: dict[str, Any], constants: dict[str, Any], options: dict[str, int],
     device: torch.device,
-) -> None:  # fmt: skip
-    """kernel[grid](**args, **constants, **options) on `device`, which is the current one."""
-    if not (_enabled and _triton_is_known()) or _watched(kernel):
-        kernel[grid](**args, **constants, **options)
-        return
+) -> Any:  # fmt: skip
+    """kernel[grid](**args, **constants, **options) on `device`, which is the current one -> the compiled kernel."""
+    if not (_enabled and is_compared()) or kernel.pre_run_hooks or watched():
+        return kernel[grid](**args, **constants, **options)
     kinds, values = _kinds(args)
     key = (id(kernel), device.index, *args, *kinds, *constants, *constants.values(), *options.values())
     known = _known.get(key)
@@ -68,7 +67,7 @@ def launch(
         if len(_known) >= MOST:
             _known.clear()
         _known[key] = _prepared(compiled, kernel, [*args, *constants])
-        return
+        return compiled
     x, y, z = (*grid, 1, 1)[:3]
     compiled = known.kernel
     values += constants.values()
@@ -76,6 +75,7 @@ def launch(
     known.run(
         x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *known.arguments(values)
     )  # fmt: skip
+    return compiled
 
 
 def _kinds(args: dict[str, Any]) -> tuple[list[Any], list[Any]]:
@@ -105,7 +105,7 @@ def _prepared(compiled: Any, kernel: Any, names: list[str]) -> _Compiled:
 
 
 @lru_cache
-def _triton_is_known() -> bool:
+def is_compared() -> bool:
     """Whether a compiled kernel is called as here: all arguments, constants too, in the order of the signature."""
     import triton
 
@@ -114,17 +114,20 @@ def _triton_is_known() -> bool:
 
 @lru_cache
 def _runtime() -> Any:
-    """Triton's settings of launches."""
-    from triton import knobs
+    """Triton's settings of launches; before 3.4 they are the compiled kernels'."""
+    try:
+        from triton import knobs
+    except ImportError:
+        from triton.compiler import CompiledKernel
 
+        return CompiledKernel
     return knobs.runtime
 
 
-def _watched(kernel: Any) -> bool:
+def watched() -> bool:
     """Whether somebody, such as a profiler of Triton's, wants to see launches."""
     runtime = _runtime()
     before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
-    hooked = (before is not None and getattr(before, "calls", True)) or (
-        after is not None and getattr(after, "calls", True)
+    return bool(
+        (before is not None and getattr(before, "calls", True)) or (after is not None and getattr(after, "calls", True))
     )
-    return bool(hooked or kernel.pre_run_hooks)

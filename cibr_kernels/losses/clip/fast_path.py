@@ -25,7 +25,6 @@ from cibr_kernels.primitives.dot.lse.op import (
     stash_budget,
     stash_budget_on,
 )  # fmt: skip
-from cibr_kernels.primitives.dot.problem import LseProblem, LseSums
 
 FUSED_BACKWARD_BYTES = 1 << 22  # bytes of float32 logits up to which gradients are made with the loss: n = 1024
 
@@ -57,30 +56,30 @@ def _mean_softplus(margins: Tensor) -> Tensor:
 class _Plain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str) -> Tensor:
-        outputs = _sums(x, y, scale, one_way, stash_budget_on(x.device), backend)
-        rows, cols, positives, _, _, *stash = outputs
-        ctx.save_for_backward(x, y, scale, rows, cols, positives, *stash)
-        ctx.backend = backend
+        budget, ctx.backend = stash_budget_on(x.device), backend
         if backends.fused("clip_loss", backend, x) == "triton":
-            return backends.run("clip_loss", "forward", "triton", (x,), LseSums(rows, cols, positives, *stash))
+            loss, *kept = backends.run("clip_loss", "forward", "triton", (x,), x, y, scale, one_way, budget)
+            ctx.save_for_backward(x, y, scale, *kept)
+            return loss
+        rows, cols, positives, _, _, *stash = _sums(x, y, scale, one_way, budget, backend)
+        ctx.save_for_backward(x, y, scale, rows, cols, positives, *stash)
         return _mean_softplus(_margins(rows, cols, positives))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, scale, rows, cols, positives, *stash = ctx.saved_tensors
+        x, y, scale, *kept = ctx.saved_tensors
         need_x, need_y, need_scale, *_ = ctx.needs_input_grad
         needs = need_x or not need_y, need_y  # dscale comes from <x, dx> or <y, dy>: one of the two is computed for it
         if backends.fused("clip_loss", ctx.backend, x) == "triton" and not torch.is_grad_enabled():
-            problem, sums = LseProblem(x, y, scale, None, None, 0, True), LseSums(rows, cols, positives, *stash)
-            dx, dy, dscale = backends.run("clip_loss", "backward", "triton", (x,), g, problem, sums, *needs)
+            dx, dy, dscale = backends.run("clip_loss", "backward", "triton", (x,), g, x, y, scale, kept, *needs)
         else:
+            rows, cols, positives, *_ = kept
             margins = _margins(rows, cols, positives)
             slopes = torch.sigmoid(margins) * (g / margins.numel())
             g_rows, g_cols = slopes.unbind(0) if cols.numel() else (slopes[0], cols)
             dx, dy, dscale = dot_lse_backward(
-                g_rows, g_cols, slopes.sum(0).neg_(), x, y, scale, None, None, rows, cols, positives, *stash, 0, True,
-                *needs, ctx.backend,
-            )  # fmt: skip
+                g_rows, g_cols, slopes.sum(0).neg_(), x, y, scale, None, None, *kept, 0, True, *needs, ctx.backend
+            )
         return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, None, None
 
 

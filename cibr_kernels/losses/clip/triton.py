@@ -1,13 +1,13 @@
-"""The O(n) ends of the plain clip_loss in Triton: of dot_lse's sums the loss, and of its gradient P's weights."""
+"""The plain clip_loss in Triton: dot_lse's launches, and the O(n) ends in one launch each."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from cibr_kernels.dispatch import triton_call
-from cibr_kernels.primitives.dot.lse.triton import Weights, weighted
-from cibr_kernels.primitives.dot.lse.triton_configs import blocks
+from cibr_kernels.dispatch import plans, triton_call
+from cibr_kernels.primitives.dot.lse import triton as dot_lse
+from cibr_kernels.primitives.dot.lse.triton_configs import blocks, tf32_allowed
 from cibr_kernels.primitives.dot.problem import LseProblem, LseSums
 from cibr_kernels.primitives.dot.triton_parts import total
 
@@ -21,8 +21,36 @@ def unsupported(*tensors: Tensor) -> str | None:
     return triton_call.unsupported(*tensors)
 
 
-def forward(sums: LseSums) -> Tensor:
-    """-> the loss ()."""
+def forward(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, budget: int) -> tuple[Tensor, ...]:
+    """-> the loss (), and what `backward` reads: the fields of LseSums."""
+
+    def direction(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        stash = dot_lse.room_for_stash(x, y, budget)
+        problem = LseProblem(x, y, scale, None, None, 0, True)
+        rows, cols, positives, _, _, shift = dot_lse.forward(problem, not one_way, False, stash)
+        sums = LseSums(rows, cols, positives, shift, stash)
+        return _loss(sums), *sums
+
+    return plans.run(_key("clip_loss forward", x, one_way, budget), direction, (x, y, scale))
+
+
+def backward(
+    g: Tensor, x: Tensor, y: Tensor, scale: Tensor, kept: tuple[Tensor, ...], need_dx: bool, need_dy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dx (n, d), dy (n, d), each empty unless needed, dscale ()."""
+
+    def direction(g: Tensor, x: Tensor, y: Tensor, scale: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+        return _gradients(g, LseProblem(x, y, scale, None, None, 0, True), LseSums(*kept), need_dx, need_dy)
+
+    dx, dy, dscale = plans.run(_key("clip_loss backward", x, need_dx, need_dy), direction, (g, x, y, scale, *kept))
+    return dx, dy, dscale
+
+
+def _key(name: str, x: Tensor, *options: int) -> tuple[object, ...]:
+    return name, *options, dot_lse.panels, x.dtype == torch.float32 and tf32_allowed()
+
+
+def _loss(sums: LseSums) -> Tensor:
     from cibr_kernels.losses.clip import triton_kernels as kernels
 
     n, cols = sums.rows.numel(), sums.cols.numel() > 0
@@ -36,14 +64,13 @@ def forward(sums: LseSums) -> Tensor:
     return total(losses)
 
 
-def backward(
+def _gradients(
     g: Tensor, problem: LseProblem, sums: LseSums, need_dx: bool, need_dy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dx (n, d), dy (n, d), each empty unless needed, dscale ()."""
     from cibr_kernels.losses.clip import triton_kernels as kernels
 
     n, m, new = sums.rows.numel(), sums.cols.numel(), sums.rows.new_empty
-    weights = Weights(new(n), new(m), new(n), new(m), new(()), sums.stash_shift)
+    weights = dot_lse.Weights(new(n), new(m), new(n), new(m), new(()), sums.stash_shift)
     g_positives = new(n)
     triton_call.launch(
         kernels.slopes_kernel, (blocks(n, BLOCK),),
@@ -52,4 +79,4 @@ def backward(
          "stash_shift": sums.stash_shift, "share": 1 / (n + m), "n": n},
         {"COLS": m > 0, "BLOCK": BLOCK},
     )  # fmt: skip
-    return weighted(problem, weights, g_positives, sums.stash, need_dx, need_dy)
+    return dot_lse.weighted(problem, weights, g_positives, sums.stash, need_dx, need_dy)

@@ -2,4 +2,22 @@
 
 from __future__ import annotations
 
-from cibr_kernels.primitives.dot.softplus.triton import mean_loss as forward  # noqa: F401
+import torch
+from torch import Tensor
+
+from cibr_kernels.dispatch import plans
+from cibr_kernels.primitives.dot.lse.triton_configs import tf32_allowed
+from cibr_kernels.primitives.dot.softplus import triton as dot_softplus
+
+
+def forward(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, need_dx: bool, need_dy: bool
+) -> tuple[Tensor, ...]:
+    """-> the loss () and dx, dy (n, d), each empty unless needed, dscale (), dbias ()."""
+
+    def direction(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return dot_softplus.mean_loss(x, y, scale, bias, share, need_dx, need_dy)
+
+    tf32 = x.dtype == torch.float32 and tf32_allowed()
+    key = "siglip_loss", share, need_dx, need_dy, dot_softplus.panels, tf32
+    return plans.run(key, direction, (x, y, scale, bias))

@@ -19,7 +19,8 @@ EXPORT void fake_register(CUfunction f, int parameters, const int* sizes) {
   memcpy(function->sizes, sizes, sizeof(int) * (size_t)parameters);
 }
 
-static void keep(const void* p, size_t size) {
+void fake_keep(const void* p, size_t size) {
+  if (!fake_capturing) return;
   if (fake_bytes_length + size > sizeof fake_bytes) abort();
   memcpy(fake_bytes + fake_bytes_length, p, size);
   fake_bytes_length += size;
@@ -31,10 +32,10 @@ EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction f, void** p
   fake_note(function->name);
   if (fake_capturing) {
     const unsigned sizes[] = {c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ, c->sharedMemBytes};
-    keep(function->name, sizeof function->name);
-    keep(sizes, sizeof sizes);
-    keep(&c->hStream, sizeof c->hStream);
-    for (int i = 0; i < function->parameters; i++) keep(parameters[i], (size_t)function->sizes[i]);
+    fake_keep(function->name, sizeof function->name);
+    fake_keep(sizes, sizeof sizes);
+    fake_keep(&c->hStream, sizeof c->hStream);
+    for (int i = 0; i < function->parameters; i++) fake_keep(parameters[i], (size_t)function->sizes[i]);
   }
   return CUDA_SUCCESS;
 }

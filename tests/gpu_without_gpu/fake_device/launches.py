@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bench.guards import host
-from cibr_kernels.dispatch import backends, triton_relaunch
+from cibr_kernels.dispatch import backends, plans, triton_relaunch
 from fake_device.counters import Counters
 
 CASES = ("clip_loss 1024x512", "clip_loss 1000x512", "siglip_loss 1024x512", "critic_moments-triton 100x64")
@@ -81,4 +81,5 @@ def hooked(step: Callable[[], Any]) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    with plans.disabled():  # replays.py has them
+        main()

@@ -21,6 +21,7 @@ Workspace in bytes, with 128 x 128 tiles:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,6 +72,12 @@ panels = Panels()
 def stash_shape(n: int, m: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
     """(n, m rounded up to 16): bfloat16 for bfloat16 features only, elsewhere it would cost 1e-3 in the gradients."""
     return (n, pitch(m)), torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def room_for_stash(x: Tensor, y: Tensor, budget: int) -> Tensor:
+    """Where `forward` keeps its exponentials; (0,) where they exceed the budget, in bytes."""
+    shape, dtype = stash_shape(x.shape[0], y.shape[0], x.dtype)
+    return torch.empty(shape if math.prod(shape) * dtype.itemsize <= budget else (0,), dtype=dtype, device=x.device)
 
 
 def forward(problem: LseProblem, need_cols: bool, need_max: bool, stash: Tensor) -> tuple[Tensor, ...]:

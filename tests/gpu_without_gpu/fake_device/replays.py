@@ -1,0 +1,111 @@
+"""A program for the fake device: what plans launch, and whether it is what Triton's launcher and PyTorch launch.
+
+    python -m fake_device.replays
+
+Prints JSON, a line: {"versions": [torch, triton], "different": cases in which a replay on the very same memory passes
+other bytes, to the driver or to cuBLAS, than the recorded step, "bytes": how many were compared, "names": cases whose
+steps launch other kernels with plans than without}.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+
+from bench.guards import host
+from cibr_kernels.dispatch import plan, plans, triton_recording, triton_relaunch
+from fake_device.counters import Counters
+from fake_device.launches import passed, register
+
+CASES = (
+    "clip_loss 1024x512", "clip_loss 1000x512", "clip_loss 17x64", "clip_loss 16640x512", "siglip_loss 1024x512",
+    "siglip_loss 999x512", "clip_loss-float32 100x96", "siglip_loss-float32 100x96",
+)  # fmt: skip
+
+
+class Kept(triton_recording.Recorder):
+    """A recorder that holds on to all memory, so that addresses stay what they are."""
+
+    def __init__(self, inputs: Any) -> None:
+        super().__init__(inputs)
+        self.bases = [t.data_ptr() for t in inputs]
+        self.alive: list[Any] = list(inputs)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = len(self.storages)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if len(self.storages) > before:
+            self.alive.append(result)
+            self.bases.append(result.untyped_storage().data_ptr())
+        return result
+
+
+def main() -> None:
+    counters = Counters()
+    torch.autograd.set_multithreading_enabled(False)
+    found: dict[str, Any] = {
+        "versions": [torch.__version__, triton.__version__],
+        "different": [],
+        "bytes": 0,
+        "names": [],
+    }
+    for case in CASES:
+        recorded = recorded_directions(counters, case)
+        for seen, theirs in recorded:
+            ours = replayed(counters.library, seen)
+            found["bytes"] += len(ours)
+            found["different"] += [case] if ours != theirs or not ours else []
+        found["names"] += [] if len(recorded) and same_names(counters, case) else [case]
+    print(json.dumps(found))
+
+
+def recorded_directions(counters: Counters, case: str) -> list[tuple[Kept, bytes]]:
+    """Each direction of a step that can be replayed, and what its recording passed by Triton's own path."""
+    found = []
+
+    def record(key: Any, direction: Callable[..., Any], inputs: Any) -> Any:
+        with Kept(inputs) as first:
+            direction(*inputs)
+        for command in first.commands:
+            if isinstance(command, triton_recording.Launch):
+                register(counters.library, command.compiled)
+        outputs: list[Any] = []
+        with Kept(inputs) as seen, triton_relaunch.disabled():
+            theirs = passed(counters.library, lambda: outputs.extend(direction(*inputs)))
+        assert seen.refusal is None, f"{case}: {seen.refusal}"
+        found.append((seen, theirs))
+        return tuple(outputs)
+
+    step, run = host._step(case), plans.run
+    plans.run = record
+    try:
+        step()
+    finally:
+        plans.run = run
+    return found
+
+
+def replayed(library: Any, seen: Kept) -> bytes:
+    """What the native replay passes, every storage being where it was."""
+    at = {number: plan.Place(number, 0) for number in range(len(seen.bases))}
+    steps = plan._steps(seen.commands, at, len(seen.bases), plans._native())
+    handle = torch._C._cuda_getCurrentBlasHandle()
+    call = plan.Call(0, torch._C._cuda_getCurrentRawStream(0), handle, seen.alive, seen.bases)
+    return passed(library, lambda: [step(call) for step in steps])
+
+
+def same_names(counters: Counters, case: str) -> bool:
+    """Whether a replayed step launches what a step without plans does."""
+    step = host._step(case)
+    step(), step()
+    ours = counters.launched(step)
+    with plans.disabled():
+        return ours == counters.launched(step)
+
+
+if __name__ == "__main__":
+    main()
