@@ -93,9 +93,11 @@ def run(options: PromptsOptions, data: DataOptions, model: Mapping[str, Any]) ->
     else:
         trained, about = learn(options, data, model, method)
     trained = trained.to(options.device)
-    scores = halves(trained, data, name) if options.base_to_new else {}
-    if not options.base_to_new:
-        sets["zero_shot"][name] = data.data
+    own = name if method is None else f"{name}, as trained"  # names of classes stay those of training
+    if options.base_to_new:
+        scores = halves(trained, data, name, own)
+    else:
+        scores = renamed(evaluate(trained, zero_shot={own: data.data}, options=data), own, name)
     if sets["zero_shot"] or sets["retrieval"]:
         scores = merged(scores, evaluate(trained, **sets, options=data))
     found = {**about, "seed": options.seed, **scores}
@@ -110,7 +112,9 @@ def name_of(data: DataOptions) -> str:
 
 
 def towers(spec: str, out: str) -> tuple[Model, dict[str, Any]]:
-    """A model as it is; its configuration goes to OUT/config.json."""
+    """A model as it is; its configuration goes to OUT/config.json.  Raises UsageError for an OUT that holds a run."""
+    if checkpoint.find(Path(out)) is not None:
+        raise UsageError(f"{out} holds a run, and its configuration would be replaced: choose another --out")
     model, config = cache.towers(spec), {"model": spec, "objective": "clip"}
     if Path(spec).is_dir():
         config = checkpoint.load_run(Path(spec)).config.to_dict()
@@ -166,15 +170,19 @@ def base_of(spec: str) -> str:
     return described(checkpoint.load_run(Path(spec)).config.to_dict()) if Path(spec).is_dir() else spec
 
 
-def halves(model: Model, data: DataOptions, name: str) -> dict[str, Any]:
-    """The report of `evaluate` on both halves of the classes, and their harmonic mean under "base_to_new"."""
-    report: dict[str, Any] = {"zero_shot": {}, "retrieval": {}, "sets": {}}
+def halves(model: Model, data: DataOptions, name: str, own: str) -> dict[str, Any]:
+    """The report of `evaluate` on both halves of the set `own`, and their harmonic mean under "base_to_new"."""
+    report: dict[str, Any] = {}
     for half in ("base", "new"):
-        found = evaluate(model, zero_shot={name: data.data}, options=dataclasses.replace(data, classes=half))
-        for part in ("zero_shot", "sets"):
-            report[part][f"{name}, {half} classes"] = found[part][name]
+        found = evaluate(model, zero_shot={own: data.data}, options=dataclasses.replace(data, classes=half))
+        report = merged(report, renamed(found, own, f"{name}, {half} classes"))
     base, new = (scores["top1"] for scores in report["zero_shot"].values())
     return {**report, "base_to_new": {name: {"base": base, "new": new, "harmonic_mean": harmonic_mean(base, new)}}}
+
+
+def renamed(report: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
+    """A report whose set `old` is called `new`."""
+    return {part: {new if name == old else name: of for name, of in sets.items()} for part, sets in report.items()}
 
 
 def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

@@ -147,8 +147,20 @@ def test_other_sets_and_captions_by_the_learned_context(base: Path, swatches: st
         tmp_path / "coop", f"coop:{base}", swatches, choice={"shots": 1}, context_tokens=2, name="eurosat",
         zero_shot=(f"other=folder:{other}",), retrieval=(f"pairs=csv:{tmp_path / 'pairs.csv'}",),
     )  # fmt: skip
-    assert list(found["zero_shot"]) == ["other", "eurosat"] and list(found["retrieval"]) == ["pairs"]
+    assert list(found["zero_shot"]) == ["eurosat", "other"] and list(found["retrieval"]) == ["pairs"]
     assert found["sets"]["other"]["images"] == 2  # whole: the shots are of the run's own data
+
+
+def test_classes_are_called_as_in_training(base: Path, swatches: str, tmp_path: Path) -> None:
+    """A zero-shot test of "eurosat" would say "highway or road", and this context would refuse it."""
+    for split in ("train", "test"):
+        folder = tmp_path / "swatches" / split
+        (folder / "red").rename(folder / "Highway")
+    model = f"coop:{base}"
+    choice = {"shots": 1}
+    more = {"context_tokens": 2, "class_specific": True, "epochs": 1}
+    found = done(tmp_path / "own", model, swatches, choice=choice, name="eurosat", **more)
+    assert list(found["zero_shot"]) == list(found["sets"]) == ["eurosat"]
 
 
 def test_the_command(base: Path, swatches: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,6 +191,7 @@ def test_the_command(base: Path, swatches: str, tmp_path: Path, capsys: pytest.C
         ),
         (["--model", f"coop:{base}", "--classes", "new", "--base-to-new"], "leave --classes out"),
         (["--model", str(base), "--zero-shot", f"swatches={swatches}"], "a set named swatches, as the data are"),
+        (["--model", str(base), "--out", str(base)], "holds a run, and its configuration would be replaced"),
         (["--model", "coop:conv"], "prompts are for open_clip models with weights"),
         (["--model", f"coop:{tmp_path}"], "there is no checkpoint at"),
         ([], "--model is missing"),
