@@ -22,6 +22,7 @@ EXPERIMENTS = {
     "variance": "why all pairs: the spread of log-mean-exp",
     "curve": "the forward of clip_loss up to N = 131072",
     "omib": "fusion through bottlenecks, where the best accuracy is known",
+    "heads": "what the trainer adds to the loss and two matmuls of a head's step",
     "scale": "bytes and gradients on real ranks, and what many GPUs would do",
 }
 PICTURES = ("mi", "variance", "curve", "omib")

@@ -56,9 +56,12 @@ class Players:
         return contextlib.nullcontext() if dtype is None else torch.autocast(self.device, dtype)
 
     def seed(self, step: int, *more: int) -> None:
-        """Sets every random state of torch by the run's seed and these numbers."""
+        """Sets the random states of the CPU and the device by the run's seed and these numbers."""
         words = np.random.SeedSequence((self.config.run.seed, step, *more)).generate_state(2, np.uint32)
-        torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+        seed = int(words[0]) << 32 | int(words[1])
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed looks for every kind of device, half a ms a call
+        if self.device == "cuda":
+            torch.cuda.manual_seed(seed)
 
 
 @dataclass(frozen=True)
