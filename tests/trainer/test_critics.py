@@ -38,7 +38,8 @@ def test_a_step_is_the_two_players_by_hand(tmp_path: Path, objective: str, n_cri
         output = model(batch)
         statistics = copy.deepcopy(dict(ours.named_buffers()))
         players.seed(0, 0, 0, turn + 1)
-        ours(Output.of([t.detach() for t in output.tensors()]), batch)["loss"].backward()
+        detached = {name: t.detach() for name, t in output.tensors().items()}
+        ours(Output.of(detached), batch)["loss"].backward()
         critics.step()
         critics.zero_grad()
         ours.load_state_dict(statistics, strict=False)
