@@ -73,12 +73,9 @@ def make_optimizer(options: OptimOptions, model: Model, objective: nn.Module) ->
         chosen = groups.setdefault((lr, decays, is_sharded(p)), group)  # a fused update takes one kind of tensor
         chosen["params"].append(p)
         chosen["names"].append(name)
-    # one pass over the weights instead of one an operation; a GPU's would keep its count of steps there
-    fused = all(p.device.type == "cpu" and not is_sharded(p) for _, p, _ in moving) or None
     if options.optimizer == "sgd":
-        return torch.optim.SGD(list(groups.values()), momentum=options.momentum, fused=fused)
-    betas = (options.beta1, options.beta2)
-    return torch.optim.AdamW(list(groups.values()), betas=betas, eps=options.eps, fused=fused)
+        return torch.optim.SGD(list(groups.values()), momentum=options.momentum)
+    return torch.optim.AdamW(list(groups.values()), betas=(options.beta1, options.beta2), eps=options.eps)
 
 
 def tower_factors(options: OptimOptions, model: Model) -> dict[str, float]:
