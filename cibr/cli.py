@@ -249,6 +249,24 @@ def plot(arguments: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    file: str = option("", "YAML or JSON file: configurations, seeds, sets, metrics", positional=True)
+    out: str = option("", "folder for the runs, compare.md and compare.json; what is done there is not done again")
+    jobs: int = option(1, "processes; give runs `threads: 1` then", least=1)
+    keep_checkpoints: bool = option(False, "keep the weights of each run when it has been scored")
+
+
+def compare(arguments: Sequence[str]) -> int:
+    options = made(CompareOptions, arguments, "compare", required=("file", "out"))
+    from cibr.compare import run_comparison
+    from cibr.compare.table import markdown
+
+    found = run_comparison(Path(options.file), Path(options.out), jobs=options.jobs, keep=options.keep_checkpoints)
+    print(f"\n{markdown(found)}")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoOptions:
     out: str = option("", "folder for the emoji, the runs, the table and the pictures")
     tarballs: str | None = option(None, "folder of .tgz files from `npm pack`, instead of downloading them")
@@ -362,6 +380,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "evaluate": (evaluate, "what a checkpoint can do: zero-shot, retrieval, probes"),
     "prompts": (prompts, "few-shot prompts, CoOp and MaPLe, on a frozen open_clip model"),
     "table": (table, "several runs in the layout of the paper's tables, mean and standard error"),
+    "compare": (compare, "run configurations on seeds and say what their differences are worth"),
     "plot": (plot, "draw curves, recall and embeddings of several runs"),
     "demo": (demo, "emoji, two runs, a table and pictures, in one go"),
     "data emoji": (data_emoji, "build the set of emoji as eleven artists drew them"),

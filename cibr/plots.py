@@ -31,7 +31,19 @@ COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7")
 LINES = ("-", "--", "-.", ":")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
 HATCHES = ("", "///", "...", "xxx", "\\\\\\")
-NOT_COMPARED = {"seed", "out", "threads", "device", "save_every", "log_every", "eval_every", "keep", "workers", "wandb"}
+NOT_COMPARED = {
+    "seed",
+    "out",
+    "split_seed",
+    "threads",
+    "device",
+    "save_every",
+    "log_every",
+    "eval_every",
+    "keep",
+    "workers",
+    "wandb",
+}
 NAMES = {
     "lam": "λ",
     "batch_size": "batch",
