@@ -1,14 +1,22 @@
-"""The file of a comparison: which configurations, on which seeds, read by which metrics.
+"""The file of a comparison: which configurations, on which seeds, read by which metrics.  An example, in YAML:
 
-base: {model: heads, data: features:x.safetensors, split_by: rows, ...}     options of `cibr train`, of every run
-configurations:
-  clip: {objective: clip}
-  ours: {objective: variance, lam: 0.1, against: clip2}                     compared with clip2, not the baseline
-  tuned: {objective: clip, grid: {lr: [0.001, 0.003], weight_decay: [0, 0.1]}}      "tuned lr=0.001 weight_decay=0", ...
-baseline: clip
-seeds: 10                                     0 to 9, or a list; each has its own split (`--split-by`), weights, batches
-sets: {test: test, worse: {data: features:y.safetensors, split: test}}      NAME: a split of the data, or of others
-metrics: [test/text_to_image@1, test/image_to_text@1]                       SET/METRIC; the first is the primary one
+    base: {model: heads, data: features:x.safetensors, split_by: rows, steps: 120}
+    configurations:
+      clip: {objective: clip}
+      ours: {objective: variance, lam: 0.1, against: clip2}
+      tuned: {objective: clip, grid: {lr: [0.001, 0.003], weight_decay: [0, 0.1]}}
+    baseline: clip
+    seeds: 10
+    sets: {test: test, worse: {data: features:y.safetensors, split: test}}
+    metrics: [test/text_to_image@1, worse/text_to_image@1]
+
+base            options of `cibr train`, of every run
+configurations  a name and the options that are its own; a `grid` makes one of each point; `against` names what it is
+                compared with instead of the baseline
+seeds           a number or a list; each has its own split (`--split-by`), weights and batches
+by_seed         options whose value changes with the seed: {hold_out: [noto, fluent]} leaves each vendor out in turn
+sets            NAME: a split of the run's data, or an object with `split` and the `data` that it is of
+metrics         SET/METRIC; the first is the primary one
 """
 
 from __future__ import annotations
@@ -22,7 +30,7 @@ from typing import Any
 from cibr.config import RunConfig, read_options
 from cibr.errors import UsageError
 
-KEYS = ("base", "configurations", "baseline", "seeds", "sets", "metrics")
+KEYS = ("base", "configurations", "baseline", "seeds", "by_seed", "sets", "metrics")
 OURS = ("seed", "split_seed", "out")  # options that the comparison sets
 
 
@@ -39,13 +47,15 @@ class Spec:
     configurations: tuple[Configuration, ...]
     baseline: str
     seeds: tuple[int, ...]
+    by_seed: dict[str, tuple[Any, ...]]
     sets: dict[str, dict[str, str]]  # by name: "split", and "data" where they are others
     metrics: tuple[str, ...]
 
     def config(self, configuration: Configuration, seed: int, out: Path) -> RunConfig:
         """Of one run.  Raises UsageError for options that make no sense."""
         ours = {"seed": seed, "split_seed": seed, "out": str(out)}
-        return RunConfig.from_dict({**self.base, **configuration.options, **ours})
+        turns = {name: values[seed % len(values)] for name, values in self.by_seed.items()}
+        return RunConfig.from_dict({**self.base, **configuration.options, **turns, **ours})
 
 
 def read_spec(path: Path) -> Spec:
@@ -58,7 +68,7 @@ def read_spec(path: Path) -> Spec:
     base = mapping(f"base of {path}", values.get("base", {}))
     configurations = tuple(expanded(mapping(f"configurations of {path}", values["configurations"]), values["baseline"]))
     spec = Spec(
-        base, configurations, values["baseline"], seeds_of(values["seeds"]),
+        base, configurations, values["baseline"], seeds_of(values["seeds"]), turns_of(values.get("by_seed", {})),
         {name: set_of(name, given) for name, given in mapping(f"sets of {path}", values["sets"]).items()},
         tuple(values["metrics"]) if isinstance(values["metrics"], tuple) else (values["metrics"],),
     )  # fmt: skip
@@ -74,8 +84,8 @@ def check(spec: Spec) -> None:
         if not isinstance(metric, str) or metric.partition("/")[0] not in spec.sets or "/" not in metric:
             raise UsageError(f"the metric {metric!r} is not SET/METRIC; the sets are {', '.join(spec.sets)}")
     for one in spec.configurations:
-        if taken := sorted({*one.options, *spec.base} & set(OURS)):
-            raise UsageError(f"{', '.join(taken)} of {one.name}: the comparison sets that itself, from `seeds`")
+        if taken := sorted({*one.options, *spec.base} & {*OURS, *spec.by_seed}):
+            raise UsageError(f"{', '.join(taken)} of {one.name}: the comparison sets that itself, by seed")
         if spec.config(one, spec.seeds[0], Path("x")).data.split_by is None and any(
             "data" not in given for given in spec.sets.values()
         ):
@@ -114,6 +124,14 @@ class TestSet:
 
     split: str
     data: str
+
+
+def turns_of(given: Any) -> dict[str, tuple[Any, ...]]:
+    turns = mapping("by_seed", given)
+    for name, values in turns.items():
+        if not isinstance(values, list | tuple) or not values:
+            raise UsageError(f"by_seed: {name} is {values!r}, but must be a list, a value for each seed in turn")
+    return {name: tuple(values) for name, values in turns.items()}
 
 
 def seeds_of(given: Any) -> tuple[int, ...]:

@@ -38,7 +38,10 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values (1979): the k-th smallest of m times m - k + 1, never below the one before; NaN stays."""
+    """Holm's adjusted p values (1979): the k-th smallest of m times m - k + 1, never below the one before.
+
+    NaN stays NaN, and is not counted.
+    """
     values = np.asarray(p, float)
     known = np.flatnonzero(~np.isnan(values))
     adjusted, running = values.copy(), 0.0
