@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cibr.compare.picture import draw_comparison, opened
 from cibr.data import DataOptions, open_dataset
 from cibr.data.emoji import Emoji
 from cibr.errors import UsageError, missing_extra
@@ -198,13 +199,19 @@ def plot(
 ) -> list[Path]:
     """Draws into `out` what the logs of the runs allow, then what was asked for of their models; returns the files.
 
+    A folder of `cibr compare` stands for all of its runs, and has a picture of its differences.
     Models are shown the images of the SPEC `data`, by default those of the first run's data that are held out.
     Raises UsageError for what is no run, and for data that do not fit.
     """
-    written = plot_logs(runs, out)
+    runs, comparisons = opened(runs)
+    by_seed = {name for found in comparisons for name in found["by_seed"]}
+    written = plot_logs(runs, out, by_seed)
+    for number, found in enumerate(comparisons):
+        written.append(out / f"comparison{number or ''}.png")
+        draw_comparison(found, written[-1])
     if not (tsne or with_grad_cam or with_information):
         return written
-    groups = group_runs([read_run(path) for path in runs])
+    groups = group_runs([read_run(path) for path in runs], by_seed)
     loaded = [(group.label, checkpoint.load_run(group.runs[0].path)) for group in groups]  # of seeds the first
     models = [(label, run.model) for label, run in loaded]
     base = loaded[0][1].config.data

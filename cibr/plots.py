@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,15 +121,21 @@ class Group:
         return np.array([run.final[name] for run in self.runs if name in run.final])
 
 
-def comparable(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
+def comparable(run: Run, runs: Sequence[Run], by_seed: Collection[str] = ()) -> dict[str, Any]:
     """The options that matter, of those that all runs of its objective have: one that came later was at its default."""
     alike = [set(other.config) for other in runs if other.config.get("objective") == run.config.get("objective")]
-    return {name: value for name, value in run.config.items() if name in set.intersection(*alike) - NOT_COMPARED}
+    return {
+        name: value
+        for name, value in run.config.items()
+        if name in set.intersection(*alike) - {*NOT_COMPARED, *by_seed}
+    }
 
 
-def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """By all options but those that do not matter; labelled by the objective and by what tells the groups apart."""
-    compared = [comparable(run, runs) for run in runs]
+def group_runs(runs: Sequence[Run], by_seed: Collection[str] = ()) -> list[Group]:
+    """By all options but those that do not matter, and those that a comparison varies with the seed; labelled by the
+    objective and by what tells the groups apart.
+    """
+    compared = [comparable(run, runs, by_seed) for run in runs]
     keys = [json.dumps(config, sort_keys=True) for config in compared]
     configs = dict(zip(keys, compared, strict=True))
     names = sorted({name for config in configs.values() for name in config} - {"objective"})
@@ -287,9 +293,9 @@ def draw_bars(groups: list[Group], metrics: list[str], path: Path) -> None:
         axis.set(xlabel="per cent")
 
 
-def plot_logs(paths: Sequence[Path], out: Path) -> list[Path]:
+def plot_logs(paths: Sequence[Path], out: Path, by_seed: Collection[str] = ()) -> list[Path]:
     """Draws into `out` what the logs of the runs allow and returns the files. Raises UsageError for what is no run."""
-    groups = group_runs([read_run(path) for path in paths])
+    groups = group_runs([read_run(path) for path in paths], by_seed)
     out.mkdir(parents=True, exist_ok=True)
     runs = [run for group in groups for run in group.runs]
     during, final = headline(entry for run in runs for entry in run.evaluations), headline(run.final for run in runs)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cibr.compare.runs import Task, left_to_do, run_all, tasks_of
+from cibr.compare.runs import Task, left_to_do, run_all, tasks_of, tidy
 from cibr.compare.spec import read_spec
 from cibr.compare.table import compare, load, markdown
 from cibr.run.atomic import only_writer, write_text
@@ -37,6 +37,8 @@ def run_comparison(
     tasks = tasks_of(spec, out, keep)
     with only_writer(out):
         left = left_to_do(tasks)
+        for task in tasks:
+            tidy(task)  # of one that was killed just then
         say(f"{len(tasks)} runs, {len(tasks) - len(left)} of them done; {out}")
         for number, (task, result) in enumerate(run_all(left, jobs), start=len(tasks) - len(left) + 1):
             note(out, task, result)

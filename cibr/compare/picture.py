@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cibr.plots import COLOURS, figure
+
+
+def opened(paths: Sequence[Path]) -> tuple[list[Path], list[dict[str, Any]]]:
+    """Folders of runs, and in place of a comparison's folder its runs' -> the runs', and the comparisons' numbers."""
+    runs: list[Path] = []
+    found = []
+    for path in paths:
+        if (path / "compare.json").is_file():
+            found.append(json.loads((path / "compare.json").read_text()))
+            runs += sorted(result.parent for result in path.glob("*/*/result.json"))
+        else:
+            runs.append(path)
+    return runs, found
 
 
 def draw_comparison(found: dict[str, Any], path: Path) -> None:

@@ -30,6 +30,7 @@ from cibr.run import checkpoint
 from cibr.run.atomic import write_text
 from cibr.train import train
 
+START = "spawn"  # of processes: a fork of one that has computed may hang
 POINTS = ("best", "last")  # the step that validation chose, and the run's last
 
 
@@ -82,7 +83,7 @@ def run_all(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, dict[str, 
     if jobs == 1:
         yield from ((task, run_one(task)) for task in tasks)
         return
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START)
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
         waiting = {pool.submit(run_one, task): task for task in tasks}
         try:
@@ -112,9 +113,14 @@ def run_one(task: Task) -> dict[str, Any]:
     }
     write_text(task.folder / "evaluation.json", json.dumps(as_evaluation(result["scores"][POINTS[0]]), indent=1))
     write_text(task.folder / "result.json", json.dumps(result, indent=1))
-    if not task.keep:
-        shutil.rmtree(task.folder / "checkpoints")
+    tidy(task)
     return result
+
+
+def tidy(task: Task) -> None:
+    """Drops the weights of a run that has been scored, unless they are to be kept."""
+    if not task.keep and (task.folder / "result.json").is_file():
+        shutil.rmtree(task.folder / "checkpoints", ignore_errors=True)
 
 
 @contextlib.contextmanager

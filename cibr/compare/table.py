@@ -50,7 +50,7 @@ def compare(spec: Spec, results: Results) -> dict[str, Any]:
     options = {one.name: one.options for one in spec.configurations}
     return {
         "baseline": spec.baseline, "metrics": list(spec.metrics), "base": spec.base, "options": options,
-        "sets": spec.sets, "rows": rows, "cpu_seconds": seconds, "best_steps": steps,
+        "sets": spec.sets, "by_seed": spec.by_seed, "rows": rows, "cpu_seconds": seconds, "best_steps": steps,
     }  # fmt: skip
 
 
