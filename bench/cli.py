@@ -20,12 +20,13 @@ EXPERIMENTS = {
     "toy": "the CIBR penalty where its optimum is known",
     "mi": "estimates of mutual information beside the truth",
     "variance": "why all pairs: the spread of log-mean-exp",
+    "gradient": "how near each estimator's gradient comes to the ideal penalty's",
     "curve": "the forward of clip_loss up to N = 131072",
     "omib": "fusion through bottlenecks, where the best accuracy is known",
     "heads": "what the trainer adds to the loss and two matmuls of a head's step",
     "scale": "bytes and gradients on real ranks, and what many GPUs would do",
 }
-PICTURES = ("mi", "variance", "curve", "omib")
+PICTURES = ("mi", "variance", "gradient", "curve", "omib")
 FILES = ("toy", *PICTURES)  # with --json
 
 

@@ -6,10 +6,12 @@
     I(Zv; Xv | Xt) = 1/2 logdet(I + A C A^T / sigma^2)    C = Cov(x_v | x_t) = Q_v diag((1 - rho^2) 1_4, 1_8) Q_v^T
     I(Zv; Xt)      = 1/2 logdet(I + A A^T / sigma^2) - I(Zv; Xv | Xt)
 
-The task is InfoNCE with a learnt bilinear score, from two starts:
-    clean   the score sees mu: it does not mind private factors in A, which M can project out, so only the penalty
+The task is InfoNCE with a learnt score, from three starts:
+    clean   bilinear, sees mu: it does not mind private factors in A, which M can project out, so only the penalty
             removes them.  W and M start where the task alone stays put for thousands of steps.
-    noisy   the score sees z: private factors cost it signal, and given time it removes them by itself.
+    noisy   bilinear, sees z: private factors cost it signal, and given time it removes them by itself.
+    cosine  CLIP's: the cosine of mu_v and mu_t over a learnt temperature.  Private factors lower the cosine of every
+            pair, so the task removes them without a penalty: that CLIP needs one, this toy does not show.
 From the clean start the demands are made; from the noisy one the single shuffle fails outright.
 """
 
@@ -39,20 +41,22 @@ OPTIMUM = SHARED / 2 * math.log1p((1 - RHO**2) / (SHARED * SIGMA**2))
 
 @dataclass(frozen=True)
 class Start:
-    """W ~ N(0, weight_std^2) and M = score_scale I at the first step; whether the task sees z or mu."""
+    """W ~ N(0, weight_std^2) and the score at the first step: M = score_scale I, or the inverse temperature."""
 
     weight_std: float
     score_scale: float
-    noisy_task: bool
+    noisy_task: bool = False
+    cosine: bool = False
 
 
-STARTS = {"clean": Start(0.5, 5.0, False), "noisy": Start(1.0, 1.0, True)}
+STARTS = {"clean": Start(0.5, 5.0), "noisy": Start(1.0, 1.0, True), "cosine": Start(0.5, 1 / 0.07, cosine=True)}
 
-# variant: the negatives of its critics; None trains without the penalty
+# variant: the negatives of its critics; None trains without them, "ceb" with the upper bound of that name
 VARIANTS: dict[str, str | Shifts | None] = {
     "none": None,
     "all pairs": "all",
     "one shuffle": ck.shifts(1),
+    "ceb": None,
 }
 
 
@@ -92,29 +96,67 @@ def closed_form(weight: Tensor, q_v: Tensor) -> tuple[float, float]:
     return cmi.item(), (total - cmi).item()
 
 
+class Score(nn.Module):
+    """The task's loss of two embeddings (n, 8): InfoNCE of <M mu_v, mu_t>, or of the cosine over a temperature."""
+
+    def __init__(self, start: Start) -> None:
+        super().__init__()
+        self.cosine = start.cosine
+        first = torch.tensor(math.log(start.score_scale)) if start.cosine else start.score_scale * torch.eye(Z_DIM)
+        self.weight = nn.Parameter(first)
+
+    def forward(self, v: Tensor, t: Tensor) -> Tensor:
+        if not self.cosine:
+            return ck.clip_loss(v @ self.weight, t, 1.0)
+        v, t = (nn.functional.normalize(x, dim=1) for x in (v, t))
+        return ck.clip_loss(v, t, self.weight.clamp(max=math.log(100)).exp())
+
+
+class Penalty(nn.Module):
+    """What players descend on, (): the encoders' gradient is lam times the penalty's, critics have their own."""
+
+    def __init__(self, variant: str) -> None:
+        super().__init__()
+        self.variant, self.negatives = variant, VARIANTS[variant]
+        if variant == "ceb":
+            self.players = nn.ModuleList(ck.nn.MeanNetwork(X_DIM, Z_DIM, HIDDEN) for _ in range(2))
+        else:
+            self.players = nn.ModuleList(ck.nn.ConcatCritic(X_DIM, Z_DIM, HIDDEN) for _ in range(4))
+
+    def forward(self, x: tuple[Tensor, Tensor], mu: tuple[Tensor, Tensor], z: tuple[Tensor, Tensor], lam: float) -> Any:
+        if self.variant == "ceb":
+            return sum(
+                ck.conditional_mutual_information(
+                    scale_gradient(mean, lam), own, other, network, estimator="ceb", noise_std=SIGMA
+                )
+                for mean, own, other, network in zip(mu, x, x[::-1], self.players, strict=True)
+            )
+        if self.negatives is None:
+            return 0.0
+        terms = ((x[0], z[0], -lam), (x[1], z[0], lam), (x[1], z[1], -lam), (x[0], z[1], lam))
+        return -sum(
+            ck.mutual_information(own, scale_gradient(seen, factor), critic, negatives=self.negatives)
+            for (own, seen, factor), critic in zip(terms, self.players, strict=True)
+        )
+
+
 def train(variant: str, seed: int, steps: int = STEPS, lam: float = LAM, start: str = "clean") -> End:
     """One run: encoders, score and critics in one backward per step (cibr_loss's gradients, on this task)."""
     began = time.perf_counter()
     torch.manual_seed(seed)
-    views, negatives, at = Views(), VARIANTS[variant], STARTS[start]
+    views, at = Views(), STARTS[start]
     w_v, w_t = (nn.Parameter(at.weight_std * torch.randn(Z_DIM, X_DIM)) for _ in range(2))
-    score = nn.Parameter(at.score_scale * torch.eye(Z_DIM))
-    critics = nn.ModuleList(ck.nn.ConcatCritic(X_DIM, Z_DIM, HIDDEN) for _ in range(4))
+    score, penalty = Score(at), Penalty(variant)
     groups: list[dict[str, Any]] = [
-        {"params": [w_v, w_t, score], "lr": LR},
-        {"params": list(critics.parameters()), "lr": CRITIC_LR},
+        {"params": [w_v, w_t, *score.parameters()], "lr": LR},
+        {"params": list(penalty.parameters()), "lr": CRITIC_LR},
     ]
     optimiser = torch.optim.Adam(groups)
     for _ in range(steps):
-        x_v, x_t = views.sample(BATCH)
-        mu_v, mu_t = x_v @ (w_v / w_v.norm()).T, x_t @ (w_t / w_t.norm()).T
-        z_v, z_t = (mu + SIGMA * torch.randn_like(mu) for mu in (mu_v, mu_t))
-        seen_v, seen_t = (z_v, z_t) if at.noisy_task else (mu_v, mu_t)
-        loss = ck.clip_loss(seen_v @ score, seen_t, 1.0)
-        if negatives is not None:
-            terms = ((x_v, z_v, -lam), (x_t, z_v, lam), (x_t, z_t, -lam), (x_v, z_t, lam))
-            for (x, z, factor), critic in zip(terms, critics, strict=True):
-                loss = loss - ck.mutual_information(x, scale_gradient(z, factor), critic, negatives=negatives)
+        x = views.sample(BATCH)
+        mu = x[0] @ (w_v / w_v.norm()).T, x[1] @ (w_t / w_t.norm()).T
+        z = mu[0] + SIGMA * torch.randn_like(mu[0]), mu[1] + SIGMA * torch.randn_like(mu[1])
+        loss = score(*(z if at.noisy_task else mu)) + penalty(x, mu, z, lam)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
