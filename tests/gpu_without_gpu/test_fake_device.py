@@ -42,6 +42,33 @@ print(json.dumps({
     "device": [torch.cuda.get_device_name(), torch.cuda.get_device_capability()],
 }))
 """
+OBJECTIVES = """
+import json, torch
+import cibr_kernels as ck
+from fake_device.counters import Counters
+
+counters, n, d = Counters(), 256, 64
+zv, zt, zv2 = (torch.empty(n, d, device="cuda").requires_grad_() for _ in range(3))
+x = torch.empty(n, 48, device="cuda")
+ids = torch.empty(n, device="cuda", dtype=torch.int64)
+scale = torch.empty((), device="cuda")
+made = {
+    "critics": (ck.nn.CIBRLoss(d, 48, 48, hidden=32), {"image_inputs": x, "text_inputs": x}),
+    "views": (ck.nn.CIBRLoss.recommended(d, total_steps=9), {"image_features2": zv2}),
+    "groups": (ck.nn.CIBRLoss.recommended(d, total_steps=9, accumulation_steps=2), {"group_ids": ids}),
+}
+found = {}
+ck.losses.diagnostics.capacities = lambda *_: {}  # cuSOLVER's, which this device has not; cholesky_ex checks nothing
+for name, (module, inputs) in made.items():
+    module.cuda()
+    for call in range(4):  # training calls 1, 2 and 4 look at the covariances
+        if call:
+            counters.reset()
+        module(zv, zt, scale, **inputs, output_dict=True, diagnostics=call == 3)["loss"].backward()
+        if call:
+            found[f"{name} {call}"] = counters.read()["synchronisations"]
+print(json.dumps(found))
+"""
 KERNEL = """
 import triton
 import triton.language as tl
@@ -77,6 +104,14 @@ def test_launches_maps_copies_and_waits_are_counted(device: Path, tmp_path: Path
         "names": ["copy_block"],
         "device": ["Fake H200", [9, 0]],
     }
+
+
+def test_objectives_their_warnings_and_diagnostics_wait_for_nothing(device: Path) -> None:
+    environment = fake_device.environment(device) | {"PYTHONPATH": f"{host.ROOT}:{host.FAKE_DEVICE}"}
+    done = subprocess.run([sys.executable, "-c", OBJECTIVES], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == 9 and not any(found.values()), found
 
 
 @pytest.fixture(scope="module")
