@@ -110,14 +110,14 @@ PYBIND11_MODULE(_C, m) {
     using P = DotForward;
     py::class_<P, DotProblem> c(m, "DotForward");
     constructible(c);
-    FIELD(mask_positives), FIELD(row_lse), FIELD(col_lse), FIELD(row_max), FIELD(col_max), FIELD(positives),
+    FIELD(mask_positives), FIELD(row_limits), FIELD(row_lse), FIELD(col_lse), FIELD(row_max), FIELD(col_max), FIELD(positives),
         FIELD(stash), FIELD(stash_dtype), FIELD(stash_shift);
   }
   {
     using P = DotBackward;
     py::class_<P, DotGradient> c(m, "DotBackward");
     constructible(c);
-    FIELD(mask_positives), FIELD(row_lse), FIELD(row_weight), FIELD(col_lse), FIELD(col_weight), FIELD(stash),
+    FIELD(mask_positives), FIELD(row_limits), FIELD(row_lse), FIELD(row_weight), FIELD(col_lse), FIELD(col_weight), FIELD(stash),
         FIELD(stash_dtype), FIELD(stash_shift);
   }
   {

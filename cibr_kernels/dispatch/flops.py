@@ -27,7 +27,7 @@ def _pass(x: Shape, y: Shape) -> int:
 
 def _dot_lse_backward(*args: Any, out_shape: Any = None, **options: Any) -> int:
     """Without kept exponentials the logits are made again."""
-    x, y, stash = args[3], args[4], args[12]
+    x, y, stash = args[3], args[4], args[13]
     *_, need_dx, need_dy, _ = args
     return _pass(x, y) * (int(0 in stash) + need_dx + need_dy)
 

@@ -32,19 +32,22 @@ def sharded_dot_lse(
     col_ids: Tensor | None = None,  # (N,), of the columns of all ranks
     strategy: str = "gather",
     mask_positives: bool = True,
+    row_limits: Tensor | None = None,
     need_cols: bool = True,
     need_max: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """`dot_lse` of this rank's rows: rows (n,), cols (n,) of its own columns ((0,) unless needed), positives (n,), and
-    with need_max the largest logits (n,) and (n,) or (0,).  No checks."""
+    with need_max the largest logits (n,) and (n,) or (0,).  No checks.  A ring has no row_limits."""
     options: dict[str, Any] = {
         "row_ids": row_ids, "col_ids": col_ids, "mask_positives": mask_positives, "need_cols": need_cols,
         "need_max": need_max, "backend": backend,
     }  # fmt: skip
     if strategy == "ring" and shards.world > 1:
         return ring_dot_lse(x, y, scale, shards, **options)
-    rows, cols, positives, *maxima = dot_lse(x, gather(y, shards), scale, first_positive=shards.offset, **options)
+    rows, cols, positives, *maxima = dot_lse(
+        x, gather(y, shards), scale, first_positive=shards.offset, row_limits=row_limits, **options
+    )
     if need_cols:
         cols = merge.columns(cols, shards)
         maxima[1:] = [merge.largest(t, shards) for t in maxima[1:]]

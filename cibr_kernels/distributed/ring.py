@@ -89,7 +89,17 @@ class _Blocks:
         mask, swap = step == 0 and self.mask_positives, len(y) < len(self.x)
         a, b = (y, self.x) if swap else (self.x, y)
         rows, cols, positives, row_max, col_max, stash_shift, _ = dot_lse_forward(
-            a, b, self.scale, *self._ids(step, swap), 0, mask, self.need_cols or swap, self.need_max, 0, self.backend
+            a,
+            b,
+            self.scale,
+            *self._ids(step, swap),
+            None,
+            0,
+            mask,
+            self.need_cols or swap,
+            self.need_max,
+            0,
+            self.backend,
         )
         if swap:
             rows, cols, row_max, col_max = cols, rows, col_max, row_max
@@ -111,8 +121,8 @@ class _Blocks:
         if not own:
             positives = g_positives = rows.new_zeros(len(a))
         da, db, dscale = dot_lse_backward(
-            g_rows, g_cols, g_positives, a, b, self.scale, *self._ids(step, swap), rows, cols, positives, stash_shift,
-            none, 0, own and self.mask_positives, *needs, self.backend,
+            g_rows, g_cols, g_positives, a, b, self.scale, *self._ids(step, swap), None, rows, cols, positives,
+            stash_shift, none, 0, own and self.mask_positives, *needs, self.backend,
         )  # fmt: skip
         return (db, da, dscale) if swap else (da, db, dscale)
 

@@ -30,6 +30,7 @@ struct DotGradient : DotProblem {
 
 struct DotForward : DotProblem {
   int32_t mask_positives;    // 1: the positives take no part in the sums
+  const float* row_limits;   // (n,) or null: a pair with l_ij > row_limits_i takes no part; only without col_lse
   float *row_lse, *col_lse;  // (n,) log sum_j exp l_ij, (m,) log sum_i exp l_ij or null; -inf where the sum is empty
   float *row_max, *col_max;  // (n,) or null, (m,) or null: the largest l_ij of each sum
   float* positives;          // (n,)  l_i,first_positive+i
@@ -41,6 +42,7 @@ struct DotForward : DotProblem {
 struct DotBackward : DotGradient {
   // G_ij = exp(l_ij - row_lse_i) row_weight_i + exp(l_ij - col_lse_j) col_weight_j
   int32_t mask_positives;
+  const float* row_limits;            // the forward's
   const float *row_lse, *row_weight;  // (n,)
   const float *col_lse, *col_weight;  // (m,) or null
   const void* stash;                  // null: the logits are computed again

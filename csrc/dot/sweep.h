@@ -120,6 +120,18 @@ static void mask(const DotProblem& p, bool positives, bool groups, const TileSha
   if (groups && p.row_ids) mask_groups(p, t, s);
 }
 
+// Sets to -infinity the scores that are above their row's limit; NaN stays.
+static void mask_above(const float* limits, float scale, const TileShape& t, float* s) {
+  for (int64_t r = 0; r < t.rows; r++) {
+    const vf limit = broadcast(limits[t.first_row + r]);
+    for (int c = 0; c < kBlock; c += VL) {
+      float* at = s + r * kBlock + c;
+      const vf l = load(at);
+      store(at, select(l * scale > limit, broadcast(neg_inf()), l));
+    }
+  }
+}
+
 // ---------------------------------------------------------------- gradients
 // G as the A operand of dX = G Y (blocked) and the B operand of dY^T = X^T G: the tile itself for float.
 static inline void emit(const float* g, int64_t rows, float* as_a, float* as_b) {

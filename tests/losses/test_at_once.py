@@ -124,7 +124,7 @@ class Tagged(Tensor):
 
 def test_who_wants_to_see_the_operator_sees_it(monkeypatch):
     x, y, scale, _ = inputs(8, 4, 5.0)
-    arguments = (None, None, 0, True, True, False, 0, "auto")
+    arguments = (None, None, None, 0, True, True, False, 0, "auto")
     assert library.only_autograd_looks_on(x, y, scale, *arguments)
     assert not library.only_autograd_looks_on(x.as_subclass(Tagged), y, scale, *arguments)
     with Recorder() as recorder:

@@ -29,7 +29,9 @@ NEGATIVES = {
     "hardness": {"hardness": ALPHA},
     "hardness of own": {"hardness": ALPHA, "hardness_on": "own", "texts": K},
     "hardness in batch": {"hardness": ALPHA, "hardness_on": "in_batch", "texts": K, "directions": DIRECTIONS},
-    "everything": {"hardness": ALPHA, "texts": K, "images": K, "directions": DIRECTIONS, "joint": True},
+    "margin": {"margin": 0.05, "directions": DIRECTIONS},
+    "margin, own, harder": {"margin": 0.0, "hardness": ALPHA, "texts": K, "images": 2, "joint": True},
+    "everything": {"margin": 0.1, "hardness": ALPHA, "texts": K, "images": K, "directions": DIRECTIONS, "joint": True},
 }
 each_choice = pytest.mark.parametrize("choice", NEGATIVES.values(), ids=NEGATIVES.keys())
 each_scale = pytest.mark.parametrize("scale", [10.0, "one per pair"])
@@ -64,25 +66,26 @@ def definition(t: dict[str, Tensor], choice: dict) -> Tensor:
     wide = {name: v if v.dtype in (torch.float64, torch.int64) else v.float() for name, v in t.items()}
     sides, scale = {"image": wide["x"], "text": wide["y"]}, wide["scale"].reshape(-1, 1)
     asked, on = choice.get("directions", DIRECTIONS[:2]), choice.get("hardness_on", "all")
-    same = torch.eye(N, dtype=torch.bool)
+    same, pairs = torch.eye(N, dtype=torch.bool), (wide["x"] * wide["y"]).sum(1, keepdim=True)
     if "ids" in wide:
         same = wide["ids"][:, None] == wide["ids"]
 
     def logits(cosines: Tensor, place: str) -> Tensor:
         alpha = choice.get("hardness", 0.0) if on in ("all", place) else 0.0
-        return scale * cosines + alpha * cosines.detach()
+        false = cosines > pairs + choice.get("margin", math.inf)
+        return (scale * cosines + alpha * cosines.detach()).masked_fill(false, -math.inf)
 
     candidates: dict[str, list[Tensor]] = {"image": [], "text": []}
     for name in asked:
         anchor, _, other = name.split("_")
-        others = logits(sides[anchor] @ sides[other].T, "in_batch").masked_fill(same, -math.inf)
-        candidates[anchor].append(others)
+        cosines = sides[anchor] @ sides[other].T
+        candidates[anchor].append(logits(cosines, "in_batch").masked_fill(same, -math.inf))
     if "queue" in wide:
         candidates["image"].append(logits(wide["x"] @ wide["queue"].T, "in_batch"))
     for name, anchor in (("texts", "image"), ("images", "text")):
         if name in wide:
             candidates[anchor].append(logits(torch.einsum("nd,nkd->nk", sides[anchor], wide[name]), "own"))
-    positive = scale * (wide["x"] * wide["y"]).sum(1, keepdim=True)
+    positive = scale * pairs
     rows = [torch.cat(c, 1) for c in candidates.values() if c]
     rows = [torch.cat(rows, 1)] if choice.get("joint") else rows
     return torch.stack([torch.cat([positive, r], 1).logsumexp(1) - positive[:, 0] for r in rows]).mean(0)

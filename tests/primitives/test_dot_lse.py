@@ -121,7 +121,7 @@ def test_an_empty_sum_is_told_from_one_that_underflowed(budget, isa):
     row_ids[0] = 100  # shares its group with every column
     with testing.instruction_set(isa):
         rows, cols, _, row_max, col_max, shift, _ = dot_lse_forward(
-            x, y, scale, row_ids, col_ids, 0, True, True, True, budget, "native"
+            x, y, scale, row_ids, col_ids, None, 0, True, True, True, budget, "native"
         )
         assert torch.isnan(shift)  # online
         truth = reference(x.double(), y.double(), scale.double(), row_ids, col_ids, need_max=True)
@@ -134,7 +134,7 @@ def test_an_empty_sum_is_told_from_one_that_underflowed(budget, isa):
         keep = [i for i in range(n) if i != 1], [j for j in range(m) if j != 1]
         x, y, row_ids, col_ids = x[keep[0]], y[keep[1]], row_ids[keep[0]], col_ids[keep[1]]
         rows, _, _, _, _, shift, _ = dot_lse_forward(
-            x, y, scale, row_ids, col_ids, 0, True, True, True, LARGE, "native"
+            x, y, scale, row_ids, col_ids, None, 0, True, True, True, LARGE, "native"
         )
         assert shift == pytest.approx(40, abs=1e-3)
         assert torch.equal(rows == float("-inf"), torch.arange(n - 1) == 0)
@@ -151,7 +151,7 @@ def test_one_sum_far_below_the_shared_exponent(far, isa):
         x[1] = x[0]
     with testing.instruction_set(isa):
         rows, cols, *_, shift, _ = dot_lse_forward(
-            x, y, torch.tensor(100.0), None, None, 0, True, True, False, 0, "native"
+            x, y, torch.tensor(100.0), None, None, None, 0, True, True, False, 0, "native"
         )
     truth = reference(x.double(), y.double(), torch.tensor(100.0, dtype=torch.float64))
     assert torch.isnan(shift) and (rows[1] if far == "row" else cols[1]) < -90

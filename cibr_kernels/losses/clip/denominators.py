@@ -1,6 +1,7 @@
 """`clip_loss` with a choice of negatives: log-sum-exps of several sets of candidates, merged per anchor or per pair.
 
-    R_i^s = log sum_{j in s} exp(l_ij + alpha sg(c_ij))      over a set s of anchor i's negatives, c the similarity
+    R_i^s = log sum_{j in s} exp(l_ij + alpha sg(c_ij))      over a set s of anchor i's negatives, c the similarity,
+                                                             those with c_ij > c_ii + margin left out
     loss_i = softplus(log sum_s exp R_i^s - p_i)             the sets of one anchor, or with `joint` of one pair
 
 Similarities of all pairs come from `dot_lse`, a pass each for images and texts, images and images, texts and texts.
@@ -9,6 +10,7 @@ A hardness needs no other kernel: alpha joins the scale, and the gradient that g
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +26,8 @@ def pair_losses(problem: Problem, negatives: Negatives) -> Tensor:
     asked = negatives.directions
     shared = _Harder.of(problem.scale, negatives.hardness if negatives.hardness_on != "own" else 0.0)
     alone = _Harder.of(problem.scale, negatives.hardness if negatives.hardness_on != "in_batch" else 0.0)
-    in_batch = replace(problem, scale=shared.scale)
+    limits = None if negatives.margin is None else _similarities(problem) + negatives.margin
+    in_batch = replace(problem, scale=shared.scale, limits=limits)
     ways, positives = in_batch.directions()
     positives = positives * shared.ratio  # of the scale without hardness, in value and in gradient
     sets = [[shared.restored(way.rows)] for way in ways]
@@ -34,18 +37,28 @@ def pair_losses(problem: Problem, negatives: Negatives) -> Tensor:
     if "text_to_text" in asked:
         text.append(shared.restored(in_batch.sums_within(problem.text)))
     if negatives.texts is not None:
-        image.append(alone.restored(_of_own(problem.image, negatives.texts, alone.scale)))
+        image.append(alone.restored(_of_own(problem.image, negatives.texts, alone.scale, limits)))
     if negatives.images is not None:
-        text.append(alone.restored(_of_own(problem.text, negatives.images, alone.scale)))
+        text.append(alone.restored(_of_own(problem.text, negatives.images, alone.scale, limits)))
     anchors = [image + text] if negatives.joint else [sets for sets in (image, text) if sets]
     losses = [softplus(_merged(sets) - positives) for sets in anchors]
     return losses[0] if len(losses) == 1 else (losses[0] + losses[1]) / 2
 
 
-def _of_own(anchors: Tensor, candidates: Tensor, scale: Tensor) -> Tensor:
-    """anchors (n, d), each one's candidates (n, k, d), scale () or (n,) -> log-sum-exp (n,) of their logits."""
+@torch.no_grad()
+def _similarities(problem: Problem) -> Tensor:
+    """(n,): <x_i, y_i>."""
+    return (promote(problem.image) * promote(problem.text)).sum(1)
+
+
+def _of_own(anchors: Tensor, candidates: Tensor, scale: Tensor, limits: Tensor | None) -> Tensor:
+    """anchors (n, d), each one's candidates (n, k, d), scale () or (n,) -> log-sum-exp (n,) of the logits of those that
+    are not above the limit (n,) of similarities."""
     cosines = (promote(candidates) @ promote(anchors)[:, :, None]).squeeze(2)
-    return (scale.reshape(-1, 1) * cosines).logsumexp(1)
+    logits = scale.reshape(-1, 1) * cosines
+    if limits is not None:
+        logits = logits.masked_fill(cosines > limits[:, None], -math.inf)
+    return logsumexp(logits, 1)
 
 
 def _merged(sets: list[Tensor]) -> Tensor:

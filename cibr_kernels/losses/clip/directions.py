@@ -58,6 +58,7 @@ class Problem:
     shards: Shards | None
     strategy: str
     backend: str
+    limits: Tensor | None = None  # (n,) similarities above which a candidate is no negative of the pair's anchors
 
     def directions(self) -> tuple[list[Direction], Tensor]:
         """-> image to text and, unless one_way, text to image; positives (n,)."""
@@ -65,7 +66,8 @@ class Problem:
         if scale.dim():  # one per pair: the anchor's, in float32 because bfloat16 would round it into the features
             image, text = promote(image), promote(text)
         ways = [(image, text, self.text_negatives), (text, image, self.image_negatives)][: 1 if self.one_way else 2]
-        if len(ways) == 2 and not scale.dim() and (self.image_negatives is None or self.text_negatives is None):
+        together = not scale.dim() and self.limits is None
+        if len(ways) == 2 and together and (self.image_negatives is None or self.text_negatives is None):
             order = 1 if self.image_negatives is None else -1  # one matrix, whose columns may be more than its rows
             first, second = ways[::order]
             rows, cols, positives, *highest = self.sums(*first, need_cols=True)
@@ -83,10 +85,16 @@ class Problem:
     def sums(self, anchors: Tensor, candidates: Tensor, extra: Tensor | None, need_cols: bool) -> tuple[Tensor, ...]:
         """As `dot_lse`: rows (n,), cols (n,) or (0,), positives (n,), and with metrics the largest of each."""
         scale, shards = self.scale, self.shards
+        limits = None if self.limits is None else (scale * self.limits).detach()
         if scale.dim():
             anchors, scale = anchors * scale[:, None], torch.ones_like(scale[0])
             extra = None if extra is None else promote(extra)
-        options: dict[str, Any] = {"need_max": self.metrics, "backend": self.backend, "need_cols": need_cols}
+        options: dict[str, Any] = {
+            "need_max": self.metrics,
+            "backend": self.backend,
+            "need_cols": need_cols,
+            "row_limits": limits,
+        }
         if self.groups is not None and not self.several_positives:
             options |= {
                 "row_ids": self.groups.rows,

@@ -41,7 +41,7 @@ def plain_loss(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str)
 
 
 def _sums(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, budget: int, backend: str) -> tuple[Tensor, ...]:
-    return dot_lse_forward.function(x, y, scale, None, None, 0, True, not one_way, False, budget, backend)
+    return dot_lse_forward.function(x, y, scale, None, None, None, 0, True, not one_way, False, budget, backend)
 
 
 def _margins(rows: Tensor, cols: Tensor, positives: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class _Plain(torch.autograd.Function):
             slopes = torch.sigmoid(margins) * (g / margins.numel())
             g_rows, g_cols = slopes.unbind(0) if cols.numel() else (slopes[0], cols)
             dx, dy, dscale = dot_lse_backward(
-                g_rows, g_cols, slopes.sum(0).neg_(), x, y, scale, None, None, *kept, 0, True, *needs, ctx.backend
+                g_rows, g_cols, slopes.sum(0).neg_(), x, y, scale, None, None, None, *kept, 0, True, *needs, ctx.backend
             )
         return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, None, None
 

@@ -124,6 +124,8 @@ def clip_loss(
                 "soft_targets": soft_targets is not None, "return_metrics": return_metrics,
             }  # fmt: skip
             targets.refuse_together("negatives", refused)
+            if ring and negatives.margin is not None:
+                raise ValueError("strategy 'ring' has no margin of Negatives; use 'gather'")
             negatives, one_way = negatives.checked(x), negatives.one_way
         if soft_targets is not None:
             refused = {"group_ids": ids is not None, "label_smoothing": label_smoothing, "strategy 'ring'": ring}

@@ -30,6 +30,9 @@ class Negatives:
         2025, 2503.04812, equation 5, where it is 9).
     hardness_on: "all" negatives, those "in_batch" (and in a queue), or only each anchor's "own" (EmbeddingGemma,
         2509.20354, where hardness is 5).
+    margin: a candidate whose similarity is above that of the anchor's pair by more than this is taken for a false
+        negative and dropped, from every set (Qwen3-Embedding, 2506.05176, where it is 0.1).  No gradient flows through
+        the choice.  Two passes of one-way logits instead of one for both directions; not with strategy "ring".
 
     Raises ValueError for directions, a hardness or a combination that make no sense.
     """
@@ -40,6 +43,7 @@ class Negatives:
     images: Tensor | None = None
     hardness: float = 0.0
     hardness_on: str = "all"
+    margin: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "directions", tuple(self.directions))
@@ -51,6 +55,8 @@ class Negatives:
         checks.choice("hardness_on", self.hardness_on, HARDNESS_ON)
         if not 0 <= self.hardness < math.inf:
             raise ValueError(f"hardness must be finite and not negative, got {self.hardness}")
+        if self.margin is not None and not 0 <= self.margin < math.inf:
+            raise ValueError(f"margin must be finite and not negative, got {self.margin}")
         if self.images is not None and "text_to_image" not in self.directions:
             raise ValueError("images are hard negatives of text_to_image, which is not among the directions")
         if self.hardness and self.hardness_on == "own" and self.texts is None and self.images is None:
@@ -64,7 +70,7 @@ class Negatives:
     def options(self) -> tuple[Any, ...]:
         """What all ranks must agree on."""
         own = self.texts is not None, self.images is not None
-        return self.directions, self.joint, self.hardness, self.hardness_on, own
+        return self.directions, self.joint, self.hardness, self.hardness_on, self.margin, own
 
     def checked(self, like: Tensor) -> Negatives:
         """With tensors in the dtype of the features `like` (n, d).  Raises TypeError or ValueError in words."""

@@ -36,7 +36,7 @@ class _GuidedMean(torch.autograd.Function):
         b = a if b is None else b
         x, y = _beside(a, values.shape[1]), torch.cat([b, values], 1)
         rows, _, positives, _, _, shift, _ = dot_lse_forward(
-            x, y, scale, None, None, first_positive, False, False, False, 0, backend
+            x, y, scale, None, None, None, first_positive, False, False, False, 0, backend
         )
         ctx.save_for_backward(a, b, scale, rows, positives, shift)
         ctx.first_positive, ctx.backend = first_positive, backend
@@ -64,6 +64,6 @@ def _slopes(
     """The gradients of the sum of all rows' log-sum-exps in x, or in y."""
     none = rows.new_empty(0)
     return dot_lse_backward(
-        torch.ones_like(rows), none, torch.zeros_like(rows), x, y, scale, None, None, rows, none, positives, shift,
+        torch.ones_like(rows), none, torch.zeros_like(rows), x, y, scale, None, None, None, rows, none, positives, shift,
         none, first_positive, False, of_rows, not of_rows, backend,
     )  # fmt: skip

@@ -44,9 +44,16 @@ class DotProblem:
 
 @dataclass(frozen=True)
 class LseProblem(DotProblem):
-    """Of `dot_lse`: pairs of one group take no part in the sums, positives take none where they are masked."""
+    """Of `dot_lse`: pairs of one group take no part in the sums, positives take none where they are masked, nor do pairs
+    above their row's limit."""
 
     mask_positives: bool
+    row_limits: Tensor | None = None  # (n,), only where no sums of columns are asked for
+
+    @property
+    def chosen(self) -> bool:
+        """Whether pairs besides the positives may take no part."""
+        return self.grouped or self.row_limits is not None
 
     @property
     def transposed(self) -> LseProblem:

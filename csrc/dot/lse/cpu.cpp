@@ -215,8 +215,11 @@ static bool forward_sweep(const DotForward& p, bool fixed, float shift) {
           Engine<T>::multiply({xa.data, rows * kBlock}, rows, {bt, dp * kBlock}, width, dp, {tile.data, rows * kBlock},
                               false);
           const int64_t stride = rows * kBlock;
-          for (int64_t c = 0; c < width; c++)
-            mask(p, p.mask_positives, true, {valid, i0, (b + c) * kBlock, rows}, tile.data + c * stride, p.positives);
+          for (int64_t c = 0; c < width; c++) {
+            const TileShape part{valid, i0, (b + c) * kBlock, rows};
+            mask(p, p.mask_positives, true, part, tile.data + c * stride, p.positives);
+            if (p.row_limits) mask_above(p.row_limits, p.scale, part, tile.data + c * stride);
+          }
           const auto sums = [&](int64_t c) {
             return Sums{row_tops ? part_max.data + (c - b0) * rows : nullptr, part_sum.data + (c - b0) * rows,
                         col_tops ? col_max.data + c * kBlock : nullptr, col_sum.data + c * kBlock};
@@ -332,6 +335,7 @@ struct Gradient {
     const int64_t at = (t.first_col / kBlock * p.n + t.first_row) * kBlock;
     if (needs_scores) {
       mask(p, p.mask_positives, true, t, s, nullptr);
+      if (p.row_limits) mask_above(p.row_limits, p.scale, t, s);
       gradient_tile<float>(p, w, t, s, nullptr);
     } else if (p.stash_dtype == kBFloat16) {
       gradient_tile(p, w, t, s, static_cast<const bf16*>(p.stash) + at);

@@ -76,5 +76,8 @@ def feature_gradients(
 
 def _run(kernel: str, struct: str, problem: LseProblem, stash: Tensor, **fields: Tensor | float) -> None:
     n, m, d = problem.sizes
-    shared = {"mask_positives": problem.mask_positives, "stash": stash, "stash_dtype": DTYPES[stash.dtype]}
+    shared = {
+        "mask_positives": problem.mask_positives, "row_limits": problem.row_limits, "stash": stash,
+        "stash_dtype": DTYPES[stash.dtype],
+    }  # fmt: skip
     call(kernel, struct, n * m * d, **problem_fields(problem), **shared, **fields)

@@ -73,6 +73,7 @@ def dot_lse(
     col_ids: Tensor | None = None,  # (m,) int64
     first_positive: int = 0,
     mask_positives: bool = True,
+    row_limits: Tensor | None = None,  # (n,) in the dtype of the sums
     need_cols: bool = True,
     need_max: bool = False,
     backend: str = "auto",
@@ -80,22 +81,23 @@ def dot_lse(
     """-> rows (n,), cols (m,) ((0,) unless needed), positives (n,), float32, differentiable in all three.  No checks.
 
     Row i's positive is column first_positive + i < m.  The log of an empty sum is -inf and has no gradient.
-    Pairs with row_ids_i = col_ids_j take no part in the sums either, whether positives or not.
+    Pairs with row_ids_i = col_ids_j take no part in the sums either, whether positives or not; nor do, in sums of rows
+    without those of columns, pairs with l_ij > row_limits_i, through which no gradient flows into the limits.
     need_max: two more, the largest l_ij of each sum, (n,) and (m,) ((0,) unless cols are needed), without gradient.
     """
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad)
     budget = stash_budget_on(x.device) if needs_grad and not library.is_exporting() else 0
     x, y = x.contiguous(), y.contiguous()
     rows, cols, positives, *maxima, _, _ = dot_lse_forward(
-        x, y, scale, row_ids, col_ids, first_positive, mask_positives, need_cols, need_max, budget, backend
+        x, y, scale, row_ids, col_ids, row_limits, first_positive, mask_positives, need_cols, need_max, budget, backend
     )
     return (rows, cols, positives, *maxima) if need_max else (rows, cols, positives)
 
 
 @operator(SERVES)
 def dot_lse_forward(
-    x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int,
-    mask_positives: bool, need_cols: bool, need_max: bool, budget: int, backend: str,
+    x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, row_limits: Tensor | None,
+    first_positive: int, mask_positives: bool, need_cols: bool, need_max: bool, budget: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> rows (n,), cols (m,) or (0,), positives (n,), row maxima (n,) or (0,), column maxima (m,) or (0,), stash
     shift (), stash (empty where it exceeds the budget).
@@ -104,14 +106,14 @@ def dot_lse_forward(
     the backend's own backward wants.
     """
     checks.positive("logit_scale", scale)
-    problem = LseProblem(x, y, scale, row_ids, col_ids, first_positive, mask_positives)
+    problem = LseProblem(x, y, scale, row_ids, col_ids, first_positive, mask_positives, row_limits)
     stash = _stash(x, y, budget, backend, native_call.scratch if x.device.type == "cpu" else torch.empty)
     outputs = backends.run("dot_lse", "forward", backend, (x, y), problem, need_cols, need_max, stash)
     return *outputs, stash
 
 
 @dot_lse_forward.register_fake
-def _(x, y, scale, row_ids, col_ids, first_positive, mask_positives, need_cols, need_max, budget, backend):
+def _(x, y, scale, row_ids, col_ids, row_limits, first_positive, mask_positives, need_cols, need_max, budget, backend):
     n, m = x.shape[0], y.shape[0] if need_cols else 0
     new = scale.new_empty
     maxima = (new((n,)), new((m,))) if need_max else (new((0,)), new((0,)))
@@ -135,6 +137,7 @@ def dot_lse_backward(
     scale: Tensor,
     row_ids: Tensor | None,
     col_ids: Tensor | None,
+    row_limits: Tensor | None,
     rows: Tensor,
     cols: Tensor,
     positives: Tensor,
@@ -147,7 +150,7 @@ def dot_lse_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dx (n, d), dy (m, d), each empty unless needed, and dscale ()."""
-    problem = LseProblem(x, y, scale, row_ids, col_ids, first_positive, mask_positives)
+    problem = LseProblem(x, y, scale, row_ids, col_ids, first_positive, mask_positives, row_limits)
     sums = LseSums(rows, cols, positives, stash_shift, stash)
     gradients = LseGradients(g_rows.contiguous(), g_cols.contiguous(), g_positives.contiguous())
     return backends.run("dot_lse", "backward", backend, (x, y), problem, sums, gradients, need_dx, need_dy)
@@ -172,13 +175,13 @@ def _setup(ctx, inputs, output) -> None:
 def _backward(ctx, g_rows, g_cols, g_positives, *_):
     need_x, need_y, need_scale = ctx.needs_input_grad[:3]
     saved = ctx.saved_tensors
-    gradients = or_zeros((g_rows, g_cols, g_positives), saved[5:8])
+    gradients = or_zeros((g_rows, g_cols, g_positives), saved[6:9])
     # dscale comes from <x, dx> or <y, dy>: one of the two is computed for it
     dx, dy, dscale = dot_lse_backward(
         *gradients, *saved, ctx.first_positive, ctx.mask_positives, need_x or not need_y, need_y,
         ctx.backend,
     )  # fmt: skip
-    return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, *(None,) * 8
+    return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, *(None,) * 9
 
 
 dot_lse_forward.register_autograd(_backward, setup_context=_setup)

@@ -23,19 +23,19 @@ def dot_lse(
     col_ids: Tensor | None = None,
     first_positive: int = 0,
     mask_positives: bool = True,
+    row_limits: Tensor | None = None,
     need_cols: bool = True,
     need_max: bool = False,
 ) -> tuple[Tensor, ...]:
     """x (n, d), y (m, d), scale () -> rows (n,), cols (m,) or (0,), positives (n,), differentiable in all three.
 
-    With `mask_positives` they take no part in the sums, nor do pairs with row_ids_i = col_ids_j; the sum of nothing is
-    -inf.  `need_max`: also the largest logit of each sum, (n,) and (m,) or (0,).
+    With `mask_positives` they take no part in the sums, nor do pairs with row_ids_i = col_ids_j or with
+    l_ij > row_limits_i; the sum of nothing is -inf.  `need_max`: also the largest logit of each sum, (n,) and (m,) or (0,).
     """
     logits = scale * (promote(x) @ promote(y).T)  # (n, m)
     positives = logits.diagonal(first_positive)[: len(x)]
-    logits = logits.masked_fill(
-        is_masked(len(x), len(y), row_ids, col_ids, first_positive, mask_positives, x.device), NONE
-    )
+    problem = LseProblem(x, y, scale, row_ids, col_ids, first_positive, mask_positives, row_limits)
+    logits = logits.masked_fill(is_masked(problem, logits), NONE)
     cols = logsumexp(logits, 0) if need_cols else logits.new_empty(0)
     if not need_max:
         return logsumexp(logits, 1), cols, positives
@@ -43,13 +43,13 @@ def dot_lse(
     return logsumexp(logits, 1), cols, positives, logits.detach().amax(1), col_max
 
 
-def is_masked(
-    n: int, m: int, row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int, mask_positives: bool,
-    device: torch.device,
-) -> Tensor:  # fmt: skip
+def is_masked(problem: LseProblem, logits: Tensor) -> Tensor:
     """(n, m) bool: True at the pairs that take no part in the sums."""
-    masked = is_positive(n, m, first_positive, device) & mask_positives
-    return masked if row_ids is None or col_ids is None else masked | (row_ids[:, None] == col_ids)
+    p, (n, m, _) = problem, problem.sizes
+    masked = is_positive(n, m, p.first_positive, logits.device) & p.mask_positives
+    if p.row_ids is not None and p.col_ids is not None:
+        masked = masked | (p.row_ids[:, None] == p.col_ids)
+    return masked if p.row_limits is None else masked | (logits.detach() > p.row_limits[:, None])
 
 
 def is_positive(n: int, m: int, first_positive: int, device: torch.device) -> Tensor:
@@ -66,7 +66,16 @@ def forward(problem: LseProblem, need_cols: bool, need_max: bool, stash: Tensor)
     """-> rows (n,), cols (m,) or (0,), positives (n,), maxima of both or (0,), stash shift () (NaN: no stash)."""
     p = problem
     rows, cols, positives, *maxima = dot_lse(
-        p.x, p.y, p.scale, p.row_ids, p.col_ids, p.first_positive, p.mask_positives, need_cols, need_max
+        p.x,
+        p.y,
+        p.scale,
+        p.row_ids,
+        p.col_ids,
+        p.first_positive,
+        p.mask_positives,
+        p.row_limits,
+        need_cols,
+        need_max,
     )
     row_max, col_max = (t.clone() for t in maxima) if need_max else (rows.new_empty(0), rows.new_empty(0))
     no_shift = torch.full_like(p.scale, float("nan"), dtype=rows.dtype)
@@ -77,10 +86,10 @@ def backward(
     problem: LseProblem, sums: LseSums, gradients: LseGradients, need_dx: bool, need_dy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dx (n, d), dy (m, d), each empty unless needed, dscale ()."""
-    (n, m, _), x, y, scale = problem.sizes, problem.x, problem.y, problem.scale
+    n, x, y, scale = len(problem.x), problem.x, problem.y, problem.scale
     cosines = promote(x) @ promote(y).T
-    masked = is_masked(n, m, problem.row_ids, problem.col_ids, problem.first_positive, problem.mask_positives, x.device)
-    logits = (scale * cosines).masked_fill(masked, NONE)
+    logits = scale * cosines
+    logits = logits.masked_fill(is_masked(problem, logits), NONE)
     rows, cols = (t.masked_fill(t == NONE, 0.0) for t in (sums.rows, sums.cols))
     g = (logits - rows[:, None]).exp() * gradients.rows[:, None]
     if cols.numel():

@@ -89,12 +89,12 @@ def forward(problem: LseProblem, need_cols: bool, need_max: bool, stash: Tensor)
 
     problem = _aligned_problem(problem)
     (n, m, d), x, y, scale = problem.sizes, problem.x, problem.y, problem.scale
-    pairs = _pairs(problem)
+    pairs, limits = _pairs(problem), _limits(problem)
     new = scale.new_empty
     rows, cols, positives, stash_shift = new(n), new(m if need_cols else 0), new(n), new(())
     mode, shift_log2 = _choose_mode(problem, positives)
     height = min(panels.forward_rows, n)
-    tiles, online = Tiles.of("scores", x, strips=not (need_max or problem.grouped)), Tiles.of("online", x)
+    tiles, online = Tiles.of("scores", x, strips=not (need_max or problem.chosen)), Tiles.of("online", x)
     strip = tiles.strip_tiles(height, m) * tiles.config.block_m  # rows of a program
     online_strip = 4 * online.config.block_m
     most_tiles = max(blocks(m, t.config.block_n) for t in (tiles, online))
@@ -111,12 +111,12 @@ def forward(problem: LseProblem, need_cols: bool, need_max: bool, stash: Tensor)
 
     for wanted, t, strip_rows in ((kernels.FIXED, tiles, strip), (kernels.ONLINE, online, online_strip)):
         wanted, col_tiles = wanted.value, blocks(m, t.config.block_n)
-        operands, constants = t.operands(x, y), {**pairs[1], "COLS": need_cols, **t.constants}
+        operands, constants = t.operands(x, y), {**pairs[1], **limits[1], "COLS": need_cols, **t.constants}
         for first in range(0, n, height):
             end = min(first + height, n)
             strips = blocks(end - first, strip_rows)
             arguments = {
-                **operands, "scale": scale, "mode": mode, **pairs[0], **sums, "first_row": first, "n": end, "m": m,
+                **operands, "scale": scale, "mode": mode, **pairs[0], **limits[0], **sums, "first_row": first, "n": end, "m": m,
                 "d": d, "panel": height, "strips": strips, "strip_tiles": strip_rows // t.config.block_m,
             }  # fmt: skip
             if t is tiles:
@@ -160,7 +160,8 @@ def weighted(
     along_x, along_y = new(blocks(n, BLOCK_R) if with_dx else 0), new(blocks(m, BLOCK_R) if need_dy else 0)
     finish_x: dict[str, Any] = {"g_positives": g_positives, "scale": scale, "exponent": weights.exponent}
     finish_y = {**finish_x, "shift": -first_positive, "g_shift": -first_positive}
-    if stash.numel() == 0 and x.element_size() == 2 and d <= panels.owned_width:
+    narrow = x.element_size() == 2 and d <= panels.owned_width
+    if stash.numel() == 0 and narrow and problem.row_limits is None:
         if with_dx:
             owned = _owned_gradient(problem, weights)
             features_gradient(owned, x, y, dx, along_x, **finish_x, shift=first_positive, g_shift=0)
@@ -218,6 +219,11 @@ def _pairs(problem: LseProblem) -> tuple[dict[str, Any], dict[str, bool]]:
     """Which pairs take part in the sums: a kernel's arguments, and its constants."""
     ids = {"row_ids": problem.row_ids, "col_ids": problem.col_ids, "first_positive": problem.first_positive}
     return ids, {"MASK": problem.mask_positives, "IDS": problem.grouped}
+
+
+def _limits(problem: LseProblem) -> tuple[dict[str, Any], dict[str, bool]]:
+    """Which scores take part: the same, for the kernels that make them."""
+    return {"row_limits": problem.row_limits}, {"LIMITS": problem.row_limits is not None}
 
 
 def _choose_mode(problem: LseProblem, positives: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,11 +291,11 @@ def _panels(problem: LseProblem, w: Weights, stash: Tensor) -> Any:
     from cibr_kernels.primitives.dot.lse import triton_backward as kernels
 
     (_, m, d), x, y = problem.sizes, problem.x, problem.y
-    row_pitch, (ids, choices) = pitch(m), _pairs(problem)
-    tiles, online = Tiles.of("gradient", x, strips=not problem.grouped), Tiles.of("online", x)
-    constants: dict[str, Any] = {**choices, "COLS": w.v.numel() > 0}
+    row_pitch, (ids, choices), (limits, limited) = pitch(m), _pairs(problem), _limits(problem)
+    tiles, online = Tiles.of("gradient", x, strips=not problem.chosen), Tiles.of("online", x)
+    constants: dict[str, Any] = {**choices, **limited, "COLS": w.v.numel() > 0}
     weights = {"stash_shift": w.stash_shift, "u": w.u, "v": w.v, "m": m, "pitch": row_pitch}
-    scores = {**weights, "scale": problem.scale, "d": d, **ids}
+    scores = {**weights, "scale": problem.scale, "d": d, **ids, **limits}
 
     def make(panel: Tensor, first: int, end: int) -> None:
         """From the stash or from the features; online where the mode is that."""

@@ -11,7 +11,15 @@ import triton
 import triton.language as tl
 
 from cibr_kernels.dispatch.triton_call import SIZES
-from cibr_kernels.primitives.dot.lse.triton_tile import LOG2E, multiply, on_diagonal, rounded, same_group, store_panel
+from cibr_kernels.primitives.dot.lse.triton_tile import (
+    LOG2E,
+    above_limit,
+    multiply,
+    on_diagonal,
+    rounded,
+    same_group,
+    store_panel,
+)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -96,8 +104,8 @@ def _without_masked(
 
 @triton.jit
 def _gradient(
-    x, y, scale2, shift, row_ids, col_ids, u, v, p, top, col, first_row, n, m, d, first_positive, pitch,
-    MASK: tl.constexpr, IDS: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, y, scale2, shift, row_ids, col_ids, row_limits, u, v, p, top, col, first_row, n, m, d, first_positive, pitch,
+    MASK: tl.constexpr, IDS: tl.constexpr, LIMITS: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The tile of P at row `top` of the panel."""
@@ -109,18 +117,20 @@ def _gradient(
         weight = weight + tl.load(v + j, mask=j < m, other=0.0)[None, :]
     weight = tl.exp2(acc * scale2 - shift) * weight
     weight = _without_masked(weight, row_ids, col_ids, row, col, n, m, first_positive, MASK, IDS, BLOCK_M, BLOCK_N)
+    if LIMITS:
+        weight = tl.where(above_limit(acc * scale2, row_limits, row, n, BLOCK_M), 0.0, weight)
     store_panel(p, weight, top, col, first_row, n, pitch, BLOCK_M, BLOCK_N, TMA)
 
 
 @triton.jit(do_not_specialize=["first_row", "n", "strips", "strip_tiles"])  # m too would spill registers
 def gradient_kernel(
-    x, y, scale, stash_shift, row_ids, col_ids, u, v, p, first_row, n, m, d, first_positive, pitch, strips, strip_tiles,
-    MASK: tl.constexpr, IDS: tl.constexpr, COLS: tl.constexpr, STRIPS: tl.constexpr, BLOCK_M: tl.constexpr,
+    x, y, scale, stash_shift, row_ids, col_ids, row_limits, u, v, p, first_row, n, m, d, first_positive, pitch, strips,
+    strip_tiles, MASK: tl.constexpr, IDS: tl.constexpr, LIMITS: tl.constexpr, COLS: tl.constexpr, STRIPS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """p (panel, pitch) = exp2(l2 - shift_log2) (u_i + v_j) of rows [first_row, n), zero at masked pairs.
 
-    row_ids (n,) and col_ids (m,): where IDS.  Nothing where there is no fixed shift.  One tile a program, or strips:
+    row_ids (n,) and col_ids (m,): where IDS; row_limits (n,): where LIMITS.  Nothing where there is no fixed shift.  One tile a program, or strips:
     scores_kernel.
     """
     fixed = tl.load(stash_shift)
@@ -132,66 +142,20 @@ def gradient_kernel(
             last = tl.minimum(first + strip_tiles * BLOCK_M, n - first_row)
             for top in tl.range(first, last, BLOCK_M, warp_specialize=True):
                 _gradient(
-                    x,
-                    y,
-                    scale2,
-                    shift,
-                    row_ids,
-                    col_ids,
-                    u,
-                    v,
-                    p,
-                    top,
-                    col,
-                    first_row,
-                    n,
-                    m,
-                    d,
-                    first_positive,
-                    pitch,
-                    MASK,
-                    IDS,
-                    COLS,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    TMA,
-                    PRECISION,
-                )
+                    x, y, scale2, shift, row_ids, col_ids, row_limits, u, v, p, top, col, first_row, n, m, d,
+                    first_positive, pitch, MASK, IDS, LIMITS, COLS, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
+                )  # fmt: skip
         else:
             _gradient(
-                x,
-                y,
-                scale2,
-                shift,
-                row_ids,
-                col_ids,
-                u,
-                v,
-                p,
-                strip * BLOCK_M,
-                col,
-                first_row,
-                n,
-                m,
-                d,
-                first_positive,
-                pitch,
-                MASK,
-                IDS,
-                COLS,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                TMA,
-                PRECISION,
-            )
+                x, y, scale2, shift, row_ids, col_ids, row_limits, u, v, p, strip * BLOCK_M, col, first_row, n, m, d,
+                first_positive, pitch, MASK, IDS, LIMITS, COLS, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def online_gradient_kernel(
-    x, y, scale, stash_shift, row_ids, col_ids, u, v, rows2, cols2, p, first_row, n, m, d, first_positive, pitch,
-    MASK: tl.constexpr, IDS: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, y, scale, stash_shift, row_ids, col_ids, row_limits, u, v, rows2, cols2, p, first_row, n, m, d, first_positive,
+    pitch, MASK: tl.constexpr, IDS: tl.constexpr, LIMITS: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """p (panel, pitch) = exp2(l2 - rows2_i) u_i + exp2(l2 - cols2_j) v_j, where there is no fixed shift.
@@ -213,6 +177,8 @@ def online_gradient_kernel(
             high = tl.load(cols2 + j, mask=j < m, other=float("inf"))[None, :]
             weight += tl.exp2(l2 - high) * tl.load(v + j, mask=j < m, other=0.0)[None, :]
         weight = _without_masked(weight, row_ids, col_ids, row, col, n, m, first_positive, MASK, IDS, BLOCK_M, BLOCK_N)
+        if LIMITS:
+            weight = tl.where(above_limit(l2, row_limits, row, n, BLOCK_M), 0.0, weight)
         store_panel(p, weight, top, col, first_row, n, pitch, BLOCK_M, BLOCK_N, TMA)
 
 

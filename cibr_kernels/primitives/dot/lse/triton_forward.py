@@ -12,6 +12,7 @@ from cibr_kernels.primitives.dot.lse.triton_tile import (
     LOG2E,
     ONLINE,
     REFUSED,
+    above_limit,
     multiply,
     on_diagonal,
     same_group,
@@ -80,8 +81,8 @@ def choose_kernel(largest, scale, mode, shift_log2, x_blocks, blocks, BLOCK: tl.
 
 @triton.jit
 def _scores(
-    x, y, row, col, scale2, shift, row_ids, col_ids, n, m, d, first_positive,
-    MASK: tl.constexpr, IDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, y, row, col, scale2, shift, row_ids, col_ids, row_limits, n, m, d, first_positive,
+    MASK: tl.constexpr, IDS: tl.constexpr, LIMITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """l2 - shift of one tile, -inf at padding and masked pairs."""
@@ -96,6 +97,8 @@ def _scores(
         l2 = tl.where(keep, l2, -float("inf"))
     if IDS:
         l2 = tl.where(same_group(row_ids, col_ids, row, col, n, m, BLOCK_M, BLOCK_N), -float("inf"), l2)
+    if LIMITS:
+        l2 = tl.where(above_limit(acc * scale2, row_limits, row, n, BLOCK_M), -float("inf"), l2)
     return l2
 
 
@@ -107,6 +110,7 @@ def _exponentials(
     shift,
     row_ids,
     col_ids,
+    row_limits,
     row_max,
     row_sum,
     col_max,
@@ -121,6 +125,7 @@ def _exponentials(
     pitch,
     MASK: tl.constexpr,
     IDS: tl.constexpr,
+    LIMITS: tl.constexpr,
     COLS: tl.constexpr,
     MAX: tl.constexpr,
     STASH: tl.constexpr,
@@ -134,8 +139,8 @@ def _exponentials(
 
     Where MAX the largest l2 - shift of rows and columns too, before the exponentials take the registers.
     """
-    l2 = _scores(x, y, first_row + top, col, scale2, shift, row_ids, col_ids, n, m, d, first_positive,
-                 MASK, IDS, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION)  # fmt: skip
+    l2 = _scores(x, y, first_row + top, col, scale2, shift, row_ids, col_ids, row_limits, n, m, d,
+                 first_positive, MASK, IDS, LIMITS, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION)  # fmt: skip
     i = top + tl.arange(0, BLOCK_M)
     if MAX:
         tl.store(row_max + i, tl.max(l2, 1), mask=first_row + i < n)
@@ -151,9 +156,9 @@ def _exponentials(
 
 @triton.jit(do_not_specialize=["strips", "strip_tiles"])  # more would spill registers
 def scores_kernel(
-    x, y, scale, mode, shift_log2, row_ids, col_ids, row_max, row_sum, col_max, col_sum, stash, first_row, n, m, d,
-    first_positive, panel, pitch, strips, strip_tiles,
-    MASK: tl.constexpr, IDS: tl.constexpr, COLS: tl.constexpr, MAX: tl.constexpr, STASH: tl.constexpr,
+    x, y, scale, mode, shift_log2, row_ids, col_ids, row_limits, row_max, row_sum, col_max, col_sum, stash, first_row,
+    n, m, d, first_positive, panel, pitch, strips, strip_tiles,
+    MASK: tl.constexpr, IDS: tl.constexpr, LIMITS: tl.constexpr, COLS: tl.constexpr, MAX: tl.constexpr, STASH: tl.constexpr,
     STRIPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -161,9 +166,10 @@ def scores_kernel(
 
     row_sum (column tiles, panel) and col_sum (strips, m) get the sums of each tile; first_row + panel >= n.  row_max
     and col_max: where MAX, the largest l2 - shift_log2 likewise.  row_ids (n,) and col_ids (m,): where IDS.
+    row_limits (n,), in nats: where LIMITS.
     stash: where STASH, the exponentials, (panel, pitch); zero at masked pairs.
 
-    A program makes one tile or, where STRIPS (then neither MAX nor IDS), strip_tiles tiles below one another, adding
+    A program makes one tile or, where STRIPS (then no MAX, IDS or LIMITS), strip_tiles tiles below one another, adding
     them up before their rows: tcgen05 gives a thread one row of the tile, and adding up 128 threads costs more than the
     exponentials.  The tensor core, the loads and the epilogue then have their own warps, and the next tile is
     multiplied while one is summed.
@@ -182,13 +188,14 @@ def scores_kernel(
             last = tl.minimum(first + strip_tiles * BLOCK_M, n - first_row)
             for top in tl.range(first, last, BLOCK_M, warp_specialize=True):
                 e += _exponentials(
-                    x, y, scale2, shift, row_ids, col_ids, row_max, row_at, col_max, stash, top, col, first_row, n, m,
-                    d, first_positive, pitch, MASK, IDS, COLS, False, STASH, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION,
+                    x, y, scale2, shift, row_ids, col_ids, row_limits, row_max, row_at, col_max, stash, top, col,
+                    first_row, n, m, d, first_positive, pitch, MASK, IDS, LIMITS, COLS, False, STASH, BLOCK_M, BLOCK_N,
+                    BLOCK_K, TMA, PRECISION,
                 )  # fmt: skip
         else:
             e = _exponentials(
-                x, y, scale2, shift, row_ids, col_ids, row_max, row_at, col_max, stash, strip * BLOCK_M, col,
-                first_row, n, m, d, first_positive, pitch, MASK, IDS, COLS, MAX, STASH, BLOCK_M, BLOCK_N, BLOCK_K, TMA,
+                x, y, scale2, shift, row_ids, col_ids, row_limits, row_max, row_at, col_max, stash, strip * BLOCK_M,
+                col, first_row, n, m, d, first_positive, pitch, MASK, IDS, LIMITS, COLS, MAX, STASH, BLOCK_M, BLOCK_N, BLOCK_K, TMA,
                 PRECISION,
             )  # fmt: skip
         if COLS:
@@ -220,6 +227,7 @@ def online_scores_kernel(
     mode,
     row_ids,
     col_ids,
+    row_limits,
     row_max,
     row_sum,
     col_max,
@@ -234,6 +242,7 @@ def online_scores_kernel(
     strip_tiles,
     MASK: tl.constexpr,
     IDS: tl.constexpr,
+    LIMITS: tl.constexpr,
     COLS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -256,8 +265,8 @@ def online_scores_kernel(
         last = tl.minimum(first + strip_tiles * BLOCK_M, n - first_row)
         for top in range(first, last, BLOCK_M):
             row = first_row + top
-            l2 = _scores(x, y, row, col, scale2, 0.0, row_ids, col_ids, n, m, d, first_positive,
-                         MASK, IDS, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION)  # fmt: skip
+            l2 = _scores(x, y, row, col, scale2, 0.0, row_ids, col_ids, row_limits, n, m, d, first_positive,
+                         MASK, IDS, LIMITS, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION)  # fmt: skip
             i = top + tl.arange(0, BLOCK_M)
             at = col_tile.to(tl.int64) * panel + i
             row_top, row_total = _shifted_sum(l2, 1)

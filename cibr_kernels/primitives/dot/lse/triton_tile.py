@@ -69,6 +69,13 @@ def same_group(row_ids, col_ids, row, col, n, m, BLOCK_M: tl.constexpr, BLOCK_N:
 
 
 @triton.jit
+def above_limit(l2, row_limits, row, n, BLOCK_M: tl.constexpr):
+    """(BLOCK_M, .): the logits, in units of log2, above the limits of their rows, in nats."""
+    i = row + tl.arange(0, BLOCK_M)
+    return l2 > (tl.load(row_limits + i, mask=i < n, other=float("inf")) * LOG2E)[:, None]
+
+
+@triton.jit
 def store_panel(
     p, weight, top, col, first_row, n, pitch, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr
 ):
