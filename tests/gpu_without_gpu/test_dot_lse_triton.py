@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import DTYPES, towers
+from cases import DTYPES, limits_between, towers
 from covering import pairs
 from executor import emulated
 from torch import Tensor
@@ -40,6 +40,7 @@ class Case(NamedTuple):
     need_dx: bool = True
     need_dy: bool = True
     groups: str = ""  # ids(); where there are groups, maxima too
+    limits: bool = False  # cases.limits_between
 
     @property
     def maxima(self) -> bool:
@@ -82,6 +83,12 @@ GROUPED = [  # (mask, cols, stash) everywhere, the groups in turn
     SMALL._replace(groups="one", cols=False, owned=True),
     SMALL._replace(groups="apart", mask=False, stash=True),  # nothing but maxima
     Case(n=1, m=1, d=1, first_positive=0, groups="apart"),
+]
+LIMITED = [  # sums of rows only
+    SMALL._replace(limits=True, cols=False),
+    SMALL._replace(limits=True, cols=False, kind="raw", groups="few"),
+    SMALL._replace(limits=True, cols=False, stash=True, mask=False),
+    SMALL._replace(limits=True, cols=False, kind="opposed"),
 ]
 
 
@@ -131,7 +138,10 @@ def run(module, case: Case, x: Tensor, y: Tensor, scale: Tensor, gradients: list
     if case.stash:
         shape, dtype = module.stash_shape(case.n, case.m, x.dtype)
         stash = torch.empty(shape, dtype=dtype)
-    problem = LseProblem(x, y, scale, *groups, case.first_positive, case.mask)
+    limits = None
+    if case.limits:
+        limits = limits_between(scale.double() * x.double() @ y.double().T).to(scale.dtype)
+    problem = LseProblem(x, y, scale, *groups, case.first_positive, case.mask, limits)
     out = module.forward(problem, case.cols, case.maxima, stash)
     sums = LseSums(*out[:3], out[5], stash)
     grads = module.backward(problem, sums, LseGradients(*gradients), case.need_dx, case.need_dy)
@@ -161,6 +171,8 @@ def check(case: Case, dtype: torch.dtype, actual: dict[str, Tensor], inputs: tup
     bound = case.scale * math.prod(t.double().norm(dim=1).max().item() for t in (x, y))
     sums = torch.cat([truth["rows"], truth["cols"]])
     underflow = (sums.isfinite() & (sums < max(0.0, bound - 60) - 55)).any().item()
+    if case.limits:  # a row without anything below its limit is taken for one that underflowed
+        underflow = True
     assert actual["stash_shift"].isnan().item() == (bound > 110 or underflow)  # NaN: the online mode
 
 
@@ -196,8 +208,8 @@ def test_matches_float64_everywhere(capability, dtype, case):
     assert GRADIENT_KERNELS.intersection(compare(capability, dtype, case)) == expected_kernels(case, dtype)
 
 
-@pytest.mark.parametrize(("number", "case"), list(enumerate(GROUPED)), ids=str)
-def test_groups_and_maxima(number, case, monkeypatch):
+@pytest.mark.parametrize(("number", "case"), list(enumerate(GROUPED + LIMITED)), ids=str)
+def test_groups_limits_and_maxima(number, case, monkeypatch):
     """Tiles of 16 x 16 make a few of the small problem."""
     small = Config(16, 16, 16, 1, 2)
     monkeypatch.setattr(triton_configs, "CONFIGS", dict.fromkeys(CONFIGS, Configs(small, small, small)))

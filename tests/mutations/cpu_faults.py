@@ -32,6 +32,8 @@ FAULTS = [
         "m.first + r >= m.total ? 0 : kBlock;",
     ),
     # ---- sweep over pairs
+    Fault("limits of scores without their scale", "lse", SWEEP, "select(l * scale > limit,", "select(l > limit,"),
+    Fault("gradients above a limit", "lse", LSE, "if (p.row_limits) mask_above(p.row_limits, p.scale, t, s);", ""),
     Fault(
         "padding rows take part",
         "softplus",

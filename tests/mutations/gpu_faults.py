@@ -13,10 +13,28 @@ FORWARD, BACKWARD, TILE = DOT + "triton_forward.py", DOT + "triton_backward.py",
 PROBLEM = "cibr_kernels/primitives/dot/problem.py"
 KERNELS, LAUNCHER = ADDITIVE + "triton_kernels.py", ADDITIVE + "triton.py"
 SOFTPLUS, SCORES = "cibr_kernels/primitives/dot/softplus/", "cibr_kernels/primitives/additive/scores/triton_kernels.py"
+LIMITS = "dot_limits"
 PAIRS, PASSES = SOFTPLUS + "triton_kernels.py", SOFTPLUS + "triton.py"
 
 FAULTS = [
     # ---- dot_lse, Triton
+    Fault(
+        "scores above a limit summed",
+        "dot_limits",
+        FORWARD,
+        "above_limit(acc * scale2, row",
+        "above_limit(acc * 0, row",
+    ),
+    Fault(
+        "a limit in nats beside scores in log2",
+        "dot_limits",
+        TILE,
+        'other=float("inf")) * LOG2E)',
+        'other=float("inf")))',
+    ),
+    Fault("gradients above a limit", LIMITS, BACKWARD, "above_limit(acc * scale2, row", "above_limit(acc * 0, row"),
+    Fault("gradients above a limit, online", LIMITS, BACKWARD, "above_limit(l2, row", "above_limit(l2 * 0, row"),
+    Fault("limits of the first rows", LIMITS, TILE, "row_limits + i, mask=i < n", "row_limits + i - row, mask=i < n"),
     Fault("column mask off by one", "dot", FORWARD, "& (j < m)[None, :]\n", "& (j <= m)[None, :]\n"),
     Fault("padding rows not masked", "dot", FORWARD, "keep = (i < n)[:, None] &", "keep = (i >= 0)[:, None] &"),
     Fault(

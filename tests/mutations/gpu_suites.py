@@ -23,6 +23,7 @@ from unittest.mock import patch
 
 import nvcc
 import torch
+from cases import limits_between
 from executor import emulated
 from mutations import ROOT, Fault, Suite
 from torch import Tensor
@@ -87,7 +88,8 @@ def faulty_modules(op: str, fault: Fault | None) -> Iterator[ModuleType]:
 # ---------------------------------------------------------------- dot_lse
 @dataclass(frozen=True)
 class DotCase:
-    """scale 3 keeps one exponential for all; 200 needs the online maxima.  With groups: maxima too."""
+    """scale 3 keeps one exponential for all; 200 needs the online maxima.  With groups: maxima too; with limits: sums
+    of rows only."""
 
     n: int
     m: int
@@ -99,6 +101,15 @@ class DotCase:
     owned: bool = False  # a backward without P in memory
     dtype: torch.dtype = torch.float32
     groups: bool = False
+    limited: bool = False
+
+    def limits(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """Two thirds up each row, but for two rows that keep all; in the dtype of float64 or float32 features."""
+        if not self.limited:
+            return None
+        limits = limits_between(self.scale * x.double() @ y.double().T)
+        limits[0] = torch.inf
+        return limits.to(x.dtype)
 
     @property
     def ids(self) -> tuple[Tensor | None, Tensor | None]:
@@ -114,7 +125,8 @@ class Dot(_Checked):
     def inputs(case: DotCase) -> dict[str, Tensor]:
         torch.manual_seed(case.n)
         x, y = (torch.randn(r, case.d) / math.sqrt(case.d) for r in (case.n, case.m))
-        grads = {"g_rows": torch.randn(case.n), "g_cols": torch.randn(case.m), "g_positives": torch.randn(case.n)}
+        rows, cols, positives = (torch.randn(k) for k in (case.n, case.m, case.n))
+        grads = {"g_rows": rows, "g_cols": cols[:0] if case.limited else cols, "g_positives": positives}
         return {"x": x.to(case.dtype), "y": y.to(case.dtype), "scale": torch.tensor(case.scale), **grads}
 
     def run(self, fault: Fault | None) -> Iterator[dict[str, Tensor]]:
@@ -136,8 +148,9 @@ class Dot(_Checked):
         t = self.inputs(case)
         shape, dtype = launcher.stash_shape(case.n, case.m, case.dtype)
         stash = torch.full(shape if case.stash else (0,), float("nan"), dtype=dtype)
-        problem = LseProblem(t["x"], t["y"], t["scale"], *case.ids, case.first_positive, case.mask)
-        *sums, row_max, col_max, shift = launcher.forward(problem, True, case.groups, stash)
+        limits = case.limits(t["x"], t["y"])
+        problem = LseProblem(t["x"], t["y"], t["scale"], *case.ids, case.first_positive, case.mask, limits)
+        *sums, row_max, col_max, shift = launcher.forward(problem, not case.limited, case.groups, stash)
         gradients = LseGradients(t["g_rows"], t["g_cols"], t["g_positives"])
         grads = launcher.backward(problem, LseSums(*sums, shift, stash), gradients, True, True)
         maxima = (row_max, col_max) if case.groups else ()
@@ -162,11 +175,14 @@ class Dot(_Checked):
                     for v in (t["x"], t["y"], t["scale"])
                 ]
                 found = dot_lse(
-                    *kept, *case.ids, first_positive=case.first_positive, mask_positives=case.mask, need_max=case.groups
-                )
+                    *kept, *case.ids, first_positive=case.first_positive, mask_positives=case.mask,
+                    row_limits=case.limits(kept[0].detach(), kept[1].detach()), need_cols=not case.limited,
+                    need_max=case.groups,
+                )  # fmt: skip
                 sums = found[:3]
                 weights = [t[g].to(s.dtype) for g, s in zip(("g_rows", "g_cols", "g_positives"), sums, strict=True)]
-                return [*(s.detach() for s in found), *torch.autograd.grad(sums, kept, weights)]
+                total = sum((s * w).sum() for s, w in zip(sums, weights, strict=True))
+                return [*(s.detach() for s in found), *torch.autograd.grad(total, kept)]
 
             eager, truth = outputs(torch.float32), outputs(torch.float64)
             exponent = case.scale * (t["x"].double() @ t["y"].double().T).abs().max().item()
@@ -389,6 +405,9 @@ SUITES: dict[str, Suite] = {
     "dot_groups": Dot(80, (16, 16, 16, 1, 2), 32, {
         "low": DotCase(1, 4, 8, 0, 140.0, groups=True),  # the first column is empty, the last one underflows
         "fixed": DotCase(38, 53, 24, 5, 40.0, groups=True), "online": DotCase(38, 53, 24, 5, 200.0, groups=True),
+    }),
+    "dot_limits": Dot(80, (16, 16, 16, 1, 2), 32, {
+        "fixed": DotCase(38, 53, 24, 5, 3.0, limited=True), "online": DotCase(38, 53, 24, 5, 200.0, limited=True),
     }),
     "dot_alone": Dot(80, (16, 16, 16, 1, 2), 32, {"low": DotCase(1, 4, 8, 0, 140.0)}),  # one row: a column underflows
     "dot_owned_groups": Dot(80, (16, 16, 16, 1, 2), 64, {

@@ -6,11 +6,12 @@ clip_loss and dot_moments (their own files) cover shapes and scales; here every 
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, ISAS, LARGE, each_isa, leaves, towers
+from cases import DTYPES, ISAS, LARGE, each_isa, leaves, limits_between, towers
 from covering import each_pair
 from torch import Tensor
 
@@ -110,6 +111,33 @@ def far_below(n: int, m: int) -> tuple[Tensor, Tensor]:
     x, y = F.normalize(torch.randn(n, 16) * 0.02 + 1, dim=1), F.normalize(torch.randn(m, 16) * 0.02 + 1, dim=1)
     x[1], y[1] = -x[1], -y[1]
     return x, y
+
+
+@each_isa
+@pytest.mark.parametrize("kind", ["unit", "raw"])  # with one shift, and with maxima
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grouping", ["none", "few"])
+def test_row_limits(grouping, dtype, kind, isa):
+    n, m, first_positive, d = shape = (70, 90, 3, 40)
+    x, y = (t.to(dtype) for t in towers(*shape[:2], d, first_positive, kind))
+    inputs = x, y, torch.tensor(9.0)
+    logits = 9 * x.double() @ y.double().T
+    limits, exponent = limits_between(logits), logits.abs().max().item()
+    options = {**groups(grouping, n, m), "first_positive": first_positive, "need_cols": False, "need_max": True}
+    eager, truth = (
+        weighted(reference(*tensors, row_limits=limits.to(like), **options), tensors)
+        for tensors, like in ((leaves(*inputs), torch.float32), (leaves(*inputs, dtype=torch.float64), torch.float64))
+    )
+    assert truth[0][0] == -math.inf and truth[0].isfinite().sum() > n - 3
+    for budget in (0, LARGE):
+        ck.set_stash_budget(budget)
+        tensors = leaves(*inputs)
+        with testing.instruction_set(isa):
+            actual = weighted(dot_lse(*tensors, row_limits=limits.float(), **options, backend="native"), tensors)
+        for a, e, t in zip(actual, eager, truth, strict=True):
+            assert torch.equal(a == -math.inf, t == -math.inf)
+            a, e, t = (v.masked_fill(v == -math.inf, 0.0) for v in (a, e, t))
+            testing.assert_close("", a, e, t, terms=m, exponent=exponent, features=dtype)
 
 
 @each_isa

@@ -37,6 +37,23 @@ def towers(n: int, m: int, d: int, first_positive: int = 0, kind: str = "unit") 
     return x, y
 
 
+def limits_between(logits: Tensor) -> Tensor:
+    """logits (n, m) float64 -> limits (n,) halfway between two neighbours two thirds up each row, far from rounding.
+
+    Nothing of row 0 stays, and all of row 1.
+    """
+    ordered = logits.sort(1).values
+    m = logits.shape[1]
+    low = max(0, min(2 * m // 3, m - 2))
+    gaps = ordered.diff(dim=1)
+    low = low + gaps[:, low : low + 5].argmax(1) if m > 6 else torch.full((len(logits),), low)
+    at = torch.arange(len(logits))
+    limits = (ordered[at, low] + ordered[at, (low + 1).clamp(max=m - 1)]) / 2
+    limits[0] = logits.min() - 1
+    limits[1:2] = torch.inf
+    return limits
+
+
 def leaves(*tensors: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
     """Fresh leaves that require gradients, cast to `dtype` if given."""
     return [t.detach().clone().to(dtype or t.dtype).requires_grad_() for t in tensors]

@@ -64,6 +64,6 @@ def _slopes(
     """The gradients of the sum of all rows' log-sum-exps in x, or in y."""
     none = rows.new_empty(0)
     return dot_lse_backward(
-        torch.ones_like(rows), none, torch.zeros_like(rows), x, y, scale, None, None, None, rows, none, positives, shift,
-        none, first_positive, False, of_rows, not of_rows, backend,
+        torch.ones_like(rows), none, torch.zeros_like(rows), x, y, scale, None, None, None, rows, none, positives,
+        shift, none, first_positive, False, of_rows, not of_rows, backend,
     )  # fmt: skip

@@ -44,8 +44,8 @@ class DotProblem:
 
 @dataclass(frozen=True)
 class LseProblem(DotProblem):
-    """Of `dot_lse`: pairs of one group take no part in the sums, positives take none where they are masked, nor do pairs
-    above their row's limit."""
+    """Of `dot_lse`: pairs of one group take no part in the sums, nor do pairs above their row's limit; positives take
+    none where they are masked."""
 
     mask_positives: bool
     row_limits: Tensor | None = None  # (n,), only where no sums of columns are asked for

@@ -30,7 +30,8 @@ def dot_lse(
     """x (n, d), y (m, d), scale () -> rows (n,), cols (m,) or (0,), positives (n,), differentiable in all three.
 
     With `mask_positives` they take no part in the sums, nor do pairs with row_ids_i = col_ids_j or with
-    l_ij > row_limits_i; the sum of nothing is -inf.  `need_max`: also the largest logit of each sum, (n,) and (m,) or (0,).
+    l_ij > row_limits_i; the sum of nothing is -inf.  `need_max`: also the largest logit of each sum, (n,) and (m,) or
+    (0,).
     """
     logits = scale * (promote(x) @ promote(y).T)  # (n, m)
     positives = logits.diagonal(first_positive)[: len(x)]

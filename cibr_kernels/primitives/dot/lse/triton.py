@@ -116,8 +116,8 @@ def forward(problem: LseProblem, need_cols: bool, need_max: bool, stash: Tensor)
             end = min(first + height, n)
             strips = blocks(end - first, strip_rows)
             arguments = {
-                **operands, "scale": scale, "mode": mode, **pairs[0], **limits[0], **sums, "first_row": first, "n": end, "m": m,
-                "d": d, "panel": height, "strips": strips, "strip_tiles": strip_rows // t.config.block_m,
+                **operands, "scale": scale, "mode": mode, **pairs[0], **limits[0], **sums, "first_row": first, "n": end,
+                "m": m, "d": d, "panel": height, "strips": strips, "strip_tiles": strip_rows // t.config.block_m,
             }  # fmt: skip
             if t is tiles:
                 arguments |= {**kept, "shift_log2": shift_log2, "stash": t.output(stash[first:end]), "pitch": pitch(m)}

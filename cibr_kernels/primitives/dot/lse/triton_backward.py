@@ -105,8 +105,8 @@ def _without_masked(
 @triton.jit
 def _gradient(
     x, y, scale2, shift, row_ids, col_ids, row_limits, u, v, p, top, col, first_row, n, m, d, first_positive, pitch,
-    MASK: tl.constexpr, IDS: tl.constexpr, LIMITS: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, IDS: tl.constexpr, LIMITS: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The tile of P at row `top` of the panel."""
     row = first_row + top
@@ -125,13 +125,13 @@ def _gradient(
 @triton.jit(do_not_specialize=["first_row", "n", "strips", "strip_tiles"])  # m too would spill registers
 def gradient_kernel(
     x, y, scale, stash_shift, row_ids, col_ids, row_limits, u, v, p, first_row, n, m, d, first_positive, pitch, strips,
-    strip_tiles, MASK: tl.constexpr, IDS: tl.constexpr, LIMITS: tl.constexpr, COLS: tl.constexpr, STRIPS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    strip_tiles, MASK: tl.constexpr, IDS: tl.constexpr, LIMITS: tl.constexpr, COLS: tl.constexpr, STRIPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """p (panel, pitch) = exp2(l2 - shift_log2) (u_i + v_j) of rows [first_row, n), zero at masked pairs.
 
-    row_ids (n,) and col_ids (m,): where IDS; row_limits (n,): where LIMITS.  Nothing where there is no fixed shift.  One tile a program, or strips:
-    scores_kernel.
+    row_ids (n,) and col_ids (m,): where IDS; row_limits (n,): where LIMITS.  Nothing where there is no fixed shift.
+    One tile a program, or strips: scores_kernel.
     """
     fixed = tl.load(stash_shift)
     if fixed == fixed:
@@ -155,8 +155,8 @@ def gradient_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def online_gradient_kernel(
     x, y, scale, stash_shift, row_ids, col_ids, row_limits, u, v, rows2, cols2, p, first_row, n, m, d, first_positive,
-    pitch, MASK: tl.constexpr, IDS: tl.constexpr, LIMITS: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    pitch, MASK: tl.constexpr, IDS: tl.constexpr, LIMITS: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """p (panel, pitch) = exp2(l2 - rows2_i) u_i + exp2(l2 - cols2_j) v_j, where there is no fixed shift.
 

@@ -82,8 +82,8 @@ def choose_kernel(largest, scale, mode, shift_log2, x_blocks, blocks, BLOCK: tl.
 @triton.jit
 def _scores(
     x, y, row, col, scale2, shift, row_ids, col_ids, row_limits, n, m, d, first_positive,
-    MASK: tl.constexpr, IDS: tl.constexpr, LIMITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    MASK: tl.constexpr, IDS: tl.constexpr, LIMITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """l2 - shift of one tile, -inf at padding and masked pairs."""
     acc = multiply(x, y, row, col, n, m, d, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION)
@@ -158,9 +158,9 @@ def _exponentials(
 def scores_kernel(
     x, y, scale, mode, shift_log2, row_ids, col_ids, row_limits, row_max, row_sum, col_max, col_sum, stash, first_row,
     n, m, d, first_positive, panel, pitch, strips, strip_tiles,
-    MASK: tl.constexpr, IDS: tl.constexpr, LIMITS: tl.constexpr, COLS: tl.constexpr, MAX: tl.constexpr, STASH: tl.constexpr,
-    STRIPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
+    MASK: tl.constexpr, IDS: tl.constexpr, LIMITS: tl.constexpr, COLS: tl.constexpr, MAX: tl.constexpr,
+    STASH: tl.constexpr, STRIPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of exp2(l2 - shift_log2) over tiles of rows [first_row, n) and all m columns, where mode is FIXED.
 
@@ -195,8 +195,8 @@ def scores_kernel(
         else:
             e = _exponentials(
                 x, y, scale2, shift, row_ids, col_ids, row_limits, row_max, row_at, col_max, stash, strip * BLOCK_M,
-                col, first_row, n, m, d, first_positive, pitch, MASK, IDS, LIMITS, COLS, MAX, STASH, BLOCK_M, BLOCK_N, BLOCK_K, TMA,
-                PRECISION,
+                col, first_row, n, m, d, first_positive, pitch, MASK, IDS, LIMITS, COLS, MAX, STASH, BLOCK_M, BLOCK_N,
+                BLOCK_K, TMA, PRECISION,
             )  # fmt: skip
         if COLS:
             j = col + tl.arange(0, BLOCK_N)
