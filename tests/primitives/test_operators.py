@@ -40,12 +40,13 @@ def test_dot_lse(mask, need_cols, budget, ids, dtype, backend):
     # without kept exponentials their shift is NaN, which the last check takes for a difference
     checks = CHECKS if budget and backend == "native" else CHECKS[:3]
     groups = (torch.arange(5) % 3, torch.arange(7) % 4) if ids else (None, None)
-    arguments = x, y, scale, *groups, 1, mask, need_cols, ids, budget, backend
+    limits = None if need_cols else torch.linspace(-1.0, 3.0, 5)
+    arguments = x, y, scale, *groups, limits, 1, mask, need_cols, ids, budget, backend
     opcheck(OPS.dot_lse_forward, arguments, test_utils=checks)
     saved = OPS.dot_lse_forward(*arguments)
     grads = [torch.ones_like(t) for t in saved[:3]]
     for need_dx, need_dy in ((True, True), (True, False), (False, True)):
-        arguments = *grads, x, y, scale, *groups, *saved[:3], *saved[5:], 1, mask, need_dx, need_dy, backend
+        arguments = *grads, x, y, scale, *groups, limits, *saved[:3], *saved[5:], 1, mask, need_dx, need_dy, backend
         opcheck(OPS.dot_lse_backward, tuple(detached(arguments)), test_utils=CHECKS)
 
 
