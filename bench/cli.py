@@ -22,11 +22,13 @@ EXPERIMENTS = {
     "variance": "why all pairs: the spread of log-mean-exp",
     "gradient": "how near each estimator's gradient comes to the ideal penalty's",
     "curve": "the forward of clip_loss up to N = 131072",
+    "alignment": "the information bottleneck on alignment, on drawings of known factors",
+    "family": "what CEB, align, OMIB and CIBR price, beside the truth",
     "omib": "fusion through bottlenecks, where the best accuracy is known",
     "heads": "what the trainer adds to the loss and two matmuls of a head's step",
     "scale": "bytes and gradients on real ranks, and what many GPUs would do",
 }
-PICTURES = ("mi", "variance", "gradient", "curve", "omib")
+PICTURES = ("mi", "variance", "gradient", "curve", "omib", "alignment", "family")
 FILES = ("toy", *PICTURES)  # with --json
 
 

@@ -1,0 +1,190 @@
+"""`python bench/ family`, `alignment` and `omib`: formulas, drawings, verdicts, and one tiny run of each."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.experiments import alignment, alignment_claims, family, omib, sprites, toy
+from bench.experiments.alignment_claims import NO, UNTESTED, YES
+from bench.experiments.frame import conduct
+from cibr.omib import entropy
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------------- family
+@pytest.mark.parametrize("p", [0.0, 0.2, 0.9])
+def test_the_familys_truth_is_the_toys(p):
+    """The toy has eight private columns, of which the four that z sees count."""
+    weight = torch.zeros(toy.Z_DIM, toy.X_DIM)
+    weight[:4, :4] = math.sqrt((1 - p) / 4) * torch.eye(4)
+    weight[4:, 4:8] = math.sqrt(p / 4) * torch.eye(4)
+    cmi, shared = toy.closed_form(weight, torch.eye(toy.X_DIM))
+    point = family.closed(p, toy.RHO, toy.SIGMA)
+    assert point.truth == pytest.approx(cmi, abs=1e-6)
+    assert point.own == pytest.approx(cmi + shared, abs=1e-6)
+
+
+def test_bounds_by_sampling():
+    point = family.closed(0.3, 0.7)
+    n, sigma = 200_000, family.SIGMA
+    s, e, n_v, n_t = torch.randn(4, n, 4, generator=torch.Generator().manual_seed(0))
+    a, b = math.sqrt(0.7 / 4), math.sqrt(0.3 / 4)
+    mu_v = torch.cat([a * s, b * n_v], 1)
+    mu_t = torch.cat([a * (0.7 * s + math.sqrt(1 - 0.49) * e), b * n_t], 1)
+    assert (mu_v - mu_t).square().sum(1).mean().item() / (2 * sigma**2) == pytest.approx(point.align, rel=0.01)
+    best = torch.cat([0.7 * mu_t[:, :4], torch.zeros(n, 4)], 1)  # E[mu_v | x_t]
+    assert (mu_v - best).square().sum(1).mean().item() / (2 * sigma**2) == pytest.approx(point.variance, rel=0.01)
+    kl = (8 * sigma**2 + mu_v.square().sum(1) - 8 - 8 * math.log(sigma**2)) / 2
+    assert kl.mean().item() == pytest.approx(point.prior, rel=0.01)
+
+
+def test_what_is_no_bound_is_found():
+    points = [family.closed(p, 0.9) for p in family.PRIVATE]
+    assert not family.missed(points)
+    assert len(family.missed([replace(points[1], align=points[1].truth / 2)])) == 1
+    assert len(family.missed([replace(points[1], ceb=points[1].truth + 0.01)])) == 1
+
+
+def test_family_runs(tmp_path, monkeypatch, capsys):
+    for name, value in (("MINE_AT", (0.2,)), ("MINE_ROWS", 512), ("MINE_STEPS", 3)):
+        monkeypatch.setattr(family, name, value)
+    assert conduct(family.run, True, tmp_path / "f.json", tmp_path / "f.png") == 0
+    assert "PASS" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "f.json").read_text())["by_p"][2]["mine"]) == 1
+
+
+# ------------------------------------------------------------------------------------------- drawings
+def test_drawings_are_what_their_factors_say():
+    factors = sprites.sample(400, 3)
+    images = sprites.draw(factors)
+    assert images.shape == (400, 32, 32) and images.min() >= 0 and images.max() == 1
+    area, line = images.sum((1, 2)), (torch.arange(32) + 0.5) / 16 - 1
+    for name, weights in (("x", images.sum(1)), ("y", images.sum(2))):
+        centre = (weights * line).sum(1) / area
+        expected = sprites.REACH * (2 * factors[name] / 15 - 1)
+        round_ones = factors["shape"] < 2  # the heart's centre of mass is not its origin
+        assert (centre - expected)[round_ones].abs().max() < 0.02
+    squares = factors["shape"] == 0
+    side = 1.6 * sprites.RADIUS * (0.5 + factors["scale"] / 10) * 16
+    assert (area.sqrt() / side - 1)[squares].abs().max() < 0.05
+
+
+def test_no_image_is_twice_in_a_sample():
+    factors = sprites.sample(36_864, 0)
+    number = sum(factors[name] * 100**k for k, name in enumerate(sprites.FACTORS))
+    assert len(number.unique()) == 36_864
+    with pytest.raises(ValueError, match="36864 images, not 36865"):
+        sprites.sample(36_865, 0)
+    some = {name: values[:500] for name, values in factors.items()}
+    assert len(sprites.draw(some).flatten(1).unique(dim=0)) == 500  # orientations differ for squares, too
+
+
+# ------------------------------------------------------------------------------------------- alignment
+def test_unique_rate_has_its_ends():
+    labels = torch.arange(alignment.ROWS) % 16
+    told = torch.nn.functional.normalize(torch.eye(16)[labels] + 0.01 * torch.randn(alignment.ROWS, 16), dim=1)
+    assert alignment.unique_rate(told, labels, 16) > 0.95
+    assert abs(alignment.unique_rate(torch.randn(alignment.ROWS, 4), labels, 16)) < 0.02
+
+
+def test_kept_counts_images_at_their_own_text():
+    texts = torch.eye(3)[torch.tensor([0, 1, 2, 0])]
+    zt = texts @ torch.eye(3)
+    assert alignment.kept(zt[[0, 1, 2, 1]], zt, texts) == 75
+
+
+def made(depth: int, learnt: bool, tau: float, beta: float, seed: int, nuisance: float, end: float, nats: float):
+    alike = (1 - nuisance, nuisance, 1.0)
+    return alignment.Trial(depth, learnt, tau, beta, seed, {"y": nuisance}, 90.0, end, 0.9, nats, *alike)
+
+
+def test_verdicts():
+    """Depth helps, temperature does not; homeostasis; biased CKA falls with nuisance, the debiased one rises."""
+    trials = []
+    for seed, jitter in enumerate((0.0, 0.001, 0.002)):
+        for depth, tau in itertools.product((2, 4, 6), (0.07, 1.0)):
+            trials.append(made(depth, False, tau, 0.0, seed, 0.5 - 0.05 * depth + jitter * tau, tau, 15.0))
+        trials.append(made(4, False, 0.07, 3.0, seed, 0.1 + jitter, 0.07, 10.0))
+        for beta in (0.0, 0.1, 3.0):
+            trials.append(made(4, True, 0.07, beta, seed, 0.3 + jitter, 0.05 - 0.01 * beta, 15.0 - jitter))
+    found = {claim.text.partition(" (")[0]: claim for claim in alignment_claims.claims(trials)}
+    assert {text[:30]: claim.verdict for text, claim in found.items()} == {
+        "a deeper encoder leaves less n": YES,
+        "a higher temperature leaves le": NO,
+        "beta removes nuisance, tempera": NO,  # the second of that name: learnt
+        "homeostasis: the learnt temper": YES,
+        "homeostasis: entropy is kept w": YES,
+        "the paper's best beta, .1, kee": YES,
+        "nuisance goes with low alignme": NO,  # by mutual k-NN, which is constant here
+        "CIDEr of captions rises from 9": UNTESTED,
+    }
+    by_cka = [claim.verdict for claim in alignment_claims.claims(trials) if "low alignment" in claim.text]
+    assert by_cka[:2] == [YES, NO]
+    assert "URR 0.4" in found["a deeper encoder leaves less nuisance"].evidence
+
+
+def test_alignment_runs(tmp_path, monkeypatch, capsys):
+    small = {
+        "ROWS": 400,
+        "TRAIN": 300,
+        "PROBE_ROWS": 200,
+        "KERNEL_ROWS": 60,
+        "DEPTHS": (4,),
+        "TEMPERATURES": (0.07, 1.0),
+    }
+    for name, value in {**small, "BETAS": (0.0, 0.1, 3.0), "STEPS": 3}.items():
+        monkeypatch.setattr(alignment, name, value)
+    monkeypatch.setattr(alignment_claims, "DEPTH_PAIR", (4, 4))  # one depth is trained here
+    assert conduct(alignment.run, True, tmp_path / "a.json", tmp_path / "a.png") == 0
+    assert "NOT TESTABLE HERE" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "a.json").read_text())["trials"]) == 7
+
+
+# ------------------------------------------------------------------------------------------- omib
+def test_the_best_beta_is_found_by_paired_seeds():
+    def cell(factor: float, values: list[float]) -> list[omib.Trial]:
+        return [omib.Trial("III", 1, "omib", factor, seed, v, v, 1 - v, (), ()) for seed, v in enumerate(values)]
+
+    trials = [*cell(0.1, [0.8, 0.9]), *cell(1.0, [0.85, 0.91]), *cell(10.0, [0.6, 0.7])]
+    best, differences = omib.peak(trials, lambda t: t.chosen)
+    assert best == 1.0
+    assert differences[10.0] == pytest.approx((-0.23, 0.02))
+    assert [t.factor for t in omib.by_validation(trials)] == [10.0, 10.0]  # validation here prefers the worst
+
+
+def test_bounds_depend_on_units(monkeypatch):
+    monkeypatch.setattr(entropy, "MINE_STEPS", 3)
+    found = omib.bounds_by_estimator(rows=300)
+    assert found["gaussian, columns times 1"] == pytest.approx(1, abs=0.3)
+    assert found["gaussian, columns times 10"] < 0.5
+    assert "the sum of entropies is -" in str(found["gaussian, columns times 0.1"])
+
+
+def test_omib_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(omib, "SCHEDULE", {"warm_up_steps": 1, "steps": 2, "eval_every": 1, "test_rows": 50})
+    for name, value in (
+        ("ROWS", 60),
+        ("FEW", 40),
+        ("FACTORS", (1.0, 10.0)),
+        ("FEW_FACTORS", (1.0,)),
+        ("VIB_FACTORS", (1.0,)),
+    ):
+        monkeypatch.setattr(omib, name, value)
+    monkeypatch.setattr(omib, "bounds_by_estimator", lambda: {"gaussian": 1.0})
+    assert conduct(omib.run, True, tmp_path / "o.json", tmp_path / "o.png") == 0
+    assert "FAIL" in capsys.readouterr().out
+    methods = {t["method"] for t in json.loads((tmp_path / "o.json").read_text())["trials"]}
+    assert methods == {"omib", "fixed", "vib", "branches", "fusion"} and (tmp_path / "o.png").stat().st_size > 1000
