@@ -7,10 +7,11 @@
 The last line is exact: y determines s, and given it Z is N(f(s), B B^T).  Half of the power of z is B p.  z is frozen,
 as if the encoder stood still while its critics learn: the best case.
 
-The table has the cosine, over all rows and entries of fresh batches, of an estimator's gradient with that oracle, both
-without the part along z, which normalised embeddings cannot follow.  Gradients are means over draws of the noise, for
-`variance` of the other views; the last column is that of one draw, which is what a step sees.  ceb and variance follow
-B p, not (B B^T + sigma^2 I)^-1 B p: they end below 1, at the cosine of the two.
+Cosines are over all rows and entries of fresh batches, of an estimator's gradient with that oracle, both without the
+part along z, which normalised embeddings cannot follow.  Two tables: of the gradient's mean over the noise (for
+`variance` over the other views), which many steps add up to, and of one draw, which is what a step sees.  The mean is
+of 16 draws, in two halves a and b: <a, b> is the square of its length without what is left of the noise.  ceb and
+variance follow B p and not (B B^T + sigma^2 I)^-1 B p: they end below 1, at the cosine of the two.
 """
 
 from __future__ import annotations
@@ -184,30 +185,35 @@ STYLES = {
 # ------------------------------------------------------------------------------------------------ the study
 @dataclass(frozen=True)
 class Cell:
-    """The cosine of one estimator after so many steps of what it has to learn."""
+    """The cosines of one estimator after so many steps of what it has to learn: of the mean, and of one draw."""
 
     estimator: str
     steps: int
     seed: int
-    cosine: float
+    mean: float
     one_draw: float
 
 
-def cosine(batches: Sequence[Batch], gradients: Sequence[Tensor]) -> float:
-    """Over all rows and entries, without the part of each row along z."""
+def cosines(batches: Sequence[Batch], draws: Sequence[Tensor]) -> tuple[float, float]:
+    """Of the gradients' mean over draws (k, n, 64) of each batch, and of the first draw, with the oracles.
 
-    def flat(rows: Sequence[Tensor]) -> Tensor:
-        z, g = torch.cat([batch.z for batch in batches]), torch.cat(list(rows))
-        return (g - z * ((g * z).sum(1) / z.square().sum(1))[:, None]).flatten()
+    Over all rows and entries, without the part of each row along z.
+    """
 
-    return F.cosine_similarity(flat(gradients), flat([batch.oracle for batch in batches]), dim=0).item()
+    def flat(rows: Tensor, z: Tensor) -> Tensor:
+        return (rows - z * ((rows * z).sum(-1) / z.square().sum(1))[..., None]).flatten(-2)
+
+    oracle = torch.cat([flat(batch.oracle, batch.z) for batch in batches])
+    found = torch.cat([flat(k, batch.z) for k, batch in zip(draws, batches, strict=True)], 1)  # (k, entries)
+    a, b = (half.mean(0) for half in found.chunk(2))
+    length = (a @ b).clamp(min=1e-30).sqrt()
+    return ((a + b) / 2 @ oracle / (length * oracle.norm())).item(), F.cosine_similarity(found[0], oracle, dim=0).item()
 
 
-def gradients(batch: Batch, value: Callable[[Tensor], Tensor], draws: int) -> tuple[Tensor, Tensor]:
-    """Of a penalty at z (n, 64): the mean over draws of its noise, and the first."""
+def gradients(batch: Batch, value: Callable[[Tensor], Tensor]) -> Tensor:
+    """Of a penalty at z (n, 64), for each draw of its noise: (DRAWS, n, 64)."""
     z = batch.z.clone().requires_grad_()
-    found = torch.stack([torch.autograd.grad(value(z), z)[0] for _ in range(draws)])
-    return found.mean(0), found[0]
+    return torch.stack([torch.autograd.grad(value(z), z)[0] for _ in range(DRAWS)])
 
 
 def of_learnt(name: str, seed: int, checkpoints: Sequence[int]) -> list[Cell]:
@@ -223,9 +229,8 @@ def of_learnt(name: str, seed: int, checkpoints: Sequence[int]) -> list[Cell]:
         estimator.learn(source.sample(BATCH)).backward()
         optimiser.step()
         if step in checkpoints:
-            found = [gradients(batch, partial(estimator.value, batch), DRAWS) for batch in fresh]
-            mean, one = (cosine(fresh, rows) for rows in zip(*found, strict=True))
-            cells.append(Cell(name, step, seed, mean, one))
+            found = [gradients(batch, partial(estimator.value, batch)) for batch in fresh]
+            cells.append(Cell(name, step, seed, *cosines(fresh, found)))
     return cells
 
 
@@ -241,8 +246,8 @@ def of_views(name: str, seed: int) -> Cell:
         others = [source.view(s).z for _ in range(views - 1)]
         return variance_in_groups(torch.cat([z, *others]), ids, SIGMA, None)
 
-    found = [gradients(b, partial(value, s), DRAWS) for b, s in zip(batches, concepts, strict=True)]
-    return Cell(name, 0, seed, *(cosine(batches, rows) for rows in zip(*found, strict=True)))
+    found = [gradients(batch, partial(value, s)) for batch, s in zip(batches, concepts, strict=True)]
+    return Cell(name, 0, seed, *cosines(batches, found))
 
 
 def study(used: Sequence[int], checkpoints: Sequence[int]) -> list[Cell]:
@@ -260,8 +265,10 @@ def study(used: Sequence[int], checkpoints: Sequence[int]) -> list[Cell]:
     return cells
 
 
-def mean(cells: Sequence[Cell], estimator: str, steps: int, field: str = "cosine") -> float:
-    return statistics.fmean(getattr(c, field) for c in cells if c.estimator == estimator and c.steps == steps)
+def average(cells: Sequence[Cell], estimator: str, steps: int, field: str = "mean") -> float:
+    """Over seeds; of the views, which learn nothing, at any number of steps."""
+    at = 0 if estimator in VIEWS else steps
+    return statistics.fmean(getattr(c, field) for c in cells if c.estimator == estimator and c.steps == at)
 
 
 def missed(cells: Sequence[Cell], checkpoints: Sequence[int]) -> list[str]:
@@ -272,40 +279,48 @@ def missed(cells: Sequence[Cell], checkpoints: Sequence[int]) -> list[str]:
         for steps in checkpoints
         if steps >= 100
         for less, more in itertools.pairwise(order)
-        if not mean(cells, more, steps) > mean(cells, less, steps)
+        if not average(cells, more, steps) > average(cells, less, steps)
     ]
 
 
 def table(cells: Sequence[Cell], checkpoints: Sequence[int]) -> str:
-    lines = [f"{'steps of what is learnt':<24}" + "".join(f"{steps:>8}" for steps in checkpoints) + f"{'one draw':>11}"]
+    """A line an estimator: the mean's cosines at each checkpoint, then one draw's."""
+    columns = "".join(f"{steps:>7}" for steps in checkpoints)
+    lines = [f"{'':<24}{'mean over the noise':^{len(columns)}}   {'one draw':^{len(columns)}}",
+             f"{'steps of what is learnt':<24}{columns}   {columns}"]  # fmt: skip
     for name in (*LEARNT, *VIEWS):
-        at = [0] * len(checkpoints) if name in VIEWS else checkpoints
-        values = "".join(f"{mean(cells, name, steps):>8.2f}" for steps in at)
-        lines.append(f"{name:<24}{values}{mean(cells, name, at[-1], 'one_draw'):>11.2f}")
+        blocks = (
+            "".join(f"{average(cells, name, steps, field):>7.2f}" for steps in checkpoints)
+            for field in ("mean", "one_draw")
+        )
+        lines.append(f"{name:<24}{'   '.join(blocks)}")
     return "\n".join(lines)
 
 
 def plot(path: Path, cells: Sequence[Cell], checkpoints: Sequence[int]) -> None:
-    """Cosine against steps, a line an estimator, the spread over seeds as bars."""
+    """Cosine against steps, a line an estimator, the spread over seeds as bars: of the mean, and of one draw."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-    axis = figure.subplots()
-    for name in LEARNT:
-        seen = [[c.cosine for c in cells if c.estimator == name and c.steps == steps] for steps in checkpoints]
-        spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in seen]
-        axis.errorbar(checkpoints, [statistics.fmean(v) for v in seen], spread, fmt=STYLES[name], capsize=3, label=name)
-    for name in VIEWS:
-        axis.plot(checkpoints, [mean(cells, name, 0)] * len(checkpoints), STYLES[name], label=name)
-    axis.set(
-        xscale="log", ylim=(0, 1), xlabel="steps of the critics or networks, z frozen",
-        ylabel="cosine with the ideal penalty's gradient",
-        title=f"gradient of I(Z; X given Y) at z, N = {BATCH}, noise_std = {SIGMA}",
-    )  # fmt: skip
-    axis.set_xticks(checkpoints, [str(steps) for steps in checkpoints])
-    axis.minorticks_off()
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axis, field, title in zip(
+        panels, ("mean", "one_draw"), ("mean over the noise, what steps add up to", "one draw, what a step sees"),
+        strict=True,
+    ):  # fmt: skip
+        for name in LEARNT:
+            seen = [[getattr(c, field) for c in cells if (c.estimator, c.steps) == (name, n)] for n in checkpoints]
+            spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in seen]
+            values = [statistics.fmean(v) for v in seen]
+            axis.errorbar(checkpoints, values, spread, fmt=STYLES[name], capsize=3, label=name)
+        for name in VIEWS:
+            axis.plot(checkpoints, [average(cells, name, 0, field)] * len(checkpoints), STYLES[name], label=name)
+        axis.set(xscale="log", ylim=(0, 1.05), xlabel="steps of the critics or networks, z frozen", title=title)
+        axis.set_xticks(checkpoints, [str(steps) for steps in checkpoints])
+        axis.minorticks_off()
+        axis.grid(alpha=0.25)
+    panels[0].set_ylabel("cosine with the ideal penalty's gradient")
+    panels[1].legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(f"gradient of I(Z; X given Y) at z: N = {BATCH}, noise_std = {SIGMA}", fontsize="medium")
     figure.savefig(path, dpi=110)
 
 
