@@ -213,10 +213,10 @@ class CIBRLoss(OnGroup):
     def _ready(self, rows: Rows) -> tuple[Shards | None, Any, Rows]:
         """Checks -> who has which rows, the players, and the rows with standardised data."""
         for name in ("image_condition", "text_condition"):
-            if (getattr(rows, name) is None) == (name in self._read):
-                verb = "needs" if name in self._read else "has no"
-                raise ValueError(f"this CIBRLoss {verb} {name}: it was made with{'' if verb == 'needs' else 'out'} "
-                                 f"{name}_dim")  # fmt: skip
+            given, made = getattr(rows, name) is not None, name in self._read
+            if given != made:
+                words = ("needs", "with") if made else ("has no", "without")
+                raise ValueError(f"this CIBRLoss {words[0]} {name}: it was made {words[1]} {name}_dim")
         shards, seen = agree("CIBRLoss", self.process_group, rows, self.critics, self.options, training=self.training)
         data = {name: getattr(self, module)(getattr(rows, name), shards) for name, module in self._read.items()}
         return shards, seen, replace(rows, **data)
