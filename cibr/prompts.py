@@ -4,8 +4,8 @@
     a run, open_clip:...     nothing is trained: the templates of the data on the same test split
 
 `--base-to-new` trains on the first half of the classes and tests on each half, H = 2 b n / (b + n).  OUT is the folder
-of a run, or looks like one to `cibr table`; OUT/evaluation.json is what it reads.  The same command goes on where it
-was stopped.
+of a run, or looks like one to `cibr table`, which reads OUT/evaluation.json and, for the row, OUT/row.json.  The same
+command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def method_of(model: str) -> str | None:
 
 
 def run(options: PromptsOptions, data: DataOptions, model: Mapping[str, Any]) -> dict[str, Any]:
-    """Trains where there is something to train, evaluates, writes OUT/evaluation.json and returns what is in it.
+    """Trains where there is something to train, evaluates, writes OUT/evaluation.json and returns the scores.
 
     `model` are the options of a prompted model, or {"model": SPEC}.  Raises UsageError before any work for what cannot
     be done.
@@ -89,9 +89,9 @@ def run(options: PromptsOptions, data: DataOptions, model: Mapping[str, Any]) ->
     if name in sets["zero_shot"]:
         raise UsageError(f"--zero-shot has a set named {name}, as the data are; choose another name, or --name")
     if method is None:
-        trained, about = towers(model["model"], options.out)
+        trained, row = towers(model["model"], options.out)
     else:
-        trained, about = learn(options, data, model, method)
+        trained, row = learn(options, data, model, method)
     trained = trained.to(options.device)
     own = name if method is None else f"{name}, as trained"  # names of classes stay those of training
     if options.base_to_new:
@@ -100,9 +100,9 @@ def run(options: PromptsOptions, data: DataOptions, model: Mapping[str, Any]) ->
         scores = renamed(evaluate(trained, zero_shot={own: data.data}, options=data), own, name)
     if sets["zero_shot"] or sets["retrieval"]:
         scores = merged(scores, evaluate(trained, **sets, options=data))
-    found = {**about, "seed": options.seed, **scores}
-    write_text(Path(options.out) / "evaluation.json", json.dumps(found, indent=1) + "\n")
-    return found
+    for name, about in (("row.json", row), ("evaluation.json", scores)):
+        write_text(Path(options.out) / name, json.dumps(about, indent=1) + "\n")
+    return scores
 
 
 def name_of(data: DataOptions) -> str:
@@ -112,7 +112,10 @@ def name_of(data: DataOptions) -> str:
 
 
 def towers(spec: str, out: str) -> tuple[Model, dict[str, Any]]:
-    """A model as it is; its configuration goes to OUT/config.json.  Raises UsageError for an OUT that holds a run."""
+    """A model as it is, and its row of a table; its configuration goes to OUT/config.json.
+
+    Raises UsageError for an OUT that holds a run.
+    """
     if checkpoint.find(Path(out)) is not None:
         raise UsageError(f"{out} holds a run, and its configuration would be replaced: choose another --out")
     model, config = cache.towers(spec), {"model": spec, "objective": "clip"}
@@ -120,13 +123,13 @@ def towers(spec: str, out: str) -> tuple[Model, dict[str, Any]]:
         config = checkpoint.load_run(Path(spec)).config.to_dict()
     Path(out).mkdir(parents=True, exist_ok=True)
     write_text(Path(out) / "config.json", json.dumps({**config, "out": out}, indent=1))
-    return model, {"method": config["objective"], "setting": {"base": described(config)}, "step": 0}
+    return model, {"method": config["objective"], "setting": {"base": described(config)}}
 
 
 def learn(
     options: PromptsOptions, data: DataOptions, model: Mapping[str, Any], method: str
 ) -> tuple[Model, dict[str, Any]]:
-    """The prompted model after its epochs.  Raises UsageError when a signal ended the run."""
+    """The prompted model after its epochs, and its row of a table.  Raises UsageError when a signal ended the run."""
     out, base = Path(options.out), model["model"].partition(":")[2]
     data = dataclasses.replace(data, classes="base") if options.base_to_new else data
     rows = len(open_dataset(data))
@@ -144,12 +147,11 @@ def learn(
         outcome = train(config, resume=found is not None)
         if outcome.stopped_by is not None:
             raise UsageError(f"stopped by signal {outcome.stopped_by}; the same command goes on")
-    loaded = checkpoint.load_run(out)
     setting = {
         **{name: value for name, value in model.items() if name != "model"}, "base": base_of(base), "shots": data.shots,
         "epochs": epochs, "lr": config.optim.lr, "weight_decay": options.weight_decay, "batch_size": batch_size,
     }  # fmt: skip
-    return loaded.model, {"method": method, "setting": setting, "step": loaded.step}
+    return checkpoint.load_run(out).model, {"method": method, "setting": setting}
 
 
 def exported(base: str, out: Path) -> str:

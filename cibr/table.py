@@ -1,8 +1,9 @@
 """`cibr table`: runs in the layout of the paper's Tables 1 and 2 (2503.24182), mean and standard error over seeds.
 
-A run is a folder with evaluation.json, which `cibr prompts` writes and `cibr evaluate --json`.  Rows are methods, CLIP,
-CoOp, MaPLe and CIBR first; runs of one method that differ in more than their seed are rows of their own.  Columns are
-the sets that there are; what the paper has besides is named, sets of one's own and base-to-new have tables of theirs.
+A run is a folder of `cibr prompts`, or one of `cibr train` with evaluation.json, as `cibr evaluate --json` writes it.
+Rows are methods, CLIP, CoOp, MaPLe and CIBR first; runs of one method that differ in more than their seed are rows of
+their own.  Columns are the sets that there are; what the paper has besides is named, sets of one's own and base-to-new
+have tables of theirs.
 """
 
 from __future__ import annotations
@@ -61,18 +62,22 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 def read(path: Path) -> tuple[str, Run]:
     """The method of a run, and the run with what makes a row of a table for configuration.
 
-    Raises UsageError for files that are not a run's.
+    All evaluation*.json count.  What row it is says row.json, and config.json of a run that `cibr prompts` did not
+    write.  Raises UsageError for files that are not a run's.
     """
+    scores: dict[str, float] = {}
     try:
-        evaluation = json.loads((path / "evaluation.json").read_text())
-        config = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
-        method = evaluation.get("method", evaluation.get("objective"))
-        if not isinstance(method, str) or not isinstance(evaluation.get("zero_shot"), dict):
-            raise ValueError("it has no method and no scores")
-    except (ValueError, AttributeError) as error:
-        raise UsageError(f"{path}: evaluation.json is not what cibr prompts or evaluate writes: {error}") from error
-    numbers = flat({part: evaluation.get(part, {}) for part in ("zero_shot", "retrieval", "base_to_new")})
-    return method, Run(path, evaluation.get("setting") or {"base": described(config)}, [], [], numbers)
+        for file in sorted(path.glob("evaluation*.json")):
+            evaluation = json.loads(file.read_text())
+            if not isinstance(evaluation.get("zero_shot"), dict):
+                raise ValueError("it has no scores")
+            scores |= flat({part: evaluation.get(part, {}) for part in ("zero_shot", "retrieval", "base_to_new")})
+        file = path / "row.json" if (path / "row.json").is_file() else path / "config.json"
+        row = json.loads(file.read_text())
+        method, setting = (row["method"], row["setting"]) if "method" in row else (row["objective"], None)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UsageError(f"{file} is not what cibr prompts, train or evaluate writes: {error}") from error
+    return method, Run(path, setting or {"base": described(row)}, [], [], scores)
 
 
 def described(config: Mapping[str, Any]) -> str:

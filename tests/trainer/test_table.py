@@ -22,13 +22,13 @@ def found(at1: float) -> dict[str, float]:
     return {f"{way}@{k}": at1 + k for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)}
 
 
-def write(folder: Path, method: str, *, config: dict[str, Any] | None = None, **evaluation: Any) -> Path:
+def write(folder: Path, method: str, *, config: Any = None, setting: Any = None, **evaluation: Any) -> Path:
     folder.mkdir(parents=True)
-    (folder / "evaluation.json").write_text(
-        json.dumps({"method": method, "zero_shot": {}, "retrieval": {}, **evaluation})
-    )
+    (folder / "evaluation.json").write_text(json.dumps({"zero_shot": {}, "retrieval": {}, **evaluation}))
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
+    else:
+        (folder / "row.json").write_text(json.dumps({"method": method, "setting": setting}))
     return folder
 
 
@@ -109,6 +109,13 @@ def test_runs_that_differ_in_more_than_their_seed_are_not_averaged(runs: Path) -
     ]  # fmt: skip
 
 
+def test_further_evaluations_of_a_run_count(runs: Path) -> None:
+    more = {"zero_shot": {"dtd": scored(12)}, "objective": "classes", "checkpoint": "runs/coop-0"}
+    (runs / "coop-0" / "evaluation-transfer.json").write_text(json.dumps(more))
+    first = rows(table([runs / "coop-0"]), "Table 1: zero-shot classification, top-1")
+    assert first == [["", "seeds", "DTD", "EuroSAT"], ["CoOp", "1", "12.0", "70.0"]]
+
+
 def test_bars(runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "bars"
     text = table([runs], out=out)
@@ -121,10 +128,16 @@ def test_what_is_no_run(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"holds no evaluation\.json, nor does a folder in it"):
         table([runs, tmp_path / "empty"])
-    for text in ("{", "[]", '{"zero_shot": {}}', '{"method": "clip"}'):
-        (tmp_path / "empty" / "evaluation.json").write_text(text)
-        with pytest.raises(UsageError, match="is not what cibr prompts or evaluate writes"):
+    for name, text in (
+        ("evaluation", "{"), ("evaluation", "[]"), ("evaluation", '{"zero_shot": 3}'),
+        ("config", None), ("config", "{}"), ("config", "[]"), ("row", '{"method": "clip"}'),
+    ):  # fmt: skip
+        if text is not None:
+            (tmp_path / "empty" / f"{name}.json").write_text(text)
+        with pytest.raises(UsageError, match=f"{name}.json is not what cibr prompts, train or evaluate writes"):
             table([tmp_path / "empty"])
+        if name == "evaluation":
+            (tmp_path / "empty" / "evaluation.json").write_text('{"zero_shot": {}}')
     with pytest.raises(SystemExit, match="2"):
         main(["table"])
     with pytest.raises(SystemExit, match="0"):
