@@ -10,7 +10,7 @@
     sets: {test: test, worse: {data: features:y.safetensors, split: test}}
     metrics: [test/text_to_image@1, worse/text_to_image@1]
 
-base            options of `cibr train`, of every run
+base            options of `cibr train`, of every run whose objective and model have them
 configurations  a name and the options that are its own; a `grid` makes one of each point; `against` names what it is
                 compared with instead of the baseline
 seeds           a number or a list; each has its own split (`--split-by`), weights and batches
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cibr.config import RunConfig, read_options
+from cibr.config import RunConfig, read_options, section_types
 from cibr.errors import UsageError
 
 KEYS = ("base", "configurations", "baseline", "seeds", "by_seed", "sets", "metrics")
@@ -55,7 +55,14 @@ class Spec:
         """Of one run.  Raises UsageError for options that make no sense."""
         ours = {"seed": seed, "split_seed": seed, "out": str(out)}
         turns = {name: values[seed % len(values)] for name, values in self.by_seed.items()}
-        return RunConfig.from_dict({**self.base, **configuration.options, **turns, **ours})
+        known = self.known(configuration)
+        base = {name: value for name, value in self.base.items() if name in known}
+        return RunConfig.from_dict({**base, **configuration.options, **turns, **ours})
+
+    def known(self, configuration: Configuration) -> set[str]:
+        """The options that there are for its model and objective."""
+        kinds = section_types({**self.base, **configuration.options})
+        return {field.name for kind in kinds for field in dataclasses.fields(kind)}
 
 
 def read_spec(path: Path) -> Spec:
@@ -80,6 +87,8 @@ def check(spec: Spec) -> None:
     names = [one.name for one in spec.configurations]
     for name in {spec.baseline, *(one.against for one in spec.configurations)} - set(names):
         raise UsageError(f"there is no configuration {name!r} to compare with; there are {', '.join(names)}")
+    if unknown := sorted(set(spec.base) - set().union(*(spec.known(one) for one in spec.configurations))):
+        raise UsageError(f"base has the unknown option {', '.join(unknown)}: no configuration here has it")
     for metric in spec.metrics:
         if not isinstance(metric, str) or metric.partition("/")[0] not in spec.sets or "/" not in metric:
             raise UsageError(f"the metric {metric!r} is not SET/METRIC; the sets are {', '.join(spec.sets)}")

@@ -98,5 +98,8 @@ class Variance(Penalised):
         """The mean of |z - z'|^2 / 4 s^2 over all ranks' rows, 0-d, with lam times its gradient."""
         if other is None:
             return one.embedding.new_zeros(())
-        difference = scaled(one.embedding, lam) - scaled(other.embedding, lam)
-        return difference.square().sum(1).mean() / (4 * self.options.noise_std**2)
+        z, other_z = scaled(one.embedding, lam), scaled(other.embedding, lam)
+        return ck.conditional_mutual_information(
+            z, one.inputs, other_z, None, estimator="variance", noise_std=self.options.noise_std,
+            process_group=self.shards,
+        )  # fmt: skip

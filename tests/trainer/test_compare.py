@@ -223,6 +223,7 @@ def test_grids_controls_and_seeds(features: dict[str, Path], tmp_path: Path) -> 
         ({"sets": {"unseen": {"splt": "test"}}}, "the set unseen has the unknown key splt"),
         ({"by_seed": {"hold_out": "noto"}}, "must be a list, a value for each seed in turn"),
         ({"sets": {}}, "lacks sets"),
+        ({"base": {"stepps": 4, "split_by": "rows"}}, "base has the unknown option stepps: no configuration here"),
     ],
 )
 def test_mistakes_in_the_file(features: dict[str, Path], tmp_path: Path, changes: dict[str, Any], words: str) -> None:
