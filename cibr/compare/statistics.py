@@ -20,7 +20,7 @@ import numpy as np
 class Paired:
     mean: float
     se: float  # NaN for one seed
-    p: float  # NaN for one seed
+    p: float  # NaN for one seed, and where all differences are the same
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
@@ -33,7 +33,7 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
         return Paired(mean, float("nan"), float("nan"))
     se = float(difference.std(ddof=1) / np.sqrt(seeds))
     if se == 0:
-        return Paired(mean, 0.0, 1.0 if mean == 0 else 0.0)
+        return Paired(mean, 0.0, 1.0 if mean == 0 else float("nan"))  # equal differences: too coarse to tell noise by
     return Paired(mean, se, float(2 * stats.t.sf(abs(mean) / se, seeds - 1)))
 
 
