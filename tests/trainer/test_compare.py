@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from runs import ROOT
 from safetensors.torch import save_file
 from scipy import stats
 
@@ -239,3 +240,12 @@ def test_results_of_other_options_are_not_taken(features: dict[str, Path], tmp_p
     other = spec(features["classes"], tmp_path, **{**only, "configurations": {"clip": {"lr": 0.5}}})
     with pytest.raises(UsageError, match="is a run of other options"):
         run_comparison(other, tmp_path / "out", say=quiet)
+
+
+FILES = sorted((ROOT / "bench" / "evidence").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_files_of_the_evidence_are_comparisons(file: Path) -> None:
+    made = read_spec(file)
+    assert len(made.configurations) > 1 and len(made.seeds) > 1
