@@ -133,7 +133,11 @@ def report(outcome: Any, config: RunConfig) -> None:
             file=sys.stderr,
         )
     else:
-        print(f"next: cibr evaluate --checkpoint {config.run.out}")
+        from cibr.data import kind_of
+
+        own = kind_of(config.data.data)[0] == "emoji" or (config.run.val_data or config.run.val_split) is not None
+        sets = "" if own else " --retrieval NAME=SPEC, or --zero-shot NAME=SPEC"
+        print(f"next: cibr evaluate --checkpoint {config.run.out}{sets}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +200,9 @@ def data_check(arguments: Sequence[str]) -> int:
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
     checkpoint: str = option("", "a checkpoint, or a run for its last one")
-    zero_shot: tuple[str, ...] = option((), "NAME=SPEC of sets with classes, a SPEC as of --data; without any: emoji's")
+    zero_shot: tuple[str, ...] = option(
+        (), "NAME=SPEC of sets with classes, a SPEC as of --data; default the run's own: emoji's splits, --val-data"
+    )
     retrieval: tuple[str, ...] = option((), "NAME=SPEC of sets with captions")
     probe: bool = option(False, "also probes, shares of variance, CKA, and estimated information")
     json: str | None = option(None, "also write the numbers to this file; RUN/evaluation.json is where plots look")

@@ -8,6 +8,7 @@ information.png   estimates of information against the rows they are read from, 
 from __future__ import annotations
 
 import dataclasses
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from cibr.compare.picture import draw_comparison, opened
-from cibr.data import DataOptions, open_dataset
-from cibr.data.emoji import Emoji
+from cibr.config import RunConfig
+from cibr.data import kind_of
 from cibr.errors import UsageError, missing_extra
 from cibr.evaluate.encode import concatenated, encode_pairs, encode_texts
 from cibr.evaluate.information import ROWS, information
-from cibr.evaluate.report import PROBE_ROWS, Set, emoji_splits
+from cibr.evaluate.report import PROBE_ROWS, Set, emoji_splits, validation_set
 from cibr.models import Model
 from cibr.plots import COLOURS, ESTIMATES, LINES, MARKS, figure, group_runs, plot_logs, read_run
 from cibr.run import checkpoint
@@ -45,7 +46,7 @@ def draw_tsne(models: Labelled, sets: Sequence[Set], path: Path) -> None:
     except ImportError as error:
         raise missing_extra(error) from error
     if any(one.dataset.class_names is None for one in sets):
-        raise UsageError(f"{sets[0].options.data} has no classes to tell points apart by; --no-tsne leaves it out")
+        raise UsageError(f"{sets[0].options.data} has no classes to tell points apart by")
     styled = all(one.dataset.styles is not None for one in sets)
     with figure(path, 1 + styled, rows=len(models), width=6.0, height=5.0, legend=False) as axes:
         for row, (label, model) in zip(axes, models, strict=True):
@@ -215,8 +216,10 @@ def plot(
     loaded = [(group.label, checkpoint.load_run(group.runs[0].path)) for group in groups]  # of seeds the first
     models = [(label, run.model) for label, run in loaded]
     base = loaded[0][1].config.data
-    sets = [Set(dataclasses.replace(base, data=data), "test")] if data else list(held_out(base).values())
-    if tsne:
+    sets = [Set(dataclasses.replace(base, data=data), "test")] if data else list(held_out(loaded[0][1].config).values())
+    if tsne and any(one.dataset.class_names is None for one in sets):
+        print(f"tsne.png is left out: {sets[0].options.data} has no classes to tell points apart by", file=sys.stderr)
+    elif tsne:
         draw_tsne(models, sets, out / "tsne.png")
         written.append(out / "tsne.png")
     if with_grad_cam:
@@ -228,9 +231,9 @@ def plot(
     return written
 
 
-def held_out(base: DataOptions) -> dict[str, Set]:
-    """What training has not seen: of emoji the concepts kept from it, in all styles; of other data the test split."""
-    if not isinstance(open_dataset(base, "train"), Emoji):
-        return {"test": Set(base, "test")}
-    every = emoji_splits(base)
+def held_out(config: RunConfig) -> dict[str, Set]:
+    """What training has not seen: of emoji the concepts kept from it, in all styles; of others validation or test."""
+    if kind_of(config.data.data)[0] != "emoji":
+        return {"validation": validation_set(config)}
+    every = emoji_splits(config.data)
     return {name: every[name] for name in ("unseen", "unseen_held_out") if name in every} or every

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 from cibr.config import RunConfig
 from cibr.evaluate.encode import device_of, encode_pairs
-from cibr.evaluate.report import Set, score_classes, score_retrieval, use_prompts
+from cibr.evaluate.report import Set, score_classes, score_retrieval, use_prompts, validation_set
 from cibr.models import Features, Model, Output
 from cibr.objectives import Objective
 
@@ -21,11 +20,7 @@ class Validation:
     """Calls evaluate the whole of one set, the same rows in the same batches each time."""
 
     def __init__(self, config: RunConfig) -> None:
-        options = config.data
-        if config.run.val_data is not None:
-            foreign: dict[str, Any] = {"limit": None, "shots": None, "classes": "all"}  # those are of the run's own
-            options = dataclasses.replace(options, data=config.run.val_data, **foreign)
-        self.set = Set(options, config.run.val_split or "test")
+        self.set = validation_set(config)
         self.batch_size = config.optim.batch_size
         if self.set.dataset.class_names is not None:
             use_prompts("val", self.set.dataset)

@@ -36,6 +36,7 @@ __all__ = [
     "Skipped",
     "Source",
     "in_order",
+    "kind_of",
     "open_dataset",
     "training_transform",
 ]
@@ -69,9 +70,7 @@ def open_dataset(options: DataOptions, split: str = "train") -> Dataset:
 
     Raises UsageError in words for what is not there or holds nothing.
     """
-    kind, colon, place = options.data.partition(":")
-    if not colon and Path(kind).is_dir() and any(Path(kind).glob("*.tar")):
-        kind, place = "emoji" if (Path(kind) / "set.json").is_file() else "webdataset", kind
+    kind, place = kind_of(options.data)
     if kind not in SOURCES or not place:
         raise UsageError(_advice(options.data))
     if options.split_by is not None:
@@ -81,6 +80,14 @@ def open_dataset(options: DataOptions, split: str = "train") -> Dataset:
     if not isinstance(dataset, Stream) and not len(dataset):
         raise UsageError(f"no usable sample in {options.data}\n{dataset.skipped}".strip())
     return choose(dataset, options, split, partial(SOURCES[kind].open, place, options))
+
+
+def kind_of(data: str) -> tuple[str, str]:
+    """`csv:FILE` -> csv, FILE; a plain folder of tars is of a kind, too."""
+    kind, colon, place = data.partition(":")
+    if not colon and Path(kind).is_dir() and any(Path(kind).glob("*.tar")):
+        return "emoji" if (Path(kind) / "set.json").is_file() else "webdataset", kind
+    return kind, place
 
 
 def _advice(data: str) -> str:

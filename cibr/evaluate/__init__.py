@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cibr.errors import UsageError
-from cibr.evaluate.report import Specs, evaluate, table
+from cibr.evaluate.report import Specs, evaluate, own_sets, table
 from cibr.run import checkpoint
 
 __all__ = ["evaluate", "evaluate_run", "named", "table"]
@@ -42,8 +42,14 @@ def evaluate_run(
     probe: bool = False,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """`evaluate` of the checkpoint at `path`, or the last one of the run there, with what it is: checkpoint, step."""
+    """`evaluate` of the checkpoint at `path`, or the last one of the run there, with what it is: checkpoint, step.
+
+    Without any set named it is on the run's own (`report.own_sets`).
+    """
     loaded = checkpoint.load_run(path)
     model = loaded.model.to(device)
-    report = evaluate(model, zero_shot=zero_shot, retrieval=retrieval, probe=probe, options=loaded.config.data)
+    own = None if zero_shot or retrieval else own_sets(loaded.config)
+    report = evaluate(
+        model, zero_shot=zero_shot, retrieval=retrieval, probe=probe, options=loaded.config.data, own=own
+    )  # fmt: skip
     return {"checkpoint": str(path), "step": loaded.step, "objective": loaded.config.objective.objective, **report}

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cibr.data import DataOptions, Dataset, open_dataset
-from cibr.data.emoji import Emoji
+from cibr.config import RunConfig
+from cibr.data import DataOptions, Dataset, kind_of, open_dataset
 from cibr.data.listing import TEMPLATE
 from cibr.data.standard import STANDARD, spoken, templates
 from cibr.errors import UsageError
@@ -24,6 +24,7 @@ from cibr.models import Model
 PROBE_ROWS = 4000  # more make a probe slow and no better
 NOISE_STD = 0.25  # of the noisy probe and of the estimates: CIBR's default
 SPLITS = ("held_out", "unseen", "unseen_held_out", "train")  # of the emoji
+NOTHING_NAMED = "say what to evaluate on: --zero-shot NAME=SPEC, --retrieval NAME=SPEC, or both"
 Specs = Mapping[str, str]
 
 
@@ -60,14 +61,15 @@ def evaluate(
     retrieval: Specs | None = None,
     probe: bool = False,
     options: DataOptions | None = None,
+    own: Mapping[str, Set] | None = None,
 ) -> dict[str, Any]:
     """{"zero_shot": {NAME: {"top1", ...}}, "retrieval": {NAME: {"image_to_text@1", ...}}, "sets": {NAME: ...}}.
 
     The model is in evaluation mode. Both mappings go from a name to a SPEC as of `--data`; a name among the paper's
-    seven gives a set without prompts of its own those of that one. `options` are those of the run: without any set
-    named, a run on emoji is evaluated on its splits. `probe` adds "probe", "information" and, for emoji, "style_probe".
-    Every set is opened before any is encoded. Raises UsageError for what is not there and for weights that are not
-    finite.
+    seven gives a set without prompts of its own those of that one. `options` are those of the run. Without any set
+    named it is `own`, which `own_sets` finds for a run. `probe` adds "probe", "information" and, of emoji,
+    "style_probe". Every set is opened before any is encoded. Raises UsageError for what is not there and for weights
+    that are not finite.
     """
     check_weights(model)
     base = options or DataOptions(data="none")
@@ -76,7 +78,10 @@ def evaluate(
         classified = {name: opened(sets, base, spec, "test") for name, spec in (zero_shot or {}).items()}
         searched = {name: opened(sets, base, spec, "test") for name, spec in (retrieval or {}).items()}
     else:
-        classified = searched = emoji_splits(base)
+        if own is None:
+            raise UsageError(NOTHING_NAMED)
+        searched = dict(own)
+        classified = {name: chosen for name, chosen in own.items() if chosen.dataset.class_names is not None}
     for name, chosen in classified.items():
         use_prompts(name, chosen.dataset)
     report: dict[str, Any] = {
@@ -96,17 +101,37 @@ def check_weights(model: Model) -> None:
 
 
 def opened(sets: dict[tuple[str, str], Set], base: DataOptions, spec: str, split: str) -> Set:
-    """The set of a SPEC, one object however often it is asked for. A run's own choices are of its own data."""
+    """The set of a SPEC, one object however often it is asked for."""
     if (spec, split) not in sets:
-        foreign: dict[str, Any] = {} if spec == base.data else {"limit": None, "shots": None, "classes": "all"}
-        sets[spec, split] = Set(dataclasses.replace(base, data=spec, **foreign), split)
+        sets[spec, split] = Set(for_data(base, spec), split)
     return sets[spec, split]
 
 
+def for_data(base: DataOptions, spec: str) -> DataOptions:
+    """A run's options for a SPEC: its limit, shots and classes are of its own data."""
+    return base if spec == base.data else dataclasses.replace(base, data=spec, limit=None, shots=None, classes="all")
+
+
+def own_sets(config: RunConfig) -> dict[str, Set]:
+    """What a run is evaluated on by itself: emoji on their splits, others on their validation data.
+
+    Raises UsageError for a run that has neither.
+    """
+    if kind_of(config.data.data)[0] == "emoji":
+        return emoji_splits(config.data)
+    if config.run.val_data is None and config.run.val_split is None:
+        raise UsageError(NOTHING_NAMED)
+    return {"validation": validation_set(config)}
+
+
+def validation_set(config: RunConfig) -> Set:
+    """The data that training is watched on."""
+    spec = config.data.data if config.run.val_data is None else config.run.val_data
+    return Set(for_data(config.data, spec), config.run.val_split or "test")
+
+
 def emoji_splits(base: DataOptions) -> dict[str, Set]:
-    """The splits of a run's emoji that have drawings. Raises UsageError for a run on other data."""
-    if base.data == "none" or not isinstance(open_dataset(base, "all"), Emoji):
-        raise UsageError("say what to evaluate on: --zero-shot NAME=SPEC, --retrieval NAME=SPEC, or both")
+    """The splits of a run's emoji that have drawings."""
     found = {}
     for split in SPLITS:
         if (split.endswith("held_out") and base.hold_out is None) or (

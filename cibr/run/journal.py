@@ -20,15 +20,19 @@ BAR = "{percentage:3.0f}%|{bar}| {elapsed} < {remaining} {desc}{postfix}"
 
 
 class Terminal:
-    """A stream that a closed pipe does not break: what is written to it then is dropped, and `gone` is set."""
+    """A stream that a closed pipe does not break: what is written to it then is dropped, and `gone` is set.
+
+    Where it is no terminal, what a bar draws over itself is a line each time.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream, self.gone = stream, False
 
     def write(self, text: str) -> int:
-        if not self.gone:
+        shown = text if self.isatty() else text.strip("\r\n ") + "\n"
+        if not self.gone and shown != "\n":
             try:
-                self.stream.write(text)
+                self.stream.write(shown)
                 self.stream.flush()
             except (BrokenPipeError, ValueError):
                 self.gone = True

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import runs
 import toyset
+from PIL import Image
+from runs import flags, tiny_clip
 
 from cibr.cli import main
 from cibr.demo import demo
 from cibr.errors import UsageError
-from cibr.evaluate import named
+from cibr.evaluate import evaluate_run, named
 from cibr.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* queries score a candidate of another group", "ignore:noise_std")
@@ -110,3 +112,36 @@ def test_the_demo_goes_on_where_it_was(
     assert "there already" in capsys.readouterr().out and (tmp_path / "table.txt").read_text() == table
     with pytest.raises(UsageError, match="has 4 steps already, more than 3"):
         demo(tmp_path, steps=3)
+
+
+def test_pairs_of_ones_own_from_a_table_to_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An open_clip model on a CSV: every command that the one before it names works as it stands."""
+    for name, first in (("train", 0), ("val", 30)):
+        lines = ["filepath,title"]
+        for k in range(first, first + 30):
+            Image.new("RGB", (20, 20), (k * 4, 90, 200 - k)).save(tmp_path / f"{k}.png")
+            lines.append(f"{k}.png,picture number {k}")
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines))
+    run, model = tmp_path / "run", tiny_clip(tmp_path)
+    common = {"model": model, "data": f"csv:{tmp_path / 'train.csv'}", "objective": "cibr", "workers": 0, "threads": 1}
+    common |= {"steps": 4, "batch_size": 10, "critic_hidden": 8, "precision": "fp32"}
+
+    def said(*arguments: str) -> tuple[str, str]:
+        with pytest.raises(SystemExit) as end:
+            main(list(arguments))
+        assert end.value.code == 0
+        return capsys.readouterr()
+
+    out = said("train", *flags(**common, out=run, val_data=f"csv:{tmp_path / 'val.csv'}", eval_every=2))[0]
+    assert out.splitlines()[-1] == f"next: cibr evaluate --checkpoint {run}"
+    out = said("evaluate", "--checkpoint", str(run), "--json", str(run / "evaluation.json"))[0]
+    assert "retrieval, per cent" in out and "validation" in out and "zero-shot" not in out
+    out, err = said("plot", str(run), "--out", str(tmp_path / "pictures"), "--grad-cam")
+    assert "tsne.png is left out: csv:" in err and "no classes" in err
+    names = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert names == {"curves.png", "parts.png", "recall.png", "final.png", "grad_cam.png"}
+
+    out = said("train", *flags(**common, out=tmp_path / "blind"))[0]
+    assert out.splitlines()[-1].endswith("blind --retrieval NAME=SPEC, or --zero-shot NAME=SPEC")
+    with pytest.raises(UsageError, match="say what to evaluate on"):
+        evaluate_run(tmp_path / "blind")

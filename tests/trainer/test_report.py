@@ -20,7 +20,7 @@ from cibr.data import DataOptions, open_dataset
 from cibr.data.features import save_strings
 from cibr.data.strings import Strings
 from cibr.errors import UsageError
-from cibr.evaluate.report import Set, evaluate, table
+from cibr.evaluate.report import Set, emoji_splits, evaluate, table
 from cibr.models import Features, Model
 from cibr.pictures import draw_grad_cam
 
@@ -113,13 +113,14 @@ def test_probes_of_a_folder(model: Model, folder: Path) -> None:
 def test_emoji_by_splits(model: Model, tmp_path: Path) -> None:
     toyset.build(tmp_path / "emoji")
     given = options(f"emoji:{tmp_path / 'emoji'}", hold_out="frame-house", unseen_fraction=0.25)
-    report = evaluate(model, options=given, probe=True)
+    report = evaluate(model, options=given, own=emoji_splits(given), probe=True)
     assert list(report["zero_shot"]) == list(report["retrieval"]) == ["held_out", "unseen", "unseen_held_out", "train"]
     assert report["sets"]["held_out"]["images"] == 18 and report["sets"]["unseen"]["images"] == 6 * 3
     assert report["style_probe"]["majority"] == pytest.approx(100 / 3)
     assert 0 <= report["probe"]["train"]["style_share"] <= 1 and "style_neighbours" in report["probe"]["train"]
     assert "held-out vendor, seen concepts" in table(report) and "style probe on unseen concepts" in table(report)
-    without = evaluate(model, options=options(given.data, unseen_fraction=0.0))
+    seen_only = options(given.data, unseen_fraction=0.0)
+    without = evaluate(model, options=seen_only, own=emoji_splits(seen_only))
     assert list(without["zero_shot"]) == ["train"]
 
 
