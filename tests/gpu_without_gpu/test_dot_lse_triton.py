@@ -290,17 +290,19 @@ def test_columns_of_a_panel():
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "n", "d", "kind", "one_way"),
+    ("capability", "dtype", "n", "d", "kind", "one_way", "rows"),
     [
-        (90, torch.bfloat16, 200, 96, "unit", False),
-        (80, torch.float32, 37, 24, "unit", True),
-        (100, torch.bfloat16, 140, 40, "opposed", False),  # underflows, then online
-        (120, torch.float32, 1, 1, "unit", False),
-        (90, torch.float16, 40, 32, "unit", False),  # its ends are PyTorch's
+        (90, torch.bfloat16, 200, 130, "unit", False, 8192),
+        (80, torch.float32, 37, 24, "unit", True, 8192),
+        (100, torch.bfloat16, 140, 40, "opposed", False, 8192),  # underflows, then online
+        (90, torch.bfloat16, 140, 136, "opposed", False, 128),  # the same in panels
+        (120, torch.float32, 1, 1, "unit", False, 8192),
+        (90, torch.float16, 40, 32, "unit", False, 8192),  # its ends are PyTorch's
     ],
 )
-def test_clip_loss_and_its_gradients(capability, dtype, n, d, kind, one_way):
+def test_clip_loss_and_its_gradients(monkeypatch, capability, dtype, n, d, kind, one_way, rows):
     """The loss without options, whose ends are kernels too, against float64."""
+    monkeypatch.setattr(backend, "panels", backend.Panels(rows, rows))
     x, y = (t.to(dtype) for t in towers(n, n, d, 0, kind))
     scale = torch.tensor(100.0)
     with emulated(capability) as gpu:
@@ -315,7 +317,7 @@ def test_clip_loss_and_its_gradients(capability, dtype, n, d, kind, one_way):
             magnitude=products.abs().max().item(),
         )  # fmt: skip
     names = [name for name, _ in gpu.launches]
-    assert ("slopes_kernel" in names, "exponent_kernel" in names) == (
+    assert ("ends_kernel" in names, "exponent_kernel" in names) == (
         (True, False) if dtype != torch.float16 else (False, True)
     )
 
@@ -323,7 +325,8 @@ def test_clip_loss_and_its_gradients(capability, dtype, n, d, kind, one_way):
 def loss_and_gradients(loss, *inputs: Tensor) -> dict[str, Tensor]:
     leaves = [t.clone().requires_grad_() for t in inputs]
     value = loss(*leaves)
-    return dict(zip(("loss", "dx", "dy", "dscale"), [value.detach(), *torch.autograd.grad(value, leaves)], strict=True))
+    gradients = torch.autograd.grad(3 * value, leaves)  # of which upstream's share shows
+    return dict(zip(("loss", "dx", "dy", "dscale"), [value.detach(), *gradients], strict=True))
 
 
 def test_clip_loss_of_what_is_not_finite():

@@ -6,7 +6,7 @@ longer than the matmuls.  The arithmetic is clip_loss/op.py's:
 
 One node of autograd; and on the CPU one call of C++ for a loss without gradients, or for one whose logits are small,
 which makes the gradients with it.  (Without a backward they are made for nothing, but at this size that costs less than
-coming back.)  On a GPU, but for float16, the loss and the slopes are a launch each.
+coming back.)  On a GPU, but for float16, these ends are one launch; upstream's g is multiplied in at the end.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from cibr_kernels import checks
 from cibr_kernels.dispatch import backends, library
 from cibr_kernels.primitives.dot.lse.op import (
+    dot_lse,
     dot_lse_backward,
     dot_lse_forward,
     stash_budget,
@@ -31,13 +32,24 @@ FUSED_BACKWARD_BYTES = 1 << 22  # bytes of float32 logits up to which gradients 
 
 def plain_loss(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str) -> Tensor:
     """x (n, d), y (n, d), scale () -> ().  Only where `library.only_autograd_looks_on`."""
-    native = backends.fused("clip_loss", backend, x) == "native"  # y has its dtype and device
+    fused = backends.fused("clip_loss", backend, x)  # y has its dtype and device
+    native = fused == "native"
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad):
         small = 4 * x.shape[0] ** 2 <= min(FUSED_BACKWARD_BYTES, stash_budget())
+        if fused == "triton":
+            return _OnDevice.apply(x, y, scale, one_way, backend)
         return (_with_gradients if native and small else _Plain.apply)(x, y, scale, one_way, backend)
     if native:
         return _loss_and_gradients(x, y, scale, one_way, backend, None)[0]
+    if fused == "triton":
+        return backends.run("clip_loss", "forward", "triton", (x,), x, y, scale, one_way, 0, False)[0]
     return _mean_softplus(_margins(*_sums(x, y, scale, one_way, 0, backend)[:3]))
+
+
+def _general(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str) -> Tensor:
+    """The same made of operators, for a backward with create_graph: they refuse a second derivative in words."""
+    rows, cols, positives = dot_lse(x, y, scale, need_cols=not one_way, backend=backend)
+    return _mean_softplus(_margins(rows, cols, positives))
 
 
 def _sums(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, budget: int, backend: str) -> tuple[Tensor, ...]:
@@ -53,33 +65,48 @@ def _mean_softplus(margins: Tensor) -> Tensor:
     return F.softplus(margins, threshold=40).mean()  # past 40, softplus(t) is t to the last digit of float64
 
 
-class _Plain(torch.autograd.Function):
+class _OnDevice(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str) -> Tensor:
-        budget, ctx.backend = stash_budget_on(x.device), backend
-        if backends.fused("clip_loss", backend, x) == "triton":
-            loss, *kept = backends.run("clip_loss", "forward", "triton", (x,), x, y, scale, one_way, budget)
-            ctx.save_for_backward(x, y, scale, *kept)
-            return loss
-        rows, cols, positives, _, _, *stash = _sums(x, y, scale, one_way, budget, backend)
-        ctx.save_for_backward(x, y, scale, rows, cols, positives, *stash)
-        return _mean_softplus(_margins(rows, cols, positives))
+        budget, ctx.options = stash_budget_on(x.device), (one_way, backend)
+        loss, *kept = backends.run("clip_loss", "forward", "triton", (x,), x, y, scale, one_way, budget)
+        ctx.save_for_backward(x, y, scale, *kept)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, y, scale, *kept = ctx.saved_tensors
         need_x, need_y, need_scale, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            needed = [t for t, need in zip((x, y, scale), (need_x, need_y, need_scale), strict=True) if need]
+            made = iter(torch.autograd.grad(_general(x, y, scale, *ctx.options), needed, g, create_graph=True))
+            return *(next(made) if need else None for need in (need_x, need_y, need_scale)), None, None
         needs = need_x or not need_y, need_y  # dscale comes from <x, dx> or <y, dy>: one of the two is computed for it
-        if backends.fused("clip_loss", ctx.backend, x) == "triton" and not torch.is_grad_enabled():
-            dx, dy, dscale = backends.run("clip_loss", "backward", "triton", (x,), g, x, y, scale, kept, *needs)
-        else:
-            rows, cols, positives, *_ = kept
-            margins = _margins(rows, cols, positives)
-            slopes = torch.sigmoid(margins) * (g / margins.numel())
-            g_rows, g_cols = slopes.unbind(0) if cols.numel() else (slopes[0], cols)
-            dx, dy, dscale = dot_lse_backward(
-                g_rows, g_cols, slopes.sum(0).neg_(), x, y, scale, None, None, None, *kept, 0, True, *needs, ctx.backend
-            )
+        one_way = ctx.options[0]
+        dx, dy, dscale = backends.run("clip_loss", "backward", "triton", (x,), g, x, y, scale, kept, one_way, *needs)
+        return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, None, None
+
+
+class _Plain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str) -> Tensor:
+        rows, cols, positives, _, _, *stash = _sums(x, y, scale, one_way, stash_budget_on(x.device), backend)
+        ctx.save_for_backward(x, y, scale, rows, cols, positives, *stash)
+        ctx.backend = backend
+        return _mean_softplus(_margins(rows, cols, positives))
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, scale, rows, cols, positives, *stash = ctx.saved_tensors
+        need_x, need_y, need_scale, *_ = ctx.needs_input_grad
+        needs = need_x or not need_y, need_y
+        margins = _margins(rows, cols, positives)
+        slopes = torch.sigmoid(margins) * (g / margins.numel())
+        g_rows, g_cols = slopes.unbind(0) if cols.numel() else (slopes[0], cols)
+        dx, dy, dscale = dot_lse_backward(
+            g_rows, g_cols, slopes.sum(0).neg_(), x, y, scale, None, None, None, rows, cols, positives, *stash, 0,
+            True, *needs, ctx.backend,
+        )  # fmt: skip
         return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, None, None
 
 

@@ -1,6 +1,8 @@
-"""The plain clip_loss in Triton: dot_lse's launches, and the O(n) ends in one launch each."""
+"""The plain clip_loss in Triton: dot_lse's launches, and the O(n) ends in one."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,10 +10,13 @@ from torch import Tensor
 from cibr_kernels.dispatch import plans, triton_call
 from cibr_kernels.primitives.dot.lse import triton as dot_lse
 from cibr_kernels.primitives.dot.lse.triton_configs import blocks, tf32_allowed
-from cibr_kernels.primitives.dot.problem import LseProblem, LseSums
-from cibr_kernels.primitives.dot.triton_parts import total
+from cibr_kernels.primitives.dot.problem import LseProblem
+from cibr_kernels.primitives.dot.triton_parts import pitch, total
 
-BLOCK = 128
+FOLDED = (  # what ends_kernel takes of the arguments of fold_kernel
+    "mode", "shift_log2", "part_row_max", "part_row_sum", "part_col_max", "part_col_sum", "row_max", "col_max",
+    "positives", "n", "panel", "strips", "col_tiles",
+)  # fmt: skip
 
 
 def unsupported(*tensors: Tensor) -> str | None:
@@ -21,28 +26,31 @@ def unsupported(*tensors: Tensor) -> str | None:
     return triton_call.unsupported(*tensors)
 
 
-def forward(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, budget: int) -> tuple[Tensor, ...]:
-    """-> the loss (), and what `backward` reads: the fields of LseSums."""
+def forward(
+    x: Tensor, y: Tensor, scale: Tensor, one_way: bool, budget: int, gradient: bool = True
+) -> tuple[Tensor, ...]:
+    """-> the loss () and, where a gradient is wanted, what `backward` reads."""
 
     def direction(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        stash = dot_lse.room_for_stash(x, y, budget)
-        problem = LseProblem(x, y, scale, None, None, 0, True)
-        rows, cols, positives, _, _, shift = dot_lse.forward(problem, not one_way, False, stash)
-        sums = LseSums(rows, cols, positives, shift, stash)
-        return _loss(sums), *sums
+        return _forward(x, y, scale, one_way, budget, gradient)
 
-    return plans.run(_key("clip_loss forward", x, one_way, budget), direction, (x, y, scale))
+    return plans.run(_key("clip_loss forward", x, one_way, budget, gradient), direction, (x, y, scale))
 
 
 def backward(
-    g: Tensor, x: Tensor, y: Tensor, scale: Tensor, kept: tuple[Tensor, ...], need_dx: bool, need_dy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    g: Tensor, x: Tensor, y: Tensor, scale: Tensor, kept: tuple[Tensor, ...], one_way: bool, need_dx: bool,
+    need_dy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx (n, d), dy (n, d), each empty unless needed, dscale ()."""
 
-    def direction(g: Tensor, x: Tensor, y: Tensor, scale: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
-        return _gradients(g, LseProblem(x, y, scale, None, None, 0, True), LseSums(*kept), need_dx, need_dy)
+    def direction(g: Tensor, x: Tensor, y: Tensor, scale: Tensor, room: Tensor, *stash: Tensor) -> tuple[Tensor, ...]:
+        weights, g_positives = _weights(room, x.shape[0], one_way)
+        exponentials = stash[0] if stash else x.new_empty(0)
+        problem = LseProblem(x, y, scale, None, None, 0, True)
+        return dot_lse.weighted(problem, weights, g_positives, exponentials, need_dx, need_dy, g)
 
-    dx, dy, dscale = plans.run(_key("clip_loss backward", x, need_dx, need_dy), direction, (g, x, y, scale, *kept))
+    key = _key("clip_loss backward", x, one_way, need_dx, need_dy)
+    dx, dy, dscale = plans.run(key, direction, (g, x, y, scale, *kept))
     return dx, dy, dscale
 
 
@@ -50,33 +58,38 @@ def _key(name: str, x: Tensor, *options: int) -> tuple[object, ...]:
     return name, *options, dot_lse.panels, x.dtype == torch.float32 and tf32_allowed()
 
 
-def _loss(sums: LseSums) -> Tensor:
+def _forward(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, budget: int, gradient: bool) -> tuple[Tensor, ...]:
     from cibr_kernels.losses.clip import triton_kernels as kernels
 
-    n, cols = sums.rows.numel(), sums.cols.numel() > 0
-    losses = sums.rows.new_empty(blocks(n, BLOCK))
-    triton_call.launch(
-        kernels.losses_kernel, (len(losses),),
-        {"rows": sums.rows, "cols": sums.cols, "positives": sums.positives, "losses": losses,
-         "share": 1 / (n * (1 + cols)), "n": n},
-        {"COLS": cols, "BLOCK": BLOCK},
-    )  # fmt: skip
-    return total(losses)
+    n, programs = x.shape[0], blocks(x.shape[0], dot_lse.BLOCK_F)
+    stash = dot_lse.room_for_stash(x, y, budget)
+    losses = scale.new_empty(programs)
+    room = scale.new_empty(5 * pitch(n) + 32 if gradient else 0)
+    names = ("u", "v", "rows2", "cols2", "exponent", "stash_shift", "g_positives")
+    kept: dict[str, Any] = dict.fromkeys(names)
+    if gradient:
+        weights, g_positives = _weights(room, n, one_way)
+        kept = {name: getattr(weights, name, g_positives) for name in names}
+
+    def ends(folded: dict[str, Any], fold: bool) -> None:
+        triton_call.launch(
+            kernels.ends_kernel, (programs,),
+            {**{name: folded[name] for name in FOLDED}, "rows": folded["row_sum"], "cols": folded["col_sum"], **kept,
+             "losses": losses, "share": 1 / (n if one_way else 2 * n)},
+            {"FOLD": fold, "COLS": not one_way, "GRADIENT": gradient, "BLOCK_T": dot_lse.BLOCK_T,
+             "BLOCK_L": dot_lse.BLOCK_F},
+        )  # fmt: skip
+
+    dot_lse.forward(LseProblem(x, y, scale, None, None, 0, True), not one_way, False, stash, ends)
+    loss = total(losses)
+    if not gradient:
+        return (loss,)
+    return (loss, room, stash) if stash.numel() else (loss, room)
 
 
-def _gradients(
-    g: Tensor, problem: LseProblem, sums: LseSums, need_dx: bool, need_dy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    from cibr_kernels.losses.clip import triton_kernels as kernels
-
-    n, m, new = sums.rows.numel(), sums.cols.numel(), sums.rows.new_empty
-    weights = dot_lse.Weights(new(n), new(m), new(n), new(m), new(()), sums.stash_shift)
-    g_positives = new(n)
-    triton_call.launch(
-        kernels.slopes_kernel, (blocks(n, BLOCK),),
-        {"g": g, "rows": sums.rows, "cols": sums.cols, "positives": sums.positives, "u": weights.u, "v": weights.v,
-         "rows2": weights.rows2, "cols2": weights.cols2, "g_positives": g_positives, "exponent": weights.exponent,
-         "stash_shift": sums.stash_shift, "share": 1 / (n + m), "n": n},
-        {"COLS": m > 0, "BLOCK": BLOCK},
-    )  # fmt: skip
-    return dot_lse.weighted(problem, weights, g_positives, sums.stash, need_dx, need_dy)
+def _weights(room: Tensor, n: int, one_way: bool) -> tuple[dot_lse.Weights, Tensor]:
+    """The weights of P and g_positives (n,) in one block of memory."""
+    step, none = pitch(n), room[:0]
+    u, v, rows2, cols2, g_positives = (room[k * step : k * step + n] for k in range(5))
+    exponent, shift = room[5 * step], room[5 * step + 16]
+    return dot_lse.Weights(u, none if one_way else v, rows2, none if one_way else cols2, exponent, shift), g_positives

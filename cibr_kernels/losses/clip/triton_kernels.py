@@ -1,4 +1,5 @@
-"""The O(n) ends of the plain clip_loss in Triton, one launch each: fast_path.py has the formulas."""
+"""The O(n) ends of the plain clip_loss in Triton, in one launch, which is dot_lse's last fold too: fast_path.py has the
+formulas."""
 
 from __future__ import annotations
 
@@ -7,60 +8,64 @@ import triton.language as tl
 
 from cibr_kernels.dispatch.triton_call import SIZES
 from cibr_kernels.primitives.dot.lse.triton_backward import store_weights
-from cibr_kernels.primitives.dot.lse.triton_tile import LOG2E
+from cibr_kernels.primitives.dot.lse.triton_forward import fold
+from cibr_kernels.primitives.dot.lse.triton_tile import FIXED, LN2, LOG2E, ONLINE, REFUSED
 from cibr_kernels.primitives.dot.softplus.triton_kernels import log1p_of
 
 
 @triton.jit
-def _margin(lse, positives, at, inside):
-    """t = lse - positive, and exp(-|t|)."""
-    t = tl.load(lse + at, mask=inside, other=0.0) - tl.load(positives + at, mask=inside, other=0.0)
-    return t, tl.exp2(-tl.abs(t) * LOG2E)
-
-
-@triton.jit
-def _softplus(lse, positives, at, inside):
-    t, u = _margin(lse, positives, at, inside)
-    return tl.where(inside, tl.maximum(t, 0.0) + log1p_of(u), 0.0)
-
-
-@triton.jit
-def _sigmoid(lse, positives, at, inside):
-    t, u = _margin(lse, positives, at, inside)
-    return tl.where(t > 0.0, 1.0, u) / (1.0 + u)
+def _ends(lse, positive, share, weight, lse2, at, inside, shift, GRADIENT: tl.constexpr):
+    """softplus(t) and share sigmoid(t) of t = lse - positive; where GRADIENT the weights of P at `at`."""
+    t = lse - positive
+    u = tl.exp2(-tl.abs(t) * LOG2E)
+    loss = tl.where(inside, tl.maximum(t, 0.0) + log1p_of(u), 0.0)
+    slope = tl.where(t > 0.0, 1.0, u) / (1.0 + u) * share
+    if GRADIENT:
+        store_weights(lse, slope, weight, lse2, at, inside, 0.0, shift)
+    return loss, slope
 
 
 @triton.jit(do_not_specialize=SIZES)
-def losses_kernel(rows, cols, positives, losses, share, n, COLS: tl.constexpr, BLOCK: tl.constexpr):
-    """losses (programs,): share times the sums of softplus(rows - positives) and, where COLS, softplus(cols - ...)."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < n
-    total = _softplus(rows, positives, at, inside)
-    if COLS:
-        total += _softplus(cols, positives, at, inside)
-    tl.store(losses + tl.program_id(0), tl.sum(total, 0) * share)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def slopes_kernel(
-    g, rows, cols, positives, u, v, rows2, cols2, g_positives, exponent, stash_shift, share, n, COLS: tl.constexpr,
-    BLOCK: tl.constexpr,
+def ends_kernel(
+    mode, shift_log2, part_row_max, part_row_sum, part_col_max, part_col_sum, row_max, rows, col_max, cols, positives,
+    losses, u, v, rows2, cols2, g_positives, exponent, stash_shift, share, n, panel, strips, col_tiles,
+    FOLD: tl.constexpr, COLS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """triton_backward.weights_kernel, of the gradients g share sigmoid(rows - positives) and, where COLS, the columns'.
+    """losses (programs,): share times the sums of softplus(rows - positives) and, where COLS, softplus(cols - ...).
 
-    g_positives (n,) = minus their sums; exponent () = 0, because bfloat16 and float32 need none.
+    GRADIENT: triton_backward.weights_kernel of the gradients share sigmoid(rows - positives) and, where COLS, the
+    columns'; g_positives (n,) = minus their sums; exponent () = 0, because bfloat16 and float32 need none.
+    FOLD: rows and cols (n,) are not finished where the mode is not FIXED: first this is triton_forward.fold_kernel.
     """
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    pid = tl.program_id(0)
+    at = pid * BLOCK_L + tl.arange(0, BLOCK_L)
     inside = at < n
-    shift, share = tl.load(stash_shift), tl.load(g) * share
-    row = tl.load(rows + at, mask=inside, other=0.0)
-    slope = _sigmoid(rows, positives, at, inside) * share
-    store_weights(row, slope, u, rows2, at, inside, 0.0, shift)
+    state, shift_log2 = tl.load(mode), tl.load(shift_log2)
+    positive = tl.load(positives + at, mask=inside, other=0.0)
+    col = positive
+    if FOLD and state != FIXED:
+        refused = state == REFUSED
+        row = fold(part_row_max, part_row_sum, row_max, rows, mode, state, shift_log2, None, None, 0, pid,
+                   tl.where(refused, 0, col_tiles), n, panel, 1, True, n, n, 0, ONLINE, True, False, True,
+                   BLOCK_T, BLOCK_L)  # fmt: skip
+        if COLS:
+            col = fold(part_col_max, part_col_sum, col_max, cols, mode, state, shift_log2, None, None, 0, pid,
+                       tl.where(refused, 0, strips), n, n, 1, True, n, n, 0, ONLINE, True, False, True,
+                       BLOCK_T, BLOCK_L)  # fmt: skip
+        positive = tl.where(refused, float("nan"), positive)
+    else:
+        row = tl.load(rows + at, mask=inside, other=0.0)
+        if COLS:
+            col = tl.load(cols + at, mask=inside, other=0.0)
+    shift = tl.where(state == FIXED, shift_log2 * LN2, float("nan"))
+    loss, slope = _ends(row, positive, share, u, rows2, at, inside, shift, GRADIENT)
     if COLS:
-        col = tl.load(cols + at, mask=inside, other=0.0)
-        col_slope = _sigmoid(cols, positives, at, inside) * share
-        store_weights(col, col_slope, v, cols2, at, inside, 0.0, shift)
+        col_loss, col_slope = _ends(col, positive, share, v, cols2, at, inside, shift, GRADIENT)
+        loss += col_loss
         slope += col_slope
-    tl.store(g_positives + at, -slope, mask=inside)
-    if tl.program_id(0) == 0:
-        tl.store(exponent, 0.0)
+    tl.store(losses + pid, tl.sum(loss, 0) * share)
+    if GRADIENT:
+        tl.store(g_positives + at, -slope, mask=inside)
+        if pid == 0:
+            tl.store(exponent, 0.0)
+            tl.store(stash_shift, shift)

@@ -5,6 +5,8 @@ The arithmetic is siglip_loss/op.py's, without its O(n d) tensors of positives, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,4 +45,11 @@ def _fused(
     return backends.run("siglip_loss", "forward", backend, (x,), x, y, scale, bias, share, need_x, need_y)
 
 
-_loss_with_gradients = library.with_gradients("siglip_loss", _fused, general_loss)
+def _times(g: Tensor, grads: Sequence[Tensor], dtype: torch.dtype, share: float, backend: str) -> Sequence[Tensor]:
+    """g times each: one launch on a GPU."""
+    if backend != "triton":
+        return [t * g for t in grads]
+    return backends.run("siglip_loss", "times", backend, (grads[0],), g, *grads, dtype)
+
+
+_loss_with_gradients = library.with_gradients("siglip_loss", _fused, general_loss, _times)

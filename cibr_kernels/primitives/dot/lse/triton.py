@@ -22,6 +22,7 @@ Workspace in bytes, with 128 x 128 tiles:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +35,7 @@ from cibr_kernels.primitives.dot.problem import LseGradients, LseProblem, LseSum
 from cibr_kernels.primitives.dot.triton_parts import (
     BLOCK_R,
     aligned,
+    both_features_gradients,
     cols_of_panel,
     features_block,
     features_gradient,
@@ -80,10 +82,15 @@ def room_for_stash(x: Tensor, y: Tensor, budget: int) -> Tensor:
     return torch.empty(shape if math.prod(shape) * dtype.itemsize <= budget else (0,), dtype=dtype, device=x.device)
 
 
-def forward(problem: LseProblem, need_cols: bool, need_max: bool, stash: Tensor) -> tuple[Tensor, ...]:
+def forward(
+    problem: LseProblem, need_cols: bool, need_max: bool, stash: Tensor,
+    end: Callable[[dict[str, Any], bool], None] | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """-> rows (n,), cols (m,) or (0,), positives (n,), row and column maxima or (0,), stash shift (); fills the stash.
 
     The stash shift is that of the exponentials, stashed or not: NaN where there is none, in the online mode.
+    end(arguments of the last fold, fold): is called at the end, and where fold launches that fold itself: it then
+    finishes rows, cols, positives and the stash shift where the mode is not FIXED.
     """
     from cibr_kernels.primitives.dot.lse import triton_forward as kernels
 
@@ -113,26 +120,32 @@ def forward(problem: LseProblem, need_cols: bool, need_max: bool, stash: Tensor)
         wanted, col_tiles = wanted.value, blocks(m, t.config.block_n)
         operands, constants = t.operands(x, y), {**pairs[1], **limits[1], "COLS": need_cols, **t.constants}
         for first in range(0, n, height):
-            end = min(first + height, n)
-            strips = blocks(end - first, strip_rows)
+            last = min(first + height, n)
+            strips = blocks(last - first, strip_rows)
             arguments = {
-                **operands, "scale": scale, "mode": mode, **pairs[0], **limits[0], **sums, "first_row": first, "n": end,
+                **operands, "scale": scale, "mode": mode, **pairs[0], **limits[0], **sums, "first_row": first, "n": last,
                 "m": m, "d": d, "panel": height, "strips": strips, "strip_tiles": strip_rows // t.config.block_m,
             }  # fmt: skip
             if t is tiles:
-                arguments |= {**kept, "shift_log2": shift_log2, "stash": t.output(stash[first:end]), "pitch": pitch(m)}
+                arguments |= {**kept, "shift_log2": shift_log2, "stash": t.output(stash[first:last]), "pitch": pitch(m)}
                 choices = {"MAX": need_max, "STASH": stash.numel() > 0, "STRIPS": t.strips, **constants}
                 triton_call.launch(kernels.scores_kernel, (strips * col_tiles,), arguments, choices, **t.options)
             else:
                 grid = (min(strips * col_tiles, t.few),)
                 triton_call.launch(kernels.online_scores_kernel, grid, arguments | maxima, constants, **t.options)
-            parts = {f"part_{name}": part for name, part in (sums | maxima).items()}
+            folded = {
+                **finish, **{f"part_{name}": part for name, part in (sums | maxima).items()}, "first_row": first,
+                "rows": last - first, "strips": strips, "col_tiles": col_tiles,
+                "row_blocks": blocks(last - first, BLOCK_F),
+            }  # fmt: skip
+            if end is not None and t is online and height == n:
+                continue
             triton_call.launch(
-                kernels.fold_kernel, (blocks(end - first, BLOCK_F) + blocks(cols.numel(), BLOCK_F),),
-                {**finish, **parts, "first_row": first, "rows": end - first, "strips": strips, "col_tiles": col_tiles,
-                 "row_blocks": blocks(end - first, BLOCK_F)},
+                kernels.fold_kernel, (blocks(last - first, BLOCK_F) + blocks(cols.numel(), BLOCK_F),), folded,
                 {"WANTED": wanted, **pairs[1], "MAX": need_max or t is online, "BLOCK_T": BLOCK_T, "BLOCK_L": BLOCK_F},
             )  # fmt: skip
+    if end is not None:
+        end(folded, height == n)
     found = (totals["row_max"], totals["col_max"]) if need_max else (new(0), new(0))
     return rows, cols, positives, *found, stash_shift
 
@@ -145,33 +158,36 @@ def backward(
 
 
 def weighted(
-    problem: LseProblem, weights: Weights, g_positives: Tensor, stash: Tensor, need_dx: bool, need_dy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`backward` from the weights that its gradients make."""
+    problem: LseProblem, weights: Weights, g_positives: Tensor, stash: Tensor, need_dx: bool, need_dy: bool,
+    g: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`backward` from the weights that its gradients make, times g () in the end."""
     if not (is_aligned(problem.x) and is_aligned(problem.y)):
         wide = _aligned_problem(problem)
-        dx, dy, dscale = weighted(wide, weights, g_positives, stash, need_dx, need_dy)
+        dx, dy, dscale = weighted(wide, weights, g_positives, stash, need_dx, need_dy, g)
         d = problem.x.shape[1]
         return dx[:, :d].contiguous() if need_dx else dx, dy[:, :d].contiguous() if need_dy else dy, dscale
     (n, m, d), x, y, scale = problem.sizes, problem.x, problem.y, problem.scale
     new, first_positive = scale.new_empty, problem.first_positive
     with_dx = need_dx or not need_dy  # dscale needs one of the two
-    dx = torch.empty_like(x) if with_dx else x.new_empty(0)
+    finish: dict[str, Any] = {"scale": scale, "exponent": weights.exponent, "g": g}
+    finish_y = {**finish, "g_positives": g_positives, "shift": -first_positive, "g_shift": -first_positive}
     along_x, along_y = new(blocks(n, BLOCK_R) if with_dx else 0), new(blocks(m, BLOCK_R) if need_dy else 0)
-    finish_x: dict[str, Any] = {"g_positives": g_positives, "scale": scale, "exponent": weights.exponent}
-    finish_y = {**finish_x, "shift": -first_positive, "g_shift": -first_positive}
-    narrow = x.element_size() == 2 and d <= panels.owned_width
+    none, narrow = x.new_empty(0), x.element_size() == 2 and d <= panels.owned_width
     if stash.numel() == 0 and narrow and problem.row_limits is None:
         if with_dx:
-            owned = _owned_gradient(problem, weights)
-            features_gradient(owned, x, y, dx, along_x, **finish_x, shift=first_positive, g_shift=0)
-        dy = torch.empty_like(y) if need_dy else y.new_empty(0)
+            owned, dx = _owned_gradient(problem, weights), torch.empty_like(x)
+            features_gradient(
+                owned, x, y, dx, along_x, **finish, g_positives=g_positives, shift=first_positive, g_shift=0
+            )
         if need_dy:
-            owned = _owned_gradient(problem.transposed, weights.transposed)
+            owned, dy = _owned_gradient(problem.transposed, weights.transposed), torch.empty_like(y)
             features_gradient(owned, y, x, dy, along_y, **finish_y)
-        return dx if need_dx else x.new_empty(0), dy, total(along_x if with_dx else along_y)
+        return dx if need_dx else none, dy if need_dy else none, total(along_x if with_dx else along_y)
 
     height, width = _panel_shape(problem, stash)
+    together = height == n and with_dx and need_dy  # both ends in one launch
+    dx = torch.empty_like(x) if with_dx and not together else none
     panel = x.new_empty(height * pitch(width))
     dx_sums, dy_sums = new((height, d) if with_dx else 0), new((m, d) if need_dy else 0)
     cuts = [(left, min(left + width, m)) for left in range(0, m, width)]
@@ -186,17 +202,22 @@ def weighted(
                 multiply_into(dx_sums[: end - first], p, y[left:right], accumulate=left > 0)
             if need_dy:
                 multiply_into(dy_sums[left:right], p.T, x[first:end], accumulate=first > 0)
-        if with_dx:
-            finish_x["g_positives"] = g_positives[first:end]
+        if with_dx and not together:
             features_gradient(
-                dx_sums, x[first:end], y, dx[first:end], along_x[first // BLOCK_R :], **finish_x,
-                shift=first + first_positive, g_shift=0,
+                dx_sums, x[first:end], y, dx[first:end], along_x[first // BLOCK_R :], **finish,
+                g_positives=g_positives[first:end], shift=first + first_positive, g_shift=0,
             )  # fmt: skip
-    del panel, here, p  # dy takes its memory
-    dy = torch.empty_like(y) if need_dy else y.new_empty(0)
+    del panel, here, p  # what follows takes its memory
+    if together:
+        dx, dy = torch.empty_like(x), torch.empty_like(y)
+        both_features_gradients(
+            dx_sums, dy_sums, x, y, dx, dy, along_x, **finish, g_positives=g_positives, first_positive=first_positive
+        )
+        return dx if need_dx else none, dy, total(along_x)
     if need_dy:
+        dy = torch.empty_like(y)
         features_gradient(dy_sums, y, x, dy, along_y, **finish_y)
-    return dx if need_dx else x.new_empty(0), dy, total(along_x if with_dx else along_y)
+    return dx if need_dx else none, dy if need_dy else none, total(along_x if with_dx else along_y)
 
 
 def _panel_shape(problem: LseProblem, stash: Tensor) -> tuple[int, int]:

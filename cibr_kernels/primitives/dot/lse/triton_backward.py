@@ -201,21 +201,19 @@ def unstash_kernel(
         tl.store(p + at, value.to(p.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def features_gradient_kernel(
-    sums, own, partner, g_positives, scale, exponent, out, along, rows, partners, d, shift, g_shift,
+@triton.jit
+def _features_gradient(
+    sums, own, partner, g_positives, scale, exponent, g, out, block, rows, partners, d, shift, g_shift,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out_r = scale (2^-exponent sums_r + g_positives_{r + g_shift} partner_{r + shift}), in the features' dtype.
-
-    All (rows, d); a row without a partner has only the sums.  along (programs,): sum of <own_r, out_r> / scale from the
-    unrounded out.
-    """
-    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    """features_gradient_kernel for one block of rows -> the sum of <own_r, out_r> / scale, from the unrounded out."""
+    r = block * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = r < rows
     paired = inside & (r + shift >= 0) & (r + shift < partners)
-    g = tl.load(g_positives + (r + g_shift), mask=paired, other=0.0)[:, None]
-    factor, power = tl.load(scale), tl.exp2(-tl.load(exponent))
+    g_pair = tl.load(g_positives + (r + g_shift), mask=paired, other=0.0)[:, None]
+    factor, power, upstream = tl.load(scale), tl.exp2(-tl.load(exponent)), 1.0
+    if g is not None:
+        upstream = tl.load(g)
     here = r.to(tl.int64)[:, None] * d
     there = (r + shift).to(tl.int64)[:, None] * d
     dot = tl.zeros((BLOCK_R,), tl.float32)
@@ -223,10 +221,49 @@ def features_gradient_kernel(
         at = k + tl.arange(0, BLOCK_D)[None, :]
         mask = inside[:, None] & (at < d)
         other = tl.load(partner + there + at, mask=paired[:, None] & (at < d), other=0.0).to(tl.float32)
-        grad = tl.load(sums + here + at, mask=mask, other=0.0) * power + g * other
+        grad = (tl.load(sums + here + at, mask=mask, other=0.0) * power + g_pair * other) * upstream
         dot += tl.sum(grad * tl.load(own + here + at, mask=mask, other=0.0).to(tl.float32), 1)
         tl.store(out + here + at, (grad * factor).to(out.dtype.element_ty), mask=mask)
-    tl.store(along + tl.program_id(0), tl.sum(dot, 0))
+    return tl.sum(dot, 0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def features_gradient_kernel(
+    sums, own, partner, g_positives, scale, exponent, g, out, along, rows, partners, d, shift, g_shift,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out_r = g scale (2^-exponent sums_r + g_positives_{r + g_shift} partner_{r + shift}), in the features' dtype.
+
+    All (rows, d); a row without a partner has only the sums.  g (): 1 where it is None.  along (programs,): sum of
+    <own_r, out_r> / scale from the unrounded out.
+    """
+    dot = _features_gradient(
+        sums, own, partner, g_positives, scale, exponent, g, out, tl.program_id(0), rows, partners, d, shift, g_shift,
+        BLOCK_R, BLOCK_D,
+    )  # fmt: skip
+    tl.store(along + tl.program_id(0), dot)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def both_features_gradients_kernel(
+    x_sums, y_sums, x, y, g_positives, scale, exponent, g, dx, dy, along, n, m, d, first_positive, x_blocks,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """features_gradient_kernel for dx (n, d) in programs below x_blocks and for dy (m, d) in the others.
+
+    along (x_blocks,): of dx.
+    """
+    pid = tl.program_id(0)
+    if pid < x_blocks:
+        dot = _features_gradient(
+            x_sums, x, y, g_positives, scale, exponent, g, dx, pid, n, m, d, first_positive, 0, BLOCK_R, BLOCK_D
+        )
+        tl.store(along + pid, dot)
+    else:
+        _features_gradient(
+            y_sums, y, x, g_positives, scale, exponent, g, dy, pid - x_blocks, m, n, d, -first_positive,
+            -first_positive, BLOCK_R, BLOCK_D,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)

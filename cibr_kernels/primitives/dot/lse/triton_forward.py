@@ -327,12 +327,12 @@ def _finished(total, top, mode, state, shift_log2, own_ids, other_ids, at, insid
 
 
 @triton.jit
-def _fold(part_max, part_sum, out_max, out_sum, mode, state, shift_log2, own_ids, other_ids, start, block, tiles, count,
+def fold(part_max, part_sum, out_max, out_sum, mode, state, shift_log2, own_ids, other_ids, start, block, tiles, count,
           pitch, fresh, last, length, others, first_positive, WANTED: tl.constexpr, MASK: tl.constexpr,
           IDS: tl.constexpr, MAX: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr):  # fmt: skip
     """out[l] = (0 if fresh else out[l]) + sum_t part[t, l] for one block of `count` l from `start` on; MAX: maxima too.
 
-    WANTED = ONLINE: with maxima, which the sums are in units of.  Where it is the last to add, `_finished`.
+    WANTED = ONLINE: with maxima, which the sums are in units of.  Where it is the last to add, `_finished`.  -> out.
     """
     here = block * BLOCK_L + tl.arange(0, BLOCK_L)
     at = start + here
@@ -365,6 +365,7 @@ def _fold(part_max, part_sum, out_max, out_sum, mode, state, shift_log2, own_ids
     tl.store(out_sum + at, total, mask=inside)
     if MAX:
         tl.store(out_max + at, top, mask=inside)
+    return total
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -390,10 +391,10 @@ def fold_kernel(
             if refused:
                 at = pid * BLOCK_L + tl.arange(0, BLOCK_L)
                 tl.store(positives + first_row + at, float("nan") + tl.zeros((BLOCK_L,), tl.float32), mask=at < rows)
-            _fold(part_row_max, part_row_sum, row_max, row_sum, mode, state, shift, row_ids, col_ids, first_row, pid,
+            fold(part_row_max, part_row_sum, row_max, row_sum, mode, state, shift, row_ids, col_ids, first_row, pid,
                   tl.where(refused, 0, col_tiles), rows, panel, 1, True, n, m, first_positive,
                   WANTED, MASK, IDS, MAX, BLOCK_T, BLOCK_L)  # fmt: skip
         else:
-            _fold(part_col_max, part_col_sum, col_max, col_sum, mode, state, shift, col_ids, row_ids, 0,
+            fold(part_col_max, part_col_sum, col_max, col_sum, mode, state, shift, col_ids, row_ids, 0,
                   pid - row_blocks, tl.where(refused, 0, strips), m, m, first_row == 0, first_row + rows == n, m, n,
                   -first_positive, WANTED, MASK, IDS, MAX, BLOCK_T, BLOCK_L)  # fmt: skip

@@ -30,6 +30,7 @@ from cibr_kernels.primitives.dot.problem import SoftplusProblem
 from cibr_kernels.primitives.dot.triton_parts import (
     BLOCK_R,
     aligned,
+    both_features_gradients,
     cols_of_panel,
     features_block,
     features_gradient,
@@ -139,6 +140,24 @@ def mean_loss(
     return loss, dx, dy, total(along), total(sweep.totals)
 
 
+def times(g: Tensor, dx: Tensor, dy: Tensor, dscale: Tensor, dbias: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """g () times each: dx and dy, of any shape and empty unless needed, in the features' dtype."""
+    from cibr_kernels.primitives.dot.softplus import triton_kernels as kernels
+
+    outputs = tuple(
+        torch.empty_like(t, dtype=to) for t, to in zip((dx, dy, dscale, dbias), (dtype, dtype, None, None), strict=True)
+    )
+    x_blocks, y_blocks = blocks(dx.numel(), BLOCK_P), blocks(dy.numel(), BLOCK_P)
+    names = ("dx_out", "dy_out", "dscale_out", "dbias_out")
+    triton_call.launch(
+        kernels.times_kernel, (x_blocks + y_blocks,),
+        {"g": g, "dx": dx, "dy": dy, "dscale": dscale, "dbias": dbias, **dict(zip(names, outputs, strict=True)),
+         "x_count": dx.numel(), "y_count": dy.numel(), "x_blocks": x_blocks},
+        {"BLOCK": BLOCK_P},
+    )  # fmt: skip
+    return outputs
+
+
 def _unit(share: float) -> float:
     """The exponent of equal weights: triton_backward.exponent_kernel's."""
     return 13.0 - math.floor(math.log2(share)) if 1e-25 < share < 1e25 else 0.0
@@ -196,7 +215,10 @@ class _Sweep:
         part_rows, part_cols = new(self.col_tiles * self.height), new((1 + most_strips, cols.numel()))
         part_cols[0].zero_()  # the panels before
         panel = x.new_empty(self.height * pitch(self.width) if self.gradient else 0)
-        dx = x.new_empty(x.shape if with_dx else 0, dtype=early_dtype(x.dtype))
+        pairs = self.g_positives
+        together = self.height == n and with_dx and with_dy and pairs is not None  # both ends in one launch
+        made = x.new_empty(0, dtype=early_dtype(x.dtype))
+        dx = made.new_empty(x.shape if with_dx and not together else 0)
         dx_sums, dy_sums = new((self.height, d) if with_dx else 0), new((m, d) if with_dy else 0)
         along_x = new(blocks(n, BLOCK_R) if with_dx else 0)
         first_part = 0
@@ -216,9 +238,16 @@ class _Sweep:
             fold(part_rows, first, end, tiles_before)
             if self.need_cols:
                 _fold(part_cols, cols if end == n else part_cols[0], 1 + self.grids[end - first, m][0])
-            if with_dx:
+            if with_dx and not together:
                 self._scale(dx_sums, x, y, slice(first, end), dx, along_x)
-        del panel, p, part_rows, sums  # dy takes their memory
+        del panel, p, part_rows, sums  # what follows takes their memory
+        if together and pairs is not None:
+            dx, dy = made.new_empty(x.shape), made.new_empty(y.shape)
+            both_features_gradients(
+                dx_sums, dy_sums, x, y, dx, dy, along_x, g_positives=pairs, scale=self.problem.scale,
+                exponent=self.exponent, first_positive=0,
+            )  # fmt: skip
+            return cols, dx, dy, along_x
         if not with_dy:
             return cols, dx, dx.new_empty(0), along_x
         dy, along_y = dx.new_empty(y.shape), new(blocks(m, BLOCK_R))

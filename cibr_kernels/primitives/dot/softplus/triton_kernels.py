@@ -63,6 +63,25 @@ def positives_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
+def times_kernel(
+    g, dx, dy, dscale, dbias, dx_out, dy_out, dscale_out, dbias_out, x_count, y_count, x_blocks, BLOCK: tl.constexpr
+):
+    """g () times dx (x_count,) in programs below x_blocks and dy (y_count,) in the others; program 0: dscale, dbias."""
+    pid, upstream = tl.program_id(0), tl.load(g)
+    if pid < x_blocks:
+        at = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(dx + at, mask=at < x_count, other=0.0).to(tl.float32) * upstream
+        tl.store(dx_out + at, value.to(dx_out.dtype.element_ty), mask=at < x_count)
+    else:
+        at = (pid - x_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(dy + at, mask=at < y_count, other=0.0).to(tl.float32) * upstream
+        tl.store(dy_out + at, value.to(dy_out.dtype.element_ty), mask=at < y_count)
+    if pid == 0:
+        tl.store(dscale_out, tl.load(dscale) * upstream)
+        tl.store(dbias_out, tl.load(dbias) * upstream)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def losses_kernel(
     parts, positives, g_positives, losses, g_sums, share, rows, tiles, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr
 ):
