@@ -171,19 +171,21 @@ def test_the_loss_with_its_positives(capability, dtype, n, d):
     for name, t in truth.items():
         features = torch.float32 if name in ("loss", "dbias") else dtype
         assert_close(name, ours[name], eager[name], t, terms=n, exponent=14.0, features=features, magnitude=magnitude)
-    tile = ["softplus_kernel"]
-    rows, cols = -(-n // 128), -(-n // 128)
-    panels = [*tile * cols, "losses_kernel", "features_gradient_kernel"] * rows
-    assert [name for name, _ in gpu.launches] == [
-        "positives_kernel", "total_kernel", *panels, "features_gradient_kernel", *["total_kernel"] * 3
-    ]  # fmt: skip
+    panels = -(-n // 128)
+    sweep = [*["softplus_kernel"] * panels, "losses_kernel", "features_gradient_kernel"] * panels
+    last = ["features_gradient_kernel"]
+    if panels == 1:
+        sweep, last = ["softplus_kernel", "losses_kernel"], ["both_features_gradients_kernel"]
+    expected = ["positives_kernel", "total_kernel", *sweep, *last, *["total_kernel"] * 3, "times_kernel"]
+    assert [name for name, _ in gpu.launches] == expected
 
 
 def losses_and_gradients(loss, *inputs: Tensor) -> dict[str, Tensor]:
     leaves = [t.clone().requires_grad_() for t in inputs]
     value = loss(*leaves)
     names = ("loss", "dx", "dy", "dscale", "dbias")
-    return dict(zip(names, [value.detach(), *torch.autograd.grad(value, leaves)], strict=True))
+    gradients = torch.autograd.grad(3 * value, leaves)  # of which upstream's share shows
+    return dict(zip(names, [value.detach(), *gradients], strict=True))
 
 
 @pytest.mark.parametrize(("name", "value"), [("x", math.nan), ("y", -math.inf), ("bias", math.inf)])

@@ -123,8 +123,9 @@ def forward(
             last = min(first + height, n)
             strips = blocks(last - first, strip_rows)
             arguments = {
-                **operands, "scale": scale, "mode": mode, **pairs[0], **limits[0], **sums, "first_row": first, "n": last,
-                "m": m, "d": d, "panel": height, "strips": strips, "strip_tiles": strip_rows // t.config.block_m,
+                **operands, "scale": scale, "mode": mode, **pairs[0], **limits[0], **sums, "first_row": first,
+                "n": last, "m": m, "d": d, "panel": height, "strips": strips,
+                "strip_tiles": strip_rows // t.config.block_m,
             }  # fmt: skip
             if t is tiles:
                 arguments |= {**kept, "shift_log2": shift_log2, "stash": t.output(stash[first:last]), "pitch": pitch(m)}
