@@ -23,6 +23,26 @@ def matrix(name: str, t: Tensor) -> None:
         raise ValueError(f"{name} is empty: shape {tuple(t.shape)}")
 
 
+def matching(*, rows: bool = True, **tensors: Tensor) -> None:
+    """Each is a `matrix`; all have as many rows (`rows`), one device, and are float64 or none is.  One call: cheap."""
+    compiling = torch.compiler.is_compiling()
+    for name, t in tensors.items():
+        if (
+            not isinstance(t, Tensor)
+            or t.dtype not in FLOATS
+            or t.dim() != 2
+            or t.numel() == 0
+            or (not compiling and torch._C._functorch.is_gradtrackingtensor(t))
+        ):
+            matrix(name, t)  # says what is wrong
+    first, *rest = tensors.values()
+    for t in rest:
+        if rows and t.shape[0] != first.shape[0]:
+            same_rows(**tensors)
+        if t.dtype != first.dtype or t.device != first.device:
+            one_precision(**tensors)
+
+
 def not_transformed(name: str, t: Tensor) -> None:
     """`t` must not belong to torch.func.grad, vjp or jacrev, which the operators' gradients do not go through."""
     if not torch.compiler.is_compiling() and torch._C._functorch.is_gradtrackingtensor(t):

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+WIDE = (torch.float32, torch.float64)  # what `promote` leaves
+
 
 def promote(t: Tensor) -> Tensor:
     """float64 stays, every other dtype becomes float32."""

@@ -142,9 +142,9 @@ PYBIND11_MODULE(_C, m) {
     using P = AdditiveMoments;
     py::class_<P> c(m, "AdditiveMoments");
     constructible(c);
-    FIELD(a), FIELD(b), FIELD(w), FIELD(n), FIELD(m), FIELD(h), FIELD(first_positive), FIELD(include_diagonal),
-        FIELD(activation), FIELD(slope), FIELD(need_a), FIELD(need_b), FIELD(need_w), FIELD(features_dtype),
-        FIELD(threads), FIELD(moments), FIELD(da), FIELD(db), FIELD(dw);
+    FIELD(a), FIELD(b), FIELD(w), FIELD(bias), FIELD(n), FIELD(m), FIELD(h), FIELD(first_positive),
+        FIELD(include_diagonal), FIELD(activation), FIELD(slope), FIELD(need_a), FIELD(need_b), FIELD(need_w),
+        FIELD(features_dtype), FIELD(threads), FIELD(j), FIELD(el), FIELD(da), FIELD(db), FIELD(dw);
   }
   {
     using P = AdditiveScores;

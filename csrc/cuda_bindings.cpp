@@ -66,8 +66,16 @@ void bind_cuda(py::module_& m) {
     using P = cuda::AdditiveMoments;
     py::class_<P, AdditiveMoments> c(m, "AdditiveMomentsCuda");
     constructible(c);
-    FIELD(dtype), FIELD(w_dtype), FIELD(device), FIELD(processors), FIELD(score_budget), FIELD(workspace),
-        FIELD(stream);
+    FIELD(dtype), FIELD(w_dtype), FIELD(groups), FIELD(device), FIELD(processors), FIELD(score_budget),
+        FIELD(workspace), FIELD(stream);
+  }
+  {
+    using P = cuda::AdditiveMomentsBackward;
+    py::class_<P> c(m, "AdditiveMomentsBackwardCuda");
+    constructible(c);
+    FIELD(a), FIELD(b), FIELD(w), FIELD(n), FIELD(m), FIELD(h), FIELD(first_positive), FIELD(activation), FIELD(dtype),
+        FIELD(w_dtype), FIELD(groups), FIELD(slope), FIELD(g_j), FIELD(g_l), FIELD(da_of_l), FIELD(db_of_l),
+        FIELD(dw_of_l), FIELD(da), FIELD(db), FIELD(dw), FIELD(device), FIELD(workspace), FIELD(stream);
   }
   {
     using P = cuda::AdditiveShifts;
@@ -76,6 +84,8 @@ void bind_cuda(py::module_& m) {
     FIELD(dtype), FIELD(w_dtype), FIELD(device), FIELD(workspace), FIELD(stream);
   }
   bind(m, "additive_moments", cuda::additive_moments, cuda::additive_moments_workspace, cuda::additive_moments_plan);
+  bind(m, "additive_moments_backward", cuda::additive_moments_backward, cuda::additive_moments_backward_workspace,
+       cuda::additive_moments_backward_plan);
   bind(m, "additive_shifts_forward", cuda::additive_shifts_forward, cuda::additive_shifts_forward_workspace,
        cuda::additive_shifts_forward_plan);
   bind(m, "additive_shifts_backward", cuda::additive_shifts_backward, cuda::additive_shifts_backward_workspace,

@@ -68,7 +68,7 @@ def additive_calls(activation: int) -> Iterator[tuple[str, str, str, dict[str, A
     shape = {"n": N, "m": N, "h": H, "activation": activation, "slope": 0.01}
     problem = {"a": normal(N * H), "b": normal(N * H + 1)[1:], "w": normal(H, H**-0.5), **shape}
     outputs = {"da": zeros(N * H), "db": zeros(N * H), "dw": zeros(H)}
-    moments = {**problem, **outputs, "moments": zeros(2), "first_positive": 0, "include_diagonal": 0}
+    moments = {**problem, **outputs, "j": zeros(1), "el": zeros(1), "first_positive": 0, "include_diagonal": 0}
     needs = {"need_a": 1, "need_b": 1, "need_w": 1}
     yield f"additive_moments forward {name}", "additive_moments", "AdditiveMoments", moments
     yield f"additive_moments train {name}", "additive_moments", "AdditiveMoments", {**moments, **needs}

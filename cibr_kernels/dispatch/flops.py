@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.util
+import math
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
@@ -43,7 +44,7 @@ def _dot_softplus_backward(g_rows: Shape, g_cols: Shape, x: Shape, y: Shape, *ar
 
 def _additive_moments(a: Shape, b: Shape, *args: Any, out_shape: Any = None, **options: Any) -> int:
     *_, need_a, need_b, need_w, _ = args
-    return _pass(a, b) * (1 + need_a + need_b + need_w)
+    return math.prod(a[:-2]) * _pass(a[-2:], b[-2:]) * (1 + need_a + need_b + need_w)
 
 
 def _additive_contrast(a: Shape, b: Shape, *args: Any, out_shape: Any = None, **options: Any) -> int:

@@ -23,7 +23,7 @@ from cibr_kernels.dispatch import pointers, triton_recording, triton_relaunch
 SIZES = [
     "n", "m", "rows", "others", "partners", "first", "end", "first_row", "first_positive", "shift", "g_shift", "strips",
     "strip_tiles", "col_tiles", "first_part", "first_block", "tiles", "blocks", "x_blocks", "row_blocks", "count",
-    "panel", "panels", "panel_rows", "bads", "wrongs", "shifts", "x_count", "y_count",
+    "panel", "panels", "panel_rows", "x_rows", "y_rows", "uw_rows", "bads", "wrongs", "shifts", "x_count", "y_count",
 ]  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cibr_kernels.information.wrappers import dtype_for, hooked, in_its_dtype, inside, opened, sharded
+from cibr_kernels.information.wrappers import dtype_for, hooked, in_its_dtype, inside, opened, sharded, wrapped
 from cibr_kernels.numerics import promote
 from cibr_kernels.primitives.additive.shifts.op import additive_shifts
 
@@ -118,8 +118,11 @@ def view(critic: Any) -> View:
     A critic can say its form by an attribute `form`.  Then it looks after its hooks itself, forward(x, z, parts=form)
     gives its parts, `overridden` names methods that do not go through forward, x_dim and z_dim are widths or None.
     """
-    critic = opened(critic)
-    inner = inside(critic)
+    if wrapped(critic):
+        critic = opened(critic)
+        inner = inside(critic)
+    else:
+        inner = critic
     said = getattr(inner, "form", None)
     if (said is None and hooked(inner)) or (inner is not critic and hooked(critic)):
         return View(critic, inner, "call", said is not None)
@@ -128,16 +131,13 @@ def view(critic: Any) -> View:
 
 def family(critic: View, x: Tensor, z: Tensor, backend: str) -> Additive | Dot | General:
     """The critic on x (n, dx) and z (m, dz), projected or embedded once."""
-    x, z = critic.cast(x, z)
-    n, m = x.shape[0], z.shape[0]
-    if critic.form == "additive_parts":
-        a, b, w, bias, activation, slope = critic.parts(x, z)
-        _shaped("additive_parts", (a, b, w, bias), ((n, w.shape[-1]), (m, w.shape[-1]), w.shape[-1:], ()))
-        return Additive(a, b, w, bias, activation, slope, backend)
-    if critic.form == "dot_parts":
-        f, g = critic.parts(x, z)
-        _shaped("dot_parts", (f, g), ((n, f.shape[-1]), (m, f.shape[-1])))
-        return Dot(f, g)
+    if not critic.known:
+        x, z = critic.cast(x, z)
+    if critic.form in FUSED:
+        parts = critic.parts(x, z)
+        if not critic.known or critic.inner.overridden:
+            _check_parts(critic.form, parts, x.shape[0], z.shape[0])
+        return Additive(*parts, backend=backend) if critic.form == "additive_parts" else Dot(*parts)
     width = critic.pair_width(x, z)
     if critic.form == "pair_parts":
         (a, b), score = critic.parts(x, z), critic.inner.score_parts
@@ -145,6 +145,16 @@ def family(critic: View, x: Tensor, z: Tensor, backend: str) -> Additive | Dot |
     paired = critic.called if critic.form == "call" else getattr(critic.inner, "paired", critic.called)
     scores = critic.inner.pairwise if critic.form == "pairwise" else _repeated(paired)
     return General(x, z, paired, scores, width, random=True)
+
+
+def _check_parts(form: str, parts: tuple[Any, ...], n: int, m: int) -> None:
+    """Raises TypeError for parts of other shapes than a form says."""
+    if form == "additive_parts":
+        a, b, w, bias, *_ = parts
+        _shaped(form, (a, b, w, bias), ((n, w.shape[-1]), (m, w.shape[-1]), w.shape[-1:], ()))
+    else:
+        f, g = parts
+        _shaped(form, (f, g), ((n, f.shape[-1]), (m, f.shape[-1])))
 
 
 def check(

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from cibr_kernels.dispatch import backends
 from cibr_kernels.distributed import merge
 from cibr_kernels.distributed.shards import Shards
 from cibr_kernels.information.critics import Additive, Dot
@@ -25,7 +24,7 @@ from cibr_kernels.information.negatives import Shifts as Shifts
 from cibr_kernels.information.pairs import Pairs, agree
 from cibr_kernels.information.panels import general_sums
 from cibr_kernels.information.sampled import sampled_scores
-from cibr_kernels.numerics import log_count
+from cibr_kernels.numerics import WIDE, log_count, promote
 from cibr_kernels.primitives.additive.moments.op import additive_moments
 from cibr_kernels.primitives.log_mean_exp.op import log_mean_exp
 
@@ -96,28 +95,22 @@ def _moments(pairs: Pairs) -> tuple[Tensor, Tensor, bool]:
         scores = sampled_scores(pairs)
         return scores[0].mean(), log_mean_exp(scores[1:], backend=pairs.backend), False
     scored = pairs.scored()
-    right = pairs.all_columns(scored.right)
+    right, first_positive = scored.right, 0
+    if pairs.shards is not None:
+        right, first_positive = pairs.all_columns(right), pairs.first_positive
     common: dict[str, Any] = {
-        "first_positive": pairs.first_positive, "include_diagonal": pairs.include, "backend": pairs.backend
+        "first_positive": first_positive, "include_diagonal": pairs.include, "backend": pairs.backend
     }  # fmt: skip
     if isinstance(scored, Additive):
-        options: dict[str, Any] = {"activation": scored.activation, "slope": scored.slope, **common}
-        j, el = additive_moments(scored.left, right, scored.w, **options)
-        return j + scored.bias, el + scored.bias, _kernels_look(pairs, scored.left, right, scored.w)
+        bias = scored.bias if scored.bias.dtype in WIDE else promote(scored.bias)
+        j, el = additive_moments(
+            scored.left, right, scored.w, bias, activation=scored.activation, slope=scored.slope, **common
+        )
+        return j, el, True
     if isinstance(scored, Dot):
         return *dot_moments(scored.left, right, **common), False
-    positives, rows, _ = general_sums(scored, right, "lse", first_positive=pairs.first_positive, include=pairs.include)
+    positives, rows, _ = general_sums(scored, right, "lse", first_positive=first_positive, include=pairs.include)
     return positives.mean(), log_mean_exp_of_rows(rows, pairs), False
-
-
-def _kernels_look(pairs: Pairs, *projections: Tensor) -> bool:
-    """Whether a kernel computes the moments, which looks for what is not finite; the reference does not.
-
-    Compilers cannot ask: they choose the backend inside the operator.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return backends.fused("additive_moments", pairs.backend, *projections) is not None
 
 
 def log_mean_exp_of_rows(rows: Tensor, pairs: Pairs) -> Tensor:

@@ -15,7 +15,7 @@ from cibr_kernels.distributed.lse import STRATEGIES
 from cibr_kernels.distributed.shards import Agreement, Shards
 from cibr_kernels.information import critics
 from cibr_kernels.information.negatives import Negatives, check_negatives, check_partners
-from cibr_kernels.numerics import promote
+from cibr_kernels.numerics import WIDE, promote
 
 DIAGONALS = ("exclude", "include")
 
@@ -81,34 +81,52 @@ def agree(
     ring: whether the estimate can be had from shards that go round.  one_argument: the critic is a function of x alone.
     facts: what else must be alike on all ranks.
     """
-    checks.choice("strategy", strategy, STRATEGIES)
-    shape = None if marginals is None else tuple(marginals.shape)
-    options = {"negatives": negatives, "diagonal": diagonal, "strategy": strategy, "marginals": shape, **facts}
-    with Agreement(op, process_group, **options) as agreement:
-        checks.matrix("x", x)
-        checks.matrix("z", z)
-        checks.same_rows(x=x, z=z)
-        checks.choice("diagonal", diagonal, DIAGONALS)
-        seen = critics.view(critic)
-        _check_options(seen, negatives, marginals, z, strategy, ring)
-        checks.one_precision(x=x, z=z)
-        x, z = promote(x), promote(z)
-        if marginals is not None:
-            checks.one_precision(z=z, marginals=marginals)
-            marginals = promote(marginals)
-        critics.check(seen, x, z, arguments=1 if one_argument else 2)
-        agreement.describe(x=x, z=z)
-    pairs = Pairs(x, z, marginals, seen, negatives, diagonal == "include", agreement.shards, strategy, backend)
-    if pairs.columns < 2:
-        raise ValueError(f"{op} needs at least 2 rows: one pair has no negatives, got 1")
+    if process_group is None:
+        pairs = _checked(
+            x, z, critic, negatives, diagonal, marginals, strategy, backend, ring=ring, one_argument=one_argument
+        )
+    else:
+        checks.choice("strategy", strategy, STRATEGIES)
+        shape = None if marginals is None else tuple(marginals.shape)
+        options = {"negatives": negatives, "diagonal": diagonal, "strategy": strategy, "marginals": shape, **facts}
+        with Agreement(op, process_group, **options) as agreement:
+            pairs = _checked(
+                x, z, critic, negatives, diagonal, marginals, strategy, backend, ring=ring, one_argument=one_argument
+            )
+            agreement.describe(x=pairs.x, z=pairs.z)
+        pairs.shards = agreement.shards
     rows, world = (x.shape[0], 1) if pairs.shards is None else (pairs.shards.total, pairs.shards.world)
-    check_partners(negatives, rows, world)
+    if rows < 2 and pairs.columns < 2:
+        raise ValueError(f"{op} needs at least 2 rows: one pair has no negatives, got 1")
+    if negatives != "all":
+        check_partners(negatives, rows, world)
     return pairs
+
+
+def _checked(
+    x: Tensor, z: Tensor, critic: Any, negatives: Negatives, diagonal: str, marginals: Tensor | None, strategy: str,
+    backend: str, *, ring: bool, one_argument: bool,
+) -> Pairs:  # fmt: skip
+    """This rank's arguments, promoted, and what estimators see of the critic."""
+    checks.matching(x=x, z=z)
+    if diagonal not in DIAGONALS:
+        checks.choice("diagonal", diagonal, DIAGONALS)
+    seen = critics.view(critic)
+    if negatives != "all" or marginals is not None or strategy != "gather":
+        _check_options(seen, negatives, marginals, z, strategy, ring)
+    if x.dtype not in WIDE or z.dtype not in WIDE:
+        x, z = promote(x), promote(z)
+    if marginals is not None:
+        checks.one_precision(z=z, marginals=marginals)
+        marginals = promote(marginals)
+    critics.check(seen, x, z, arguments=1 if one_argument else 2)
+    return Pairs(x, z, marginals, seen, negatives, diagonal == "include", None, strategy, backend)
 
 
 def _check_options(
     critic: critics.View, chosen: Negatives, marginals: Tensor | None, z: Tensor, strategy: str, ring: bool
 ) -> None:
+    checks.choice("strategy", strategy, STRATEGIES)
     check_negatives(chosen)
     if marginals is not None:
         checks.matrix("marginals", marginals)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+FSDP1 = "FullyShardedDataParallel"  # by name: its module takes a while to import
+
 
 def hooked(module: Any) -> bool:
     """Whether a call of the module runs hooks of its user's.
@@ -29,6 +31,11 @@ def _torchs_own(hook: Any) -> bool:
     return not isinstance(owner, nn.Module) and any(c.__module__.startswith("torch.") for c in type(owner).__mro__)
 
 
+def wrapped(module: Any) -> bool:
+    """Whether another module stands around it: `opened` and `inside` have something to do."""
+    return isinstance(module, (AveragedModel, DistributedDataParallel)) or type(module).__name__ == FSDP1
+
+
 def opened(module: Any) -> Any:
     """The module inside wrappers that only pass calls on."""
     while isinstance(module, AveragedModel) and not hooked(module):
@@ -38,7 +45,7 @@ def opened(module: Any) -> Any:
 
 def inside(module: Any) -> Any:
     """The module in DDP or in FSDP1, which have to see one call for each backward; any other module itself."""
-    around = isinstance(module, DistributedDataParallel) or type(module).__name__ == "FullyShardedDataParallel"
+    around = isinstance(module, DistributedDataParallel) or type(module).__name__ == FSDP1
     return module.module if around else module
 
 

@@ -10,12 +10,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
 from cibr_kernels import checks
 from cibr_kernels.information.wrappers import hooked, in_its_dtype
-from cibr_kernels.numerics import promote
+from cibr_kernels.numerics import WIDE, promote
 from cibr_kernels.primitives.additive.activations import ACTIVATIONS
 
+GLOBAL_HOOKS = (  # those of every module
+    hooks._global_forward_pre_hooks, hooks._global_forward_hooks, hooks._global_backward_pre_hooks,
+    hooks._global_backward_hooks,
+)  # fmt: skip
 _METHODS = ("forward", "paired", "pairwise", "score_parts", "pair_parts", "additive_parts", "dot_parts")
 
 
@@ -43,6 +48,13 @@ class _Scores(nn.Linear):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         # sums of one row: copies, because FSDP may let go of the weights when this call ends
         return self.weight.sum(0, dtype=dtype), self.bias.sum(dtype=dtype)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Anybody's, torch's own among them."""
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    )
 
 
 class _Critic(nn.Module):
@@ -80,7 +92,10 @@ class _Critic(nn.Module):
         for name, t, made in (("x", x, self.x_dim), ("z", z, self.z_dim)):
             if made is not None and t.shape[-1] != made:
                 checks.width(name, t, made, "the critic")
-        x, z = in_its_dtype("x", x, layer_x), in_its_dtype("z", z, layer_z)
+        if type(layer_x) is not _PartOfLinear or layer_x.weight.dtype != x.dtype:
+            x = in_its_dtype("x", x, layer_x)
+        if type(layer_z) is not _PartOfLinear or layer_z.weight.dtype != z.dtype:
+            z = in_its_dtype("z", z, layer_z)
         return layer_x(x), layer_z(z)
 
 
@@ -154,7 +169,44 @@ class ConcatCritic(_Critic):
             return a, b
         if self.storage is not None and a.dtype != torch.float64:
             a, b = a.to(self.storage), b.to(self.storage)
-        return a, b, *self.out(None), self.activation, self.slope
+        return a, b, *self._out_weights(), self.activation, self.slope
+
+    def plain_weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+        """Wx, Wz, c, w (1, hidden), c2 (1,) where a call does nothing but multiply with them.
+
+        None where hooks, parametrizations, FSDP, two layers, `storage` or own methods are in the way.
+        """
+        layers = self.x_proj, self.z_proj, self.out
+        if (
+            self.form != "additive_parts"
+            or self.storage is not None
+            or tuple(map(type, layers)) != (_PartOfLinear, _PartOfLinear, _Scores)
+            or any(map(_has_hooks, (self, *layers)))
+            or any(GLOBAL_HOOKS)
+            or hasattr(type(self), "set_requires_gradient_sync")
+        ):
+            return None
+        c, c2 = self.z_proj.bias, self.out.bias
+        found = self.x_proj.weight, self.z_proj.weight, c, self.out.weight, c2
+        plain = all(type(p) is nn.Parameter and p.dtype == c.dtype and p.device == c.device for p in found)
+        return found if plain and c.dtype in WIDE else None
+
+    def _out_weights(self) -> tuple[Tensor, Tensor]:
+        """w (hidden,), c2 (), float32 (float64): the layer's own where nobody makes or takes them around a call.
+
+        FSDP2 makes a class of its own of what it shards; FSDP1, parametrizations and pruning put tensors where the
+        parameters were.
+        """
+        out = self.out
+        weight = out.weight
+        if (
+            type(out) is not _Scores
+            or type(weight) is not nn.Parameter
+            or weight.dtype not in WIDE
+            or hasattr(type(self), "set_requires_gradient_sync")
+        ):
+            return out(None)
+        return weight.view(-1), out.bias.view(())
 
     @property
     def pair_width(self) -> int:
@@ -164,7 +216,7 @@ class ConcatCritic(_Critic):
     def pair_parts(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """x (..., x_dim), z (..., z_dim) -> a (..., hidden), b (..., hidden), float32 (float64)."""
         a, b = self._through(self.x_proj, self.z_proj, x, z)
-        return promote(a), promote(b)
+        return (a, b) if a.dtype in WIDE and b.dtype in WIDE else (promote(a), promote(b))
 
     def score_parts(self, a: Tensor, b: Tensor) -> Tensor:
         """a, b (..., hidden), which broadcast -> scores (...)."""

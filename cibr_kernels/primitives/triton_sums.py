@@ -10,7 +10,10 @@ from cibr_kernels.dispatch.triton_call import SIZES
 
 @triton.jit(do_not_specialize=SIZES)
 def reduce_kernel(partials, out, blocks, width, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr):
-    """out (width,), in its dtype, = sum of partials (blocks, width) over the blocks.  Grid: (blocks of the width,)."""
+    """out (width,), in its dtype, = sum over the blocks of partials (blocks, width).  Grid: (its blocks, groups)."""
+    group = tl.program_id(1).to(tl.int64)
+    partials += group * blocks * width
+    out += group * width
     k = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     total = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
     for at in range(0, blocks, BLOCK_R):

@@ -44,6 +44,16 @@ __device__ inline ValueAndSlope gated(float t, float z, float dz) {
 }
 
 // Each has `at(t, slope)`; the names are those of enum Activation.
+struct Relu {
+  __device__ static ValueAndSlope at(float t, float) { return {fmaxf(t, 0.0f), t > 0.0f ? 1.0f : 0.0f}; }
+};
+
+struct LeakyRelu {
+  __device__ static ValueAndSlope at(float t, float slope) {
+    return {t > 0.0f ? t : slope * t, t > 0.0f ? 1.0f : slope};
+  }
+};
+
 struct Gelu {  // the tail Phi(-|t|) = e^{-t^2/2} Q(k), k = 1 / (1 + 0.295 |t|): activations.h
   __device__ static ValueAndSlope at(float t, float) {
     const float bell = exp2_fast(t * t * -0.721347520f);

@@ -43,6 +43,26 @@ def test_moments_of_every_activation(activation):
     check_moments("90a", activation, (33, 33, 0, 16), include=True)
 
 
+@pytest.mark.parametrize(
+    ("activation", "dtype", "budget"),
+    [("relu", torch.float32, 1 << 20), ("silu", torch.float32, 1), ("leaky_relu", torch.bfloat16, 1 << 20)],
+    ids=str,
+)
+def test_a_group_of_critics_takes_as_many_launches_as_one(activation, dtype, budget, monkeypatch):
+    monkeypatch.setattr(native, "SCORE_BUDGET", budget)  # of 1: panels of 128 rows
+    shape = (20, 70, 17, 33) if budget > 1 else (130, 140, 3, 5)
+    with emulated("90a") as e:
+        additive.check_group(shape, activation, "native", dtype=dtype)
+    names = [name for name, _ in e.launches]
+    if budget > 1:
+        assert len(names) == 13 and names[-2:] == [
+            f"additive_moments_positives_{activation}_kernel", "additive_moments_positive_weights_kernel",
+        ]  # fmt: skip
+    assert (
+        all("fold" not in name for name in names) or budget == 1
+    )  # a single panel's parts are added as they are scaled
+
+
 @pytest.mark.parametrize("include", [False, True])
 def test_moments_in_several_panels_and_parts(include, monkeypatch):
     monkeypatch.setattr(native, "SCORE_BUDGET", 1)  # 128 rows at a time

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+import additive
 import pytest
 import torch
 from additive import check_moments, inputs
+from cases import leaves
 from executor import emulated
 
 from cibr_kernels.primitives.additive.activations import ACTIVATIONS
 from cibr_kernels.primitives.additive.moments import triton as backend
+from cibr_kernels.primitives.additive.moments.op import additive_moments
 from cibr_kernels.primitives.additive.problem import MomentsProblem
 
 ALL = True, True, True  # gradients
 GPUS = (80, 90, 100, 120)
 RAGGED, WHOLE = (37, 70, 17, 21), (32, 48, 0, 32)  # n, m, first_positive, h: with blocks of 16, ends or none
 STEPS = ("pack", "scores", "merge", "weigh", "gradient", "gradient", "finish")
+BACKWARD = ["additive_moments_positives_kernel", "additive_moments_positive_weights_kernel"]
 ONE_PANEL = [*(f"additive_moments_{step}_kernel" for step in STEPS), "reduce_kernel"]
 
 
@@ -28,6 +33,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     small = replace(backend.CONFIGS["kinked"], num_warps=1, unroll=2, unroll_gradient=1, block=16, block_h=16)
     monkeypatch.setattr(backend, "CONFIGS", {"kinked": small, "smooth": replace(small, unroll=1)})
     monkeypatch.setattr(backend, "PAD", 16)
+    monkeypatch.setattr(backend, "POSITIVES", {"BLOCK_R": 16, "BLOCK_H": 16})
     monkeypatch.setattr(backend, "PANEL_BYTES", 32 * 80 * 2 * 4)
     yield
 
@@ -75,11 +81,32 @@ def test_large_biases_that_cancel(shift, small_tiles):
 
 @pytest.mark.parametrize(("capability", "activation"), [(80, "relu"), (90, "gelu")])
 def test_the_tiles_that_ship(capability, activation):
-    assert check(capability, activation, (70, 130, 5, 67)) == ONE_PANEL
+    assert check(capability, activation, (70, 130, 5, 67)) == [*ONE_PANEL, *BACKWARD]
 
 
 def test_sums_in_pieces_where_blocks_are_few(small_tiles):
     check(90, "relu", (16, 300, 0, 9), size=10.0)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_a_group_of_critics_takes_as_many_launches_as_one(activation, monkeypatch, small_tiles):
+    monkeypatch.setattr(backend, "PANEL_BYTES", 3 * 32 * 80 * 2 * 4)
+    with emulated(90) as gpu:
+        additive.check_group(RAGGED, activation, "triton")
+    assert [name for name, _ in gpu.launches] == [ONE_PANEL[0], *ONE_PANEL[1:6] * 2, *ONE_PANEL[6:], *BACKWARD]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_backward_of_one_moment(which, small_tiles):
+    """The other one's gradient is nothing, not zeros that somebody has made."""
+    tensors = inputs(37, 70, 21)
+    moments = functools.partial(additive_moments, activation="tanh", first_positive=17)
+    with emulated(90):
+        own = leaves(*tensors)
+        found = torch.autograd.grad(moments(*own, backend="triton")[which], own)
+    wide = leaves(*tensors, dtype=torch.float64)
+    for got, truth in zip(found, torch.autograd.grad(moments(*wide)[which], wide), strict=True):
+        torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-5)
 
 
 def test_only_what_is_asked_for(small_tiles):

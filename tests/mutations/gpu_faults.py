@@ -12,6 +12,7 @@ DOT, ADDITIVE, CUDA = (
 FORWARD, BACKWARD, TILE = DOT + "triton_forward.py", DOT + "triton_backward.py", DOT + "triton_tile.py"
 PROBLEM = "cibr_kernels/primitives/dot/problem.py"
 KERNELS, LAUNCHER = ADDITIVE + "triton_kernels.py", ADDITIVE + "triton.py"
+POSITIVES = ADDITIVE + "triton_positives.py"
 SOFTPLUS, SCORES = "cibr_kernels/primitives/dot/softplus/", "cibr_kernels/primitives/additive/scores/triton_kernels.py"
 LIMITS = "dot_limits"
 PAIRS, PASSES = SOFTPLUS + "triton_kernels.py", SOFTPLUS + "triton.py"
@@ -293,7 +294,101 @@ FAULTS = [
         "tl.sum(tl.exp(acc - shift), 1)",
         "tl.sum(tl.exp(acc - shift).to(tl.bfloat16), 1).to(tl.float32)",
     ),
+    Fault("positives of the same row number", "additive", POSITIVES, "i = j - first_positive", "i = j"),
+    Fault(
+        "rows of b without a positive left out",
+        "additive",
+        POSITIVES,
+        "mask=inside)\n    if NEED_W",
+        "mask=positive)\n    if NEED_W",
+    ),
+    Fault(
+        "positives without their weight",
+        "additive",
+        POSITIVES,
+        "derivative * weight[None, :], 0.0)",
+        "derivative, 0.0)",
+    ),
+    Fault(
+        "J's gradient not divided by the rows",
+        "additive",
+        POSITIVES,
+        "/ n if HAS_J else 0.0\n    of_l = tl.load(g_l + group) if HAS_L else 0.0\n    weight",
+        "if HAS_J else 0.0\n    of_l = tl.load(g_l + group) if HAS_L else 0.0\n    weight",
+    ),
+    Fault("phi of the padding", "additive", POSITIVES, "tl.where(positive, value, 0.0)", "value"),
+    Fault(
+        "last block of dw skipped",
+        "additive",
+        POSITIVES,
+        "inside = (r < blocks)[:, None]",
+        "inside = (r < blocks - 1)[:, None]",
+    ),
+    # ---- groups of critics
+    Fault("w of the first critic", "additive_group", POSITIVES, "tl.load(w + group * width + k", "tl.load(w + k"),
+    Fault(
+        "g_l of the first critic",
+        "additive_group",
+        POSITIVES,
+        "tl.load(g_l + group) if HAS_L else 0.0\n    weight",
+        "tl.load(g_l) if HAS_L else 0.0\n    weight",
+    ),
+    Fault(
+        "scores of the first critic overwritten",
+        "additive_group",
+        KERNELS,
+        "tl.store(s + member * s_group + local",
+        "tl.store(s + local",
+    ),
+    Fault("positives of the first critic overwritten", "additive_group", KERNELS, "    positives += member * n\n", ""),
+    Fault("sums of exponentials of the first critic", "additive_group", KERNELS, "    e += group * s_group\n", ""),
+    Fault(
+        "running sums of the first critic",
+        "additive_group",
+        KERNELS,
+        "    s_transposed += group * s_group\n    run += group * 2 * (panels + 1)\n",
+        "    s_transposed += group * s_group\n",
+    ),
+    Fault(
+        "weights of the first critic",
+        "additive_group",
+        KERNELS,
+        "    uw += group * uw_rows * width\n    run",
+        "    run",
+    ),
     # ---- additive_moments, CUDA
+    Fault(
+        "positives of the same row number", "additive_cuda", CUDA + "positives.cuh", "i = j - first_positive", "i = j"
+    ),
+    Fault(
+        "positives of a chunk's last rows left out",
+        "additive_cuda",
+        CUDA + "positives.cuh",
+        "last = end < m ? end : m;",
+        "last = end < m ? end - 1 : m;",
+    ),
+    Fault("row terms of the first critic", "additive_cuda_group", CUDA + "scores.cuh", "row_term += group * n, ", ""),
+    Fault(
+        "scores of the first critic",
+        "additive_cuda_group",
+        CUDA + "gradients.cuh",
+        "scores += member * scores_of_group, ",
+        "",
+    ),
+    Fault(
+        "range of the first critic",
+        "additive_cuda_group",
+        CUDA + "prologue_epilogue.cuh",
+        "load_as_float(x, dtype, (row0 + row) * h + unit)",
+        "load_as_float(x, dtype, row * h + unit)",
+    ),
+    Fault(
+        "g_j of the first critic",
+        "additive_cuda_group",
+        CUDA + "positives.cuh",
+        "return g ? g[group] : 0.0f;",
+        "return g ? g[0] : 0.0f;",
+    ),
     Fault(
         "barrier dropped after staging scores",
         "additive_cuda",

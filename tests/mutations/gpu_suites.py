@@ -271,6 +271,7 @@ class AdditiveCase:
     size: float = 3.0
     slope: float = 0.2
     include: bool = False
+    groups: int = 0  # critics of one problem; 0: one alone
 
     def problem(self, tensors: list[Tensor], dtype: torch.dtype = torch.float32) -> MomentsProblem:
         a, b, w = (t.to(dtype) for t in tensors)
@@ -283,8 +284,18 @@ class _Additive(_Checked):
     @staticmethod
     def inputs(case: AdditiveCase) -> list[Tensor]:
         torch.manual_seed(case.n + case.h)
-        w = case.size * torch.randn(case.h) / math.sqrt(case.h)
-        return [torch.randn(case.n, case.h), torch.randn(case.m, case.h), w]
+        lead = (case.groups,) if case.groups else ()
+        w = case.size * torch.randn(*lead, case.h) / math.sqrt(case.h)
+        return [torch.randn(*lead, case.n, case.h), torch.randn(*lead, case.m, case.h), w]
+
+    names = ("J", "L", "da of L", "db of L", "dw of L", "da", "db", "dw")
+
+    @staticmethod
+    def outputs(module: Any, problem: MomentsProblem) -> list[Tensor]:
+        """Forward, and the backward of gradients that differ in sign and from critic to critic."""
+        j, el, *of_l = module.forward(problem, ALL)
+        grow = torch.arange(1.0, 1.0 + problem.groups, dtype=j.dtype).view(j.shape)
+        return [j, el, *of_l, *module.backward(0.7 * grow, -1.3 / grow, problem, tuple(of_l), ALL)]
 
     @cached_property
     def expected(self) -> Case:
@@ -293,12 +304,13 @@ class _Additive(_Checked):
         found: Case = {}
         for name, case in self.cases.items():
             tensors = self.inputs(case)
-            eager, truth = (reference.forward(case.problem(tensors, d), ALL) for d in (torch.float32, torch.float64))
-            t = tensors[0][:, None].double() + tensors[1].double()
-            terms = (ACTIVATIONS[case.activation][0](t, case.slope) * tensors[2]).abs().sum(-1)
+            eager, truth = (self.outputs(reference, case.problem(tensors, d)) for d in (torch.float32, torch.float64))
+            t = tensors[0].unsqueeze(-2).double() + tensors[1].unsqueeze(-3).double()
+            terms = (ACTIVATIONS[case.activation][0](t, case.slope) * tensors[2][..., None, None, :]).abs().sum(-1)
             options = {"terms": case.n + case.m + case.h, "exponent": terms.max().item(), "features": torch.float32}
-            sizes = terms.mean().item(), math.log(case.n * case.m), 0.0, 0.0, t.abs().max().item()
-            for k, e, v, size in zip(("J", "L", "da", "db", "dw"), eager, truth, sizes, strict=True):
+            of_w = t.abs().max().item()
+            sizes = terms.mean().item(), math.log(case.n * case.m), 0.0, 0.0, of_w, 0.0, 0.0, 3 * of_w
+            for k, e, v, size in zip(self.names, eager, truth, sizes, strict=True):
                 found[f"{name} {k}"] = e, v, {**options, "magnitude": size}
         return found
 
@@ -311,11 +323,12 @@ class AdditiveTriton(_Additive):
         with faulty_modules("additive_moments", fault) as launcher:
             small = replace(launcher.CONFIGS["kinked"], num_warps=2, unroll=2, unroll_gradient=2, block=16, block_h=16)
             changes = {"CONFIGS": {"kinked": small, "smooth": small}, "PAD": 16, "PANEL_BYTES": 16 * 80 * 2 * 4}
+            changes["POSITIVES"] = {"BLOCK_R": 16, "BLOCK_H": 16}
             with patch.multiple(launcher, **changes):
                 for name, case in self.cases.items():
                     with emulated(self.capability, edit_ptx=fault.edit_ptx if fault else None):
-                        outputs = launcher.forward(case.problem(self.inputs(case)), ALL)
-                    yield {f"{name} {k}": t for k, t in zip(("J", "L", "da", "db", "dw"), outputs, strict=True)}
+                        outputs = self.outputs(launcher, case.problem(self.inputs(case)))
+                    yield {f"{name} {k}": t for k, t in zip(self.names, outputs, strict=True)}
 
 
 class AdditiveScores(_Checked):
@@ -381,13 +394,14 @@ class AdditiveCuda(_Additive):
             with patch.object(plans, "CSRC", sources), patch.object(native, "SCORE_BUDGET", 1):
                 for name, case in self.cases.items():
                     with plans.emulated(self.arch):
-                        outputs = native.forward(case.problem(self.inputs(case)), ALL)
-                    yield {f"{name} {k}": t for k, t in zip(("J", "L", "da", "db", "dw"), outputs, strict=True)}
+                        outputs = self.outputs(native, case.problem(self.inputs(case)))
+                    yield {f"{name} {k}": t for k, t in zip(self.names, outputs, strict=True)}
 
 
 def _only_relu(text: str) -> str:
     """The unit without the kernels of the other activations, which take nvcc most of its time."""
     text = re.sub(r"^CK_\w+\((?!relu\b)\w+, .*\)\n", "", text, flags=re.M)
+    text = re.sub(r"CK_POSITIVES_ENTRY\(\w+\)(?=[,}])", "CK_POSITIVES_ENTRY(relu)", text)
     return re.sub(r"CK_ENTRY\(\w+, \w+\)(?=[,}])", "CK_ENTRY(relu, relu)", text)
 
 
@@ -414,6 +428,10 @@ SUITES: dict[str, Suite] = {
         "fixed": DotCase(38, 53, 24, 5, 3.0, owned=True, dtype=torch.float16, groups=True),
     }),
     "additive": AdditiveTriton(80, {"relu": AdditiveCase("relu"), "gelu": AdditiveCase("gelu", size=30.0)}),
+    "additive_group": AdditiveTriton(80, {
+        "relu": AdditiveCase("relu", n=20, m=33, first_positive=5, groups=2),
+        "gelu": AdditiveCase("gelu", n=20, m=33, first_positive=5, groups=2),
+    }),
     "softplus": Softplus(80, (16, 16, 16, 1, 2), 32, {
         "plain": SoftplusCase(), "left out": SoftplusCase(ids=True), "attract": SoftplusCase(ids=True, attract=True),
         "low": SoftplusCase(scale=1.0, bias=-30.0),
@@ -423,6 +441,7 @@ SUITES: dict[str, Suite] = {
     }),
     "additive_scores": AdditiveScores(80, {"relu": AdditiveCase("relu"), "gelu": AdditiveCase("gelu", size=30.0)}),
     "additive_cuda": AdditiveCuda("80", {"relu": AdditiveCase("relu", n=130, m=140, first_positive=7)}),
+    "additive_cuda_group": AdditiveCuda("80", {"relu": AdditiveCase("relu", n=20, m=33, first_positive=5, groups=2)}),
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from additive import check_moments, each_activation
+from additive import check_group, check_moments, each_activation
 from cases import ISAS, each_isa, with_gradients
 from covering import each_pair
 
@@ -98,3 +98,9 @@ def test_weights_of_the_pairs_sum_to_one(size, isa):
     assert abs(dw[5].item() - 1) < 1e-5
     for gradient in (da, db):
         assert abs(gradient[:, 5].double().sum().item() / w[5].item() - 1) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_group_is_its_members(backend, dtype):
+    check_group((12, 19, 3, 9), "silu", backend, dtype)

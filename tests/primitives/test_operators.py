@@ -90,11 +90,12 @@ def test_additive_scores(needs, dtype, backend):
 )
 def test_additive_moments(needs, backend):
     (w,) = leaves(torch.randn(3))
+    (bias,) = leaves(torch.randn(()))
     a, b = features()
     inputs = [t.requires_grad_(need) for t, need in zip((a, b, w), needs, strict=True)]
-    opcheck(OPS.additive_moments_forward, (*inputs, "gelu", 0.0, 1, False, *needs, backend), test_utils=CHECKS)
-    *_, da, db, dw = OPS.additive_moments_forward(*inputs, "gelu", 0.0, 1, False, *needs, backend)
-    arguments = torch.ones(()), torch.ones(()), *inputs, da, db, dw, "gelu", 0.0, 1, *needs
+    opcheck(OPS.additive_moments_forward, (*inputs, bias, "gelu", 0.0, 1, False, *needs, backend), test_utils=CHECKS)
+    *_, da, db, dw = OPS.additive_moments_forward(*inputs, bias, "gelu", 0.0, 1, False, *needs, backend)
+    arguments = torch.ones(()), torch.ones(()), *inputs, da, db, dw, "gelu", 0.0, 1, *needs, backend
     opcheck(OPS.additive_moments_backward, tuple(detached(arguments)), test_utils=CHECKS)
 
 

@@ -86,6 +86,29 @@ def check_moments(
         testing.assert_close(name, a, e, t, terms=n + m + h, exponent=exponent, features=dtype, magnitude=magnitude)
 
 
+def check_group(shape: tuple, activation: str, backend: str, dtype: torch.dtype = torch.float32) -> None:
+    """Three critics with biases as one problem: each has its own J, L and gradients, and its own NaN."""
+    n, m, first_positive, h = shape
+    members = [
+        [t.to(dtype) for t in inputs(n, m, h, size, seed)] for seed, size in ((0.0, 1.0), (0.5, 9.0), (0.1, 1.0))
+    ]
+    members[2][0][1, 2] = math.nan
+    tensors = [torch.stack(t) for t in zip(*members, strict=True)]
+    bias, weights = torch.tensor([0.3, -2.0, 1.0]), torch.tensor([[0.7, -0.4, 1.0], [-1.3, 0.2, 1.0]])
+    options = {"activation": activation, "slope": SLOPES.get(activation, 0.0), "first_positive": first_positive}
+    own = leaves(*tensors, bias)
+    j, el = additive_moments(*own, **options, backend=backend)
+    gradients = torch.autograd.grad((j, el), own, tuple(weights))
+    for k in range(2):
+        wide = leaves(*members[k], bias[k], dtype=torch.float64)
+        expected = [t + wide[3] for t in moments_reference(*wide[:3], activation, options["slope"], first_positive)]
+        truth = torch.autograd.grad(expected, wide, tuple(weights[:, k].double()))
+        close = {"rtol": 2e-2, "atol": 2e-2} if dtype.itemsize == 2 else {"rtol": 1e-4, "atol": 2e-5}
+        for found, wanted in zip((j, el, *gradients), (*expected, *truth), strict=True):
+            torch.testing.assert_close(found[k].double(), wanted, **close)
+    assert all(t[2].isnan().all() for t in (j, el, *gradients[:3]))
+
+
 # ---------------------------------------------------------------- additive_scores and additive_shifts
 def outcome(f, tensors: list[Tensor], grad: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
     """Scores, then the gradients of their sum weighted with `grad`."""

@@ -8,8 +8,8 @@ the one argument that every backend takes, whatever it reduces.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ class AdditiveProblem:
     @property
     def sizes(self) -> tuple[int, int, int]:
         """n, m, h."""
-        return self.a.shape[0], self.b.shape[0], self.a.shape[1]
+        n, h = self.a.shape[-2:]
+        return n, self.b.shape[-2], h
 
     @property
     def phi(self) -> Activation:
@@ -46,16 +47,35 @@ class AdditiveProblem:
         """Room for those of a (n, h), b (m, h) and w (h,), in their dtypes or `dtype`, each empty unless needed."""
         return [
             torch.empty_like(t, dtype=dtype) if need else t.new_empty(0)
-            for t, need in zip(self.tensors, needs, strict=True)
+            for t, need in zip((self.a, self.b, self.w), needs, strict=True)
         ]
 
 
 @dataclass(frozen=True)
 class MomentsProblem(AdditiveProblem):
-    """Of `additive_moments`: row i's positive is column first_positive + i, in L where the diagonal is included."""
+    """Of `additive_moments`: row i's positive is column first_positive + i, in L where the diagonal is included.
+
+    A group of critics is one problem: a (groups, n, h), b (groups, m, h), w (groups, h), bias (groups,).
+    """
 
     first_positive: int
     include_diagonal: bool
+    bias: Tensor | None = None  # (), float32 (float64), on every score
+
+    @property
+    def grouped(self) -> tuple[int, ...]:
+        """The shape of J and L: (), or (groups,)."""
+        return tuple(self.a.shape[:-2])
+
+    @property
+    def groups(self) -> int:
+        return self.a.shape[0] if self.a.dim() == 3 else 1
+
+    def members(self) -> Iterator[MomentsProblem]:
+        """The problems of a group, one by one."""
+        biases = [None] * self.groups if self.bias is None else self.bias.unbind(0)
+        for a, b, w, bias in zip(self.a, self.b, self.w, biases, strict=True):
+            yield replace(self, a=a, b=b, w=w, bias=bias)
 
 
 @dataclass(frozen=True)

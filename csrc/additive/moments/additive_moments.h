@@ -1,7 +1,7 @@
 // The two moments of an additive critic over all pairs, and the gradients of the second, in one sweep.
 //
 //   t_ijh = a_ih + b_jh        S_ij = sum_h w_h phi(t_ijh)
-//   J = mean_i S_{i, first_positive+i}        L = log( 1/|P| sum_{(i,j) in P} e^{S_ij} )
+//   J = c + mean_i S_{i, first_positive+i}    L = c + log( 1/|P| sum_{(i,j) in P} e^{S_ij} )
 //   da_ih = dL/da_ih,  db_jh = dL/db_jh,  dw_h = dL/dw_h
 //
 // P is all n m pairs, or all but the n positives (i, first_positive + i).  A NaN or an infinity anywhere in a, b or w makes every
@@ -17,6 +17,7 @@ namespace ck {
 
 struct AdditiveMoments {
   const float *a, *b, *w;          // (n, h), (m, h), (h,) contiguous; a, b, da, db point to `features_dtype` on the CPU
+  const float* bias;               // (1,) c, or null for 0
   int64_t n, m, h;                 // all >= 1, and P is not empty
   int64_t first_positive;          // column of row 0's positive; 0 <= first_positive, first_positive + n <= m
   int32_t include_diagonal;        // 1: the positives count among the pairs of L
@@ -25,7 +26,7 @@ struct AdditiveMoments {
   int32_t need_a, need_b, need_w;  // which gradients to compute; the pointers of the others may be null
   int32_t features_dtype;          // a Dtype (common/dtype.h); on the CPU
   int32_t threads;
-  float* moments;       // (2,) J, L
+  float *j, *el;        // (1,), (1,) J, L
   float *da, *db, *dw;  // (n, h), (m, h), (h,)
 };
 

@@ -229,8 +229,9 @@ class Sweep : Operands<Tile> {
       positives += group.data[g].positives;
     }
     const double pairs = static_cast<double>(p.n) * p.m - (p.include_diagonal ? 0 : p.n);
-    p.moments[0] = static_cast<float>(positives / p.n);
-    p.moments[1] = static_cast<float>(shift + log(total) - log(pairs));
+    const float bias = p.bias ? *p.bias : 0.0f;
+    *p.j = static_cast<float>(positives / p.n) + bias;
+    *p.el = static_cast<float>(shift + log(total) - log(pairs)) + bias;
     if (!for_a && !for_b) return;
 #pragma omp parallel for num_threads(p.threads)
     for (int64_t k0 = 0; k0 < p.h; k0 += CHUNK) {
@@ -286,7 +287,7 @@ void additive_moments(const AdditiveMoments& p) {
                       all_finite(Features{p.b, p.features_dtype}, p.m * p.h, p.threads) && all_finite(p.w, p.h, 1) &&
                       all_finite(&p.slope, 1, 1);
   if (!finite) {
-    fill(p.moments, 2, NAN);
+    *p.j = *p.el = NAN;
     if (p.need_a) write_nan(p.n * p.h, p.features_dtype, p.da);
     if (p.need_b) write_nan(p.m * p.h, p.features_dtype, p.db);
     if (p.need_w) fill(p.dw, p.h, NAN);

@@ -13,6 +13,7 @@
 
 #include "additive/moments/prologue_epilogue.cuh"
 #include "additive/moments/gradients.cuh"
+#include "additive/moments/positives.cuh"
 #include "common/cuda/launcher.cuh"
 
 namespace ck {
@@ -61,6 +62,20 @@ CK_SWEEPS(softplus, Softplus, CK_SMOOTH_ROWS)
 CK_SCORES(tanh, Tanh, 2)
 CK_SWEEPS(tanh, Tanh, CK_SMOOTH_ROWS)
 
+#define CK_POSITIVES(name, Phi)                                             \
+  extern "C" __global__ void __launch_bounds__(POSITIVE_THREADS)            \
+      additive_moments_positives_##name##_kernel(CK_POSITIVES_PARAMETERS) { \
+    positives<Phi>(CK_POSITIVES_ARGUMENTS);                                 \
+  }
+CK_POSITIVES(relu, Relu)
+CK_POSITIVES(leaky_relu, LeakyRelu)
+CK_POSITIVES(gelu, Gelu)
+CK_POSITIVES(gelu_tanh, GeluTanh)
+CK_POSITIVES(silu, Silu)
+CK_POSITIVES(elu, Elu)
+CK_POSITIVES(softplus, Softplus)
+CK_POSITIVES(tanh, Tanh)
+
 namespace {
 
 using ScoresKernel = void (*)(CK_SCORES_PARAMETERS);
@@ -81,6 +96,19 @@ const Kernels KERNELS[] = {// in the order of enum Activation
                            CK_ENTRY(gelu_tanh, gelu_tanh), CK_ENTRY(silu, silu),       CK_ENTRY(elu, elu),
                            CK_ENTRY(softplus, softplus),   CK_ENTRY(tanh, tanh)};
 
+struct PositivesKernel {
+  const char* name;
+  void (*kernel)(CK_POSITIVES_PARAMETERS);
+};
+
+#define CK_POSITIVES_ENTRY(name) \
+  {"additive_moments_positives_" #name "_kernel", additive_moments_positives_##name##_kernel}
+const PositivesKernel POSITIVES[] = {// in the order of enum Activation
+                                     CK_POSITIVES_ENTRY(relu),     CK_POSITIVES_ENTRY(leaky_relu),
+                                     CK_POSITIVES_ENTRY(gelu),     CK_POSITIVES_ENTRY(gelu_tanh),
+                                     CK_POSITIVES_ENTRY(silu),     CK_POSITIVES_ENTRY(elu),
+                                     CK_POSITIVES_ENTRY(softplus), CK_POSITIVES_ENTRY(tanh)};
+
 #define RUN(kernel, ...) run(#kernel, kernel, __VA_ARGS__)
 
 int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
@@ -88,12 +116,12 @@ int64_t padded(int64_t count, int64_t unit) { return blocks(count, unit) * unit;
 int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
 int64_t larger(int64_t x, int64_t y) { return x > y ? x : y; }
 
-// The sums over `others` for `tiles` x `unit_tiles` blocks, cut into parts where those are too few for the device.
+// The sums over `others` of so many blocks, cut into parts where those are too few for the device.
 struct Split {
   int count, length;
   Split() : count(0), length(0) {}
-  Split(int64_t tiles, int64_t unit_tiles, int64_t others, int processors) {
-    const int64_t wanted = smaller(blocks(4 * processors, tiles * unit_tiles), blocks(others, TILE));
+  Split(int64_t blocks_of_one, int64_t others, int processors) {
+    const int64_t wanted = smaller(blocks(4 * processors, blocks_of_one), blocks(others, TILE));
     length = static_cast<int>(padded(blocks(others, wanted), OTHERS));
     count = static_cast<int>(blocks(others, length));
   }
@@ -116,59 +144,63 @@ class Sweep {
         units_(padded(p.h, UNITS)),
         workspace_(workspace) {
     const bool gradients = for_a_ || for_b_;
-    panel_rows_ = gradients ? smaller(larger(p.score_budget / (4 * m_padded_) / TILE, 1) * TILE, n_padded_) : n_padded_;
+    const int64_t groups = p.groups;
+    const int64_t affordable = larger(p.score_budget / (4 * m_padded_ * groups) / TILE, 1) * TILE;
+    panel_rows_ = gradients ? smaller(affordable, n_padded_) : n_padded_;
     panels_ = static_cast<int>(blocks(n_padded_, panel_rows_));
     chunks_ = static_cast<int>(smaller(blocks(larger(p.n, p.m), 64), 32));
     row_chunks_ = static_cast<int>(smaller(blocks(p.n, 64), 256));
     column_chunks_ = static_cast<int>(smaller(blocks(p.m, 64), 256));
-    if (for_a_) row_split_ = Split(panel_rows_ / TILE, units_ / UNITS, m_padded_, p.processors);
-    if (for_b_) column_split_ = Split(m_padded_ / TILE, units_ / UNITS, panel_rows_, p.processors);
+    if (for_a_) row_split_ = Split(groups * (panel_rows_ / TILE) * (units_ / UNITS), m_padded_, p.processors);
+    if (for_b_) column_split_ = Split(groups * (m_padded_ / TILE) * (units_ / UNITS), panel_rows_, p.processors);
     const int64_t panel_tiles = panel_rows_ / TILE;
 
-    low_ = workspace_.take<float>("low", 2 * chunks_ * p.h);
-    high_ = workspace_.take<float>("high", 2 * chunks_ * p.h);
-    centre_ = workspace_.take<float>("centre", units_);
-    weights_ = workspace_.take<float>("weights", units_);
-    poison_ = workspace_.take<float>("poison", 1);
-    at_ = workspace_.take<float>("at", units_ * n_padded_);
-    bt_ = workspace_.take<float>("bt", units_ * m_padded_);
-    row_term_ = workspace_.take<float>("row_term", kinked_ ? p.n : 0);
-    column_term_ = workspace_.take<float>("column_term", kinked_ ? p.m : 0);
-    positives_ = workspace_.take<float>("positives", p.n);
-    tile_max_ = workspace_.take<float>("tile_max", panel_tiles * (m_padded_ / TILE));
-    tile_sum_ = workspace_.take<float>("tile_sum", panel_tiles * (m_padded_ / TILE));
-    running_ = workspace_.take<double>("running", 2);
-    shift_ = workspace_.take<float>("shift", panels_);
-    factor_ = workspace_.take<float>("factor", panels_);
-    lse_ = workspace_.take<float>("lse", 1);
-    scores_ = workspace_.take<float>("scores", gradients ? panel_rows_ * m_padded_ : 0);
+    low_ = workspace_.take<float>("low", groups * 2 * chunks_ * p.h);
+    high_ = workspace_.take<float>("high", groups * 2 * chunks_ * p.h);
+    centre_ = workspace_.take<float>("centre", groups * units_);
+    weights_ = workspace_.take<float>("weights", groups * units_);
+    poison_ = workspace_.take<float>("poison", groups);
+    at_ = workspace_.take<float>("at", groups * units_ * n_padded_);
+    bt_ = workspace_.take<float>("bt", groups * units_ * m_padded_);
+    row_term_ = workspace_.take<float>("row_term", kinked_ ? groups * p.n : 0);
+    column_term_ = workspace_.take<float>("column_term", kinked_ ? groups * p.m : 0);
+    positives_ = workspace_.take<float>("positives", groups * p.n);
+    tile_max_ = workspace_.take<float>("tile_max", groups * panel_tiles * (m_padded_ / TILE));
+    tile_sum_ = workspace_.take<float>("tile_sum", groups * panel_tiles * (m_padded_ / TILE));
+    running_ = workspace_.take<double>("running", groups * 2);
+    shift_ = workspace_.take<float>("shift", groups * panels_);
+    factor_ = workspace_.take<float>("factor", groups * panels_);
+    lse_ = workspace_.take<float>("lse", groups);
+    scores_ = workspace_.take<float>("scores", gradients ? groups * panel_rows_ * m_padded_ : 0);
     // unnormalised gradients: in place where the output is float32
     const bool in_place_a = p.need_a && p.dtype == 0, in_place_b = p.need_b && p.dtype == 0;
-    ua_ = workspace_.take<float>("ua", for_a_ && !in_place_a ? p.n * p.h : 0);
-    ub_ = workspace_.take<float>("ub", for_b_ && !in_place_b ? p.m * p.h : 0);
+    ua_ = workspace_.take<float>("ua", for_a_ && !in_place_a ? groups * p.n * p.h : 0);
+    ub_ = workspace_.take<float>("ub", for_b_ && !in_place_b ? groups * p.m * p.h : 0);
     if (in_place_a) ua_ = p.da;
     if (in_place_b) ub_ = p.db;
-    row_parts_ = workspace_.take<float>("row_parts", row_split_.count > 1 ? row_split_.count * panel_rows_ * p.h : 0);
+    row_parts_ = workspace_.take<float>(
+        "row_parts", row_split_.count > 1 ? groups * row_split_.count * smaller(panel_rows_, p.n) * p.h : 0);
     column_parts_ =
-        workspace_.take<float>("column_parts", column_split_.count > 1 ? column_split_.count * p.m * p.h : 0);
+        workspace_.take<float>("column_parts", column_split_.count > 1 ? groups * column_split_.count * p.m * p.h : 0);
     const int64_t weight_parts = kinked_ ? row_chunks_ + column_chunks_ : row_split_.count * panel_tiles;
-    weight_parts_ = workspace_.take<float>("weight_parts", p.need_w ? weight_parts * p.h : 0);
-    weight_sum_ = workspace_.take<float>("weight_sum", p.need_w && !kinked_ ? p.h : 0);
+    weight_parts_ = workspace_.take<float>("weight_parts", p.need_w ? groups * weight_parts * p.h : 0);
+    weight_sum_ = workspace_.take<float>("weight_sum", p.need_w && !kinked_ ? groups * p.h : 0);
   }
 
   const Workspace& workspace() const { return workspace_; }
 
   void launch(Launcher& run) const {
     const unsigned widest = static_cast<unsigned>(larger(n_padded_, m_padded_) / 32), unit_blocks = blocks(h_, 32);
-    RUN(additive_moments_range_kernel, dim3(unit_blocks, chunks_, 2), END_THREADS, p_.a, p_.b, p_.dtype, n_, m_, h_,
+    const unsigned sides = 2 * p_.groups;
+    RUN(additive_moments_range_kernel, dim3(unit_blocks, chunks_, sides), END_THREADS, p_.a, p_.b, p_.dtype, n_, m_, h_,
         low_, high_);
-    RUN(additive_moments_centre_kernel, dim3(1), END_THREADS, low_, high_, chunks_, p_.w, p_.w_dtype, h_, units_,
-        p_.slope, leak_, centre_, weights_, poison_);
-    RUN(additive_moments_pack_kernel, dim3(widest, units_ / 32, 2), END_THREADS, p_.a, p_.b, p_.dtype, n_, m_, h_,
+    RUN(additive_moments_centre_kernel, dim3(p_.groups), END_THREADS, low_, high_, chunks_, p_.w, p_.w_dtype, h_,
+        units_, p_.slope, leak_, centre_, weights_, poison_);
+    RUN(additive_moments_pack_kernel, dim3(widest, units_ / 32, sides), END_THREADS, p_.a, p_.b, p_.dtype, n_, m_, h_,
         n_padded_, m_padded_, at_, bt_);
     if (kinked_)
-      RUN(additive_moments_terms_kernel, dim3(blocks(larger(n_, m_), END_THREADS / 32), 1, 2), END_THREADS, p_.a, p_.b,
-          p_.dtype, n_, m_, h_, p_.w, p_.w_dtype, centre_, leak_, row_term_, column_term_);
+      RUN(additive_moments_terms_kernel, dim3(blocks(larger(n_, m_), END_THREADS / 32), 1, sides), END_THREADS, p_.a,
+          p_.b, p_.dtype, n_, m_, h_, p_.w, p_.w_dtype, centre_, units_, leak_, row_term_, column_term_);
     for (int panel = 0; panel < panels_; panel++) launch_panel(run, panel);
     launch_gradients(run);
   }
@@ -178,61 +210,73 @@ class Sweep {
     const Kernels& kernels = KERNELS[p_.activation];
     const int first = static_cast<int>(panel * panel_rows_),
               rows = static_cast<int>(smaller(panel_rows_, n_padded_ - first));
-    const dim3 tiles(m_padded_ / TILE, rows / TILE);
+    const int64_t scores_of_group = panel_rows_ * m_padded_;
+    const dim3 tiles(m_padded_ / TILE, rows / TILE, p_.groups);
     run(kernels.scores_name, kernels.scores, tiles, SCORE_THREADS, at_ + first, bt_, n_padded_, m_padded_, weights_,
-        centre_, row_term_, column_term_, static_cast<int>(padded(h_, SCORE_UNITS)), first, n_, m_,
-        static_cast<int>(p_.first_positive), p_.include_diagonal, p_.slope, scores_, positives_, tile_max_, tile_sum_);
-    RUN(additive_moments_total_kernel, dim3(1), TOTAL_THREADS, tile_max_, tile_sum_,
-        static_cast<int64_t>(tiles.x) * tiles.y, panel, panel + 1 == panels_, positives_, n_, m_, p_.include_diagonal,
-        poison_, running_, shift_, factor_, lse_, p_.moments);
+        centre_, row_term_, column_term_, static_cast<int>(padded(h_, SCORE_UNITS)), units_, first, n_, m_,
+        static_cast<int>(p_.first_positive), p_.include_diagonal, p_.slope, scores_, scores_of_group, positives_,
+        tile_max_, tile_sum_);
+    RUN(additive_moments_total_kernel, dim3(p_.groups), TOTAL_THREADS, tile_max_, tile_sum_,
+        static_cast<int64_t>(tiles.x) * tiles.y, panel, panels_, positives_, n_, m_, p_.include_diagonal, poison_,
+        p_.bias, running_, shift_, factor_, lse_, p_.j, p_.el);
     const float* const factor = panel ? factor_ + panel : nullptr;
     if (for_a_) {
-      const int count = static_cast<int>(smaller(rows, n_ - first));
-      const int64_t size = static_cast<int64_t>(count) * h_;
-      const bool parts = row_split_.count > 1;
+      const int count = static_cast<int>(smaller(rows, n_ - first)), splits = row_split_.count;
+      const int64_t size = static_cast<int64_t>(count) * h_, size_of_group = p_.n * p_.h;
+      const bool parts = splits > 1;
       float* const u = ua_ + static_cast<int64_t>(first) * h_;
-      const dim3 grid(units_ / UNITS, rows / TILE, row_split_.count);
+      const dim3 grid(units_ / UNITS, rows / TILE, p_.groups * splits);
       run(kernels.rows_name, kernels.rows, grid, SWEEP_THREADS, at_ + first, n_padded_, count, bt_, m_padded_, scores_,
-          m_padded_, static_cast<int>(m_padded_), row_split_.length, shift_ + panel, h_, p_.slope, nullptr,
-          parts ? row_parts_ : u, size, kinked_ ? nullptr : weight_parts_);
-      if (parts) fold(run, row_parts_, row_split_.count, size, nullptr, u);
-      if (weight_sum_) fold(run, weight_parts_, grid.y * grid.z, h_, factor, weight_sum_);
+          m_padded_, scores_of_group, static_cast<int>(m_padded_), row_split_.length, splits, shift_ + panel, panels_,
+          h_, p_.slope, nullptr, parts ? row_parts_ : u, parts ? size : size_of_group,
+          kinked_ ? nullptr : weight_parts_);
+      if (parts && panels_ > 1) fold(run, row_parts_, splits, size, nullptr, u, size_of_group);
+      if (weight_sum_) fold(run, weight_parts_, grid.y * splits, h_, factor, weight_sum_, h_);
     }
     if (for_b_) {
       const int64_t size = p_.m * p_.h;
       const bool parts = column_split_.count > 1;
-      const int count = static_cast<int>(blocks(rows, column_split_.length));  // the last panel may be shorter
-      run(kernels.columns_name, kernels.columns, dim3(units_ / UNITS, m_padded_ / TILE, count), SWEEP_THREADS, bt_,
-          m_padded_, m_, at_ + first, n_padded_, scores_, m_padded_, rows, column_split_.length, shift_ + panel, h_,
-          p_.slope, parts ? nullptr : factor, parts ? column_parts_ : ub_, size, nullptr);
-      if (parts) fold(run, column_parts_, count, size, factor, ub_);
+      const int splits = static_cast<int>(blocks(rows, column_split_.length));  // the last panel may be shorter
+      run(kernels.columns_name, kernels.columns, dim3(units_ / UNITS, m_padded_ / TILE, p_.groups * splits),
+          SWEEP_THREADS, bt_, m_padded_, m_, at_ + first, n_padded_, scores_, m_padded_, scores_of_group, rows,
+          column_split_.length, splits, shift_ + panel, panels_, h_, p_.slope, parts ? nullptr : factor,
+          parts ? column_parts_ : ub_, size, nullptr);
+      if (parts && panels_ > 1) fold(run, column_parts_, splits, size, factor, ub_, size);
     }
   }
 
+  // A single panel's parts are added here; those of several were, panel by panel.
   void launch_gradients(Launcher& run) const {
-    const unsigned unit_blocks = blocks(h_, 32);
+    const unsigned unit_blocks = blocks(h_, 32), groups = p_.groups;
+    const int weight_chunks = row_chunks_ + column_chunks_;
+    const bool row_parts = row_split_.count > 1 && panels_ == 1, column_parts = column_split_.count > 1 && panels_ == 1;
+    const int64_t parts_of_group = static_cast<int64_t>(weight_chunks) * h_;
     float* const row_weights = kinked_ ? weight_parts_ : nullptr;
     float* const column_weights = row_weights ? weight_parts_ + static_cast<int64_t>(row_chunks_) * h_ : nullptr;
     if (p_.need_a || row_weights)
-      RUN(additive_moments_scale_kernel, dim3(unit_blocks, row_chunks_), END_THREADS, p_.a, p_.dtype, n_, h_, 1.0f,
-          centre_, ua_, shift_, static_cast<int>(panel_rows_), lse_, p_.w, p_.w_dtype, p_.need_a ? p_.da : nullptr,
-          row_weights);
+      RUN(additive_moments_scale_kernel, dim3(unit_blocks, row_chunks_, groups), END_THREADS, p_.a, p_.dtype, n_, h_,
+          1.0f, centre_, units_, row_parts ? row_parts_ : ua_, row_parts ? row_split_.count : 1, shift_, panels_,
+          static_cast<int>(panel_rows_), lse_, p_.w, p_.w_dtype, p_.need_a ? p_.da : nullptr, row_weights,
+          parts_of_group);
     if (p_.need_b || row_weights)
-      RUN(additive_moments_scale_kernel, dim3(unit_blocks, column_chunks_), END_THREADS, p_.b, p_.dtype, m_, h_, -1.0f,
-          centre_, ub_, shift_ + panels_ - 1, INT32_MAX, lse_, p_.w, p_.w_dtype, p_.need_b ? p_.db : nullptr,
-          column_weights);
+      RUN(additive_moments_scale_kernel, dim3(unit_blocks, column_chunks_, groups), END_THREADS, p_.b, p_.dtype, m_, h_,
+          -1.0f, centre_, units_, column_parts ? column_parts_ : ub_, column_parts ? column_split_.count : 1,
+          shift_ + panels_ - 1, panels_, INT32_MAX, lse_, p_.w, p_.w_dtype, p_.need_b ? p_.db : nullptr, column_weights,
+          parts_of_group);
     if (!p_.need_w) return;
-    const dim3 grid(blocks(h_, END_THREADS));
+    const dim3 grid(blocks(h_, END_THREADS), groups);
     if (kinked_)
-      RUN(additive_moments_weights_kernel, grid, END_THREADS, weight_parts_, row_chunks_ + column_chunks_, h_, nullptr,
-          nullptr, p_.dw, p_.w_dtype);
+      RUN(additive_moments_weights_kernel, grid, END_THREADS, weight_parts_, weight_chunks, h_, nullptr, 0, nullptr,
+          p_.dw, p_.w_dtype);
     else
-      RUN(additive_moments_weights_kernel, grid, END_THREADS, weight_sum_, 1, h_, shift_ + panels_ - 1, lse_, p_.dw,
-          p_.w_dtype);
+      RUN(additive_moments_weights_kernel, grid, END_THREADS, weight_sum_, 1, h_, shift_ + panels_ - 1, panels_, lse_,
+          p_.dw, p_.w_dtype);
   }
 
-  void fold(Launcher& run, const float* parts, int count, int64_t size, const float* factor, float* u) const {
-    RUN(additive_moments_fold_kernel, dim3(blocks(size, END_THREADS)), END_THREADS, parts, count, size, factor, u);
+  void fold(Launcher& run, const float* parts, int count, int64_t size, const float* factor, float* u,
+            int64_t u_of_group) const {
+    RUN(additive_moments_fold_kernel, dim3(blocks(size, END_THREADS), p_.groups), END_THREADS, parts, count, size,
+        factor, panels_, u, u_of_group);
   }
 
   const AdditiveMoments& p_;
@@ -251,9 +295,32 @@ class Sweep {
   double* running_;
 };
 
+int positive_chunks(const AdditiveMomentsBackward& p) { return static_cast<int>(smaller(blocks(p.m, 64), 256)); }
+
+float* take_parts(const AdditiveMomentsBackward& p, Workspace& workspace) {
+  return workspace.take<float>("parts", p.dw ? p.groups * positive_chunks(p) * p.h : 0);
+}
+
+void launch_backward(const AdditiveMomentsBackward& p, Workspace& workspace, Launcher& run) {
+  const PositivesKernel& positives = POSITIVES[p.activation];
+  float* const parts = take_parts(p, workspace);
+  const int chunks = positive_chunks(p);
+  run(positives.name, positives.kernel, dim3(blocks(p.h, 32), chunks, p.groups), POSITIVE_THREADS, p.a, p.b, p.dtype,
+      p.w, p.w_dtype, p.n, p.m, p.h, p.first_positive, p.slope, p.g_j, p.g_l, p.da_of_l, p.db_of_l, p.da, p.db, parts);
+  if (p.dw)
+    RUN(additive_moments_positive_weights_kernel, dim3(blocks(p.h, POSITIVE_THREADS), p.groups), POSITIVE_THREADS,
+        parts, chunks, p.n, p.h, p.g_j, p.g_l, p.dw_of_l, p.dw, p.w_dtype);
+}
+
 }  // namespace
 
 int64_t additive_moments_workspace(const AdditiveMoments& p) { return Sweep(p, nullptr).workspace().size(); }
+
+int64_t additive_moments_backward_workspace(const AdditiveMomentsBackward& p) {
+  Workspace counter(nullptr);
+  take_parts(p, counter);
+  return counter.size();
+}
 
 int additive_moments(const AdditiveMoments& p) {
   const cudaError_t set = cudaSetDevice(p.device);
@@ -269,6 +336,24 @@ Plan additive_moments_plan(const AdditiveMoments& p) {
   const Sweep sweep(p, p.workspace);
   sweep.launch(run);
   plan.workspace = sweep.workspace().sections();
+  return plan;
+}
+
+int additive_moments_backward(const AdditiveMomentsBackward& p) {
+  const cudaError_t set = cudaSetDevice(p.device);
+  if (set != cudaSuccess) return set;
+  Launcher run(static_cast<cudaStream_t>(p.stream));
+  Workspace workspace(p.workspace);
+  launch_backward(p, workspace, run);
+  return run.error();
+}
+
+Plan additive_moments_backward_plan(const AdditiveMomentsBackward& p) {
+  Plan plan;
+  Launcher run(plan);
+  Workspace workspace(p.workspace);
+  launch_backward(p, workspace, run);
+  plan.workspace = workspace.sections();
   return plan;
 }
 

@@ -19,14 +19,15 @@ struct Step {};  // phi' = [t > 0], or slope + (1 - slope) [t > 0]
 
 #define CK_SWEEP_PARAMETERS                                                                                       \
   const float *own, int64_t own_stride, int count, const float *other, int64_t other_stride, const float *scores, \
-      int64_t scores_stride, int others, int split, const float *shift, int h, float slope, const float *factor,  \
-      float *u, int64_t u_stride, float *weights
-#define CK_SWEEP_ARGUMENTS                                                                                       \
-  own, own_stride, count, other, other_stride, scores, scores_stride, others, split, shift, h, slope, factor, u, \
-      u_stride, weights
+      int64_t scores_stride, int64_t scores_of_group, int others, int split, int splits, const float *shift,      \
+      int panels, int h, float slope, const float *factor, float *u, int64_t u_stride, float *weights
+#define CK_SWEEP_ARGUMENTS                                                                                           \
+  own, own_stride, count, other, other_stride, scores, scores_stride, scores_of_group, others, split, splits, shift, \
+      panels, h, slope, factor, u, u_stride, weights
 
+// blockIdx.z is group * splits + part; each array has one part for each group, shift and factor `panels` numbers.
 // own (units, own_stride) and other (units, other_stride) transposed; scores (own, other), or (other, own) if COLUMNS.
-// Block z sums over others [z split, (z + 1) split), both multiples of OTHERS, into u + z u_stride, (count, h): onto
+// A part sums over others [part split, (part + 1) split), both multiples of OTHERS, into u + z u_stride, (count, h): onto
 // *factor times what is there, or onto nothing if factor is null.  weights (blocks z, y; h) or null: sum of P phi over the
 // block's vectors; not for Step.
 template <class Phi, bool COLUMNS>
@@ -36,7 +37,10 @@ __device__ __forceinline__ void sweep(CK_SWEEP_PARAMETERS) {
   alignas(16) __shared__ float x[2][UNITS][PITCH], p[2][OTHERS][TILE + 4];
   const int thread = threadIdx.x, lane = thread % 16, group = thread / 16;
   const int64_t own0 = static_cast<int64_t>(blockIdx.y) * TILE, unit0 = static_cast<int64_t>(blockIdx.x) * UNITS;
-  const int first = blockIdx.z * split, last = first + split < others ? first + split : others;
+  const int64_t member = blockIdx.z / splits;  // of the groups
+  const int first = blockIdx.z % splits * split, last = first + split < others ? first + split : others;
+  own += member * gridDim.x * UNITS * own_stride, other += member * gridDim.x * UNITS * other_stride;
+  scores += member * scores_of_group, shift += member * panels;
   const float top = *shift == -INFINITY ? 0.0f : *shift;
   // the thread's units are lane + 16 q, its vectors 4 group + {0 1 2 3} and those + 64
   const auto vector = [&](int r) { return 4 * group + r % 4 + r / 4 * 64; };
@@ -137,7 +141,7 @@ __device__ __forceinline__ void sweep(CK_SWEEP_PARAMETERS) {
     __syncthreads();
   }
   u += blockIdx.z * u_stride;
-  const float keep = factor ? *factor : 0.0f;
+  const float keep = factor ? factor[member * panels] : 0.0f;
 #pragma unroll
   for (int r = 0; r < 8; r++) {
     const int64_t row = own0 + vector(r);

@@ -16,17 +16,19 @@ constexpr int SCORE_THREADS = 256;
 // ReLU and leaky ReLU.  The part of the score that is linear in a or in b comes with row_term and column_term.
 struct Kinked {};
 
-#define CK_SCORES_PARAMETERS                                                                                       \
-  const float *a, const float *b, int64_t a_stride, int64_t b_stride, const float *w, const float *centre,         \
-      const float *row_term, const float *column_term, int units, int first_row, int n, int m, int first_positive, \
-      int include_diagonal, float slope, float *scores, float *positives, float *tile_max, float *tile_sum
-#define CK_SCORES_ARGUMENTS                                                                           \
-  a, b, a_stride, b_stride, w, centre, row_term, column_term, units, first_row, n, m, first_positive, \
-      include_diagonal, slope, scores, positives, tile_max, tile_sum
+#define CK_SCORES_PARAMETERS                                                                                           \
+  const float *a, const float *b, int64_t a_stride, int64_t b_stride, const float *w, const float *centre,             \
+      const float *row_term, const float *column_term, int units, int all_units, int first_row, int n, int m,          \
+      int first_positive, int include_diagonal, float slope, float *scores, int64_t scores_of_group, float *positives, \
+      float *tile_max, float *tile_sum
+#define CK_SCORES_ARGUMENTS                                                                                      \
+  a, b, a_stride, b_stride, w, centre, row_term, column_term, units, all_units, first_row, n, m, first_positive, \
+      include_diagonal, slope, scores, scores_of_group, positives, tile_max, tile_sum
 
-// a (units, a_stride) from the panel's first row on, b (units, b_stride), w (units,), units a multiple of SCORE_UNITS with
-// w = 0 in the padding; centre, row_term and column_term are read for Kinked only.  scores (rows of the panel, b_stride) or
-// null, -inf outside P and in the padding; positives (n,); tile_max and tile_sum (tiles of the panel,).
+// blockIdx.z is the group; each array has one part for each.  a (all_units, a_stride) from the panel's first row on,
+// b (all_units, b_stride), w (all_units,): the first `units`, a multiple of SCORE_UNITS, with w = 0 in the padding; centre,
+// row_term and column_term are read for Kinked only.  scores (rows of the panel, b_stride) or null, -inf outside P and in
+// the padding, the next group's scores_of_group further; positives (n,); tile_max and tile_sum (tiles of the panel,).
 template <class Phi>
 __device__ __forceinline__ void scores_of_tile(CK_SCORES_PARAMETERS) {
   constexpr bool KINKED = std::is_same_v<Phi, Kinked>;
@@ -34,6 +36,10 @@ __device__ __forceinline__ void scores_of_tile(CK_SCORES_PARAMETERS) {
   const int64_t row0 = static_cast<int64_t>(blockIdx.y) * TILE, column0 = static_cast<int64_t>(blockIdx.x) * TILE;
   const int thread = threadIdx.x, tx = thread % 16, ty = thread / 16;
   const int unit = thread / 32, place = thread % 32 * 4;  // what this thread stages: units `unit` and `unit` + 8
+  const int64_t group = blockIdx.z;
+  a += group * all_units * a_stride, b += group * all_units * b_stride;
+  w += group * all_units, centre += group * all_units;
+  row_term += group * n, column_term += group * m, positives += group * n;
 
   float4 next_left[2], next_right[2];
   float next_weight = 0.0f;
@@ -105,7 +111,7 @@ __device__ __forceinline__ void scores_of_tile(CK_SCORES_PARAMETERS) {
       highest = fmaxf(highest, s);
     }
     if (scores) {
-      float* out = scores + row * b_stride + column0 + 4 * tx;
+      float* out = scores + group * scores_of_group + row * b_stride + column0 + 4 * tx;
       store4(out, make_float4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]));
       store4(out + 64, make_float4(sum[i][4], sum[i][5], sum[i][6], sum[i][7]));
     }
@@ -120,7 +126,7 @@ __device__ __forceinline__ void scores_of_tile(CK_SCORES_PARAMETERS) {
     for (int j = 0; j < 8; j++) mass += exp_fast(sum[i][j] - shift);
   mass = block_reduce<SCORE_THREADS>(mass, partial, Add());
   if (thread == 0) {
-    const int64_t tile = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+    const int64_t tile = (group * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
     tile_max[tile] = highest;
     tile_sum[tile] = mass;
   }

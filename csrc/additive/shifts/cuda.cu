@@ -17,16 +17,6 @@ constexpr int ROWS = 4;     // of a warp, neighbours
 constexpr int SHIFTS = 4;   // of a warp in the forward
 constexpr int GROUPS = 4;   // groups of ROWS that a warp of the backward takes one after the other
 
-struct Relu {
-  __device__ static ValueAndSlope at(float t, float) { return {fmaxf(t, 0.0f), t > 0.0f ? 1.0f : 0.0f}; }
-};
-
-struct LeakyRelu {
-  __device__ static ValueAndSlope at(float t, float slope) {
-    return {t > 0.0f ? t : slope * t, t > 0.0f ? 1.0f : slope};
-  }
-};
-
 // 4 units of a row from `unit` on, 0 past the end; `whole`: float32, and every 4 units 16-byte aligned
 __device__ inline void load_units(const void* x, int dtype, bool whole, int64_t row, int h, int unit, float (&v)[4]) {
   const int64_t at = row * h + unit;

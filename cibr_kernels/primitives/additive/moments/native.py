@@ -5,11 +5,15 @@ On the CPU a and b are read in their dtype and widened a tile at a time; scores,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from cibr_kernels.dispatch import backends, cuda_call
 from cibr_kernels.dispatch.native_call import DTYPES, call
+from cibr_kernels.primitives.additive.activations import CODES
+from cibr_kernels.primitives.additive.moments import positives
 from cibr_kernels.primitives.additive.native import problem_fields, unlike_dtypes
 from cibr_kernels.primitives.additive.problem import MomentsProblem, Needs
 
@@ -25,22 +29,51 @@ def unsupported(*tensors: Tensor) -> str | None:
 
 def forward(problem: MomentsProblem, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> J (), L () float32 and the gradients of L: (n, h), (m, h), (h,) as their inputs, each empty unless needed."""
-    a, w = problem.a, problem.w
-    (n, m, h), (need_a, need_b, need_w) = problem.sizes, needs
-    moments = torch.empty(2, dtype=torch.float32, device=a.device)
+    a, (need_a, need_b, need_w) = problem.a, needs
+    shape = a.shape[:-2]
+    j, el = (torch.empty(shape, dtype=torch.float32, device=a.device) for _ in range(2))
     da, db, dw = problem.gradients(needs)
     fields = problem_fields(problem) | {
         "first_positive": problem.first_positive, "include_diagonal": problem.include_diagonal, "need_a": need_a,
-        "need_b": need_b, "need_w": need_w, "moments": moments, "da": da, "db": db,
+        "need_b": need_b, "need_w": need_w, "w": problem.w, "bias": problem.bias, "j": j, "el": el, "da": da, "db": db,
     }  # fmt: skip
     if cuda_call.takes(a):
         processors = cuda_call.target(a.device).processors
-        types = {"dtype": DTYPES[a.dtype], "w_dtype": DTYPES[w.dtype]}
-        machine = {"processors": processors, "score_budget": SCORE_BUDGET}
-        cuda_call.call("additive_moments", "AdditiveMomentsCuda", **fields, w=w, dw=dw, **types, **machine)
-    else:
-        wide_dw = dw.float()
-        types = {"features_dtype": DTYPES[a.dtype]}
-        call("additive_moments", "AdditiveMoments", n * m * h, **fields, w=w.float(), dw=wide_dw, **types)
-        dw = wide_dw.to(w.dtype)
-    return moments[0].clone(), moments[1].clone(), da, db, dw
+        machine = {**_types(problem), "processors": processors, "score_budget": SCORE_BUDGET}
+        cuda_call.call("additive_moments", "AdditiveMomentsCuda", **fields, **machine, dw=dw)
+        return j, el, da, db, dw
+    wide_dw = dw.float()
+    fields |= {"w": problem.w.float(), "dw": wide_dw, "features_dtype": DTYPES[a.dtype]}
+    work = fields["n"] * fields["m"] * fields["h"]
+    for k in range(problem.groups) if shape else (None,):
+        here = fields if k is None else {name: _member(value, k) for name, value in fields.items()}
+        call("additive_moments", "AdditiveMoments", work, **here)
+    return j, el, da, db, wide_dw.to(dw.dtype)
+
+
+def _member(value: Any, k: int) -> Any:
+    """Of a field that is a tensor with a part for each critic of a group, that of critic k."""
+    return value[k] if isinstance(value, Tensor) and value.numel() else value
+
+
+def backward(
+    g_j: Tensor | None, g_l: Tensor | None, problem: MomentsProblem, of_l: positives.OfL, needs: Needs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """g_j, g_l () or (groups,), None for 0 -> da (n, h), db (m, h), dw (h,), each empty unless needed."""
+    if not cuda_call.takes(problem.a):
+        return positives.backward(g_j, g_l, problem, of_l, needs)
+    da, db, dw = problem.gradients(needs)
+    if any(needs):
+        n, m, h = problem.sizes
+        fields = {
+            "a": problem.a, "b": problem.b, "w": problem.w, "n": n, "m": m, "h": h, "slope": problem.slope,
+            "first_positive": problem.first_positive, "activation": CODES[problem.activation], **_types(problem),
+            "da_of_l": of_l[0], "db_of_l": of_l[1], "dw_of_l": of_l[2], "da": da, "db": db, "dw": dw,
+            "g_j": None if g_j is None else g_j.contiguous(), "g_l": None if g_l is None else g_l.contiguous(),
+        }  # fmt: skip
+        cuda_call.call("additive_moments_backward", "AdditiveMomentsBackwardCuda", **fields)
+    return da, db, dw
+
+
+def _types(problem: MomentsProblem) -> dict[str, int]:
+    return {"dtype": DTYPES[problem.a.dtype], "w_dtype": DTYPES[problem.w.dtype], "groups": problem.groups}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cibr_kernels.numerics import promote
 from cibr_kernels.primitives.additive.activations import ACTIVATIONS
+from cibr_kernels.primitives.additive.moments.positives import backward as backward
 from cibr_kernels.primitives.additive.problem import MomentsProblem, Needs
 
 
@@ -44,6 +45,10 @@ def additive_moments(
 
 def forward(problem: MomentsProblem, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> J (), L () and the gradients of L: (n, h), (m, h), (h,), each empty unless needed."""
+    if problem.grouped:
+        js, els, *gradients = zip(*(forward(member, needs) for member in problem.members()), strict=True)
+        da, db, dw = (torch.stack(g) if need else g[0] for g, need in zip(gradients, needs, strict=True))
+        return torch.stack(js), torch.stack(els), da, db, dw
     need_a, need_b, need_w = needs
     a, b, w = map(promote, problem.tensors)
     t = a[:, None] + b[None]  # (n, m, h)
@@ -60,4 +65,13 @@ def forward(problem: MomentsProblem, needs: Needs) -> tuple[Tensor, Tensor, Tens
         db.copy_((p[..., None] * slope).sum(0) * w)
     if need_w:
         dw.copy_(torch.einsum("ij,ijh->h", p, phi))
-    return j, el, da, db, dw
+    if problem.bias is not None:
+        j, el = j + problem.bias, el + problem.bias
+    looked = _one_or_nan(a, b, w)
+    return j * looked, el * looked, da * looked, db * looked, dw * looked
+
+
+def _one_or_nan(*tensors: Tensor) -> Tensor:
+    """(): 1, or NaN where a number is not finite, which e^-inf = 0 would hide; as the kernels say it."""
+    finite = torch.stack([t.detach().isfinite().all() for t in tensors]).all()
+    return torch.where(finite, 1.0, math.nan).to(tensors[0].dtype)

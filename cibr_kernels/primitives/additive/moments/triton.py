@@ -4,6 +4,8 @@
 
 Without gradients: pack, scores, merge.  Workspace: e^S of a panel in both orders, within PANEL_BYTES unless one block
 of rows needs more; the packed projections and the unscaled gradients, O((n + m) h).  No S is computed twice.
+
+A group of critics takes as many launches as one.  Backward: two, for da and db, and for dw.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ from torch import Tensor
 
 from cibr_kernels.dispatch import triton_call
 from cibr_kernels.numerics import ceil_div, panel_rows, round_up
+from cibr_kernels.primitives.additive.moments.positives import OfL
 from cibr_kernels.primitives.additive.problem import MomentsProblem, Needs
 
 PANEL_BYTES = 256 << 20
 KINKED = ("relu", "leaky_relu")  # phi = t phi': dw comes free with da and db
+POSITIVES = {"BLOCK_R": 32, "BLOCK_H": 64}  # rows of b, features
 PAD = 64  # rows and widths of packed arrays are multiples of it, and every block divides it
 
 
@@ -58,6 +62,7 @@ class Sweep:
     def __init__(self, problem: MomentsProblem, needs: Needs) -> None:
         self.problem, self.needs = problem, needs
         self.n, self.m, self.h = problem.sizes
+        self.groups = groups = problem.groups
         need_a, need_b, need_w = needs
         kinked = problem.activation in KINKED
         self.config = config = CONFIGS["kinked" if kinked else "smooth"]
@@ -71,7 +76,7 @@ class Sweep:
             round_up(self.m, PAD),
             round_up(self.h, PAD),
         )
-        copies = self.side_a + self.side_b  # of the exponentials; without any one panel has all rows
+        copies = groups * (self.side_a + self.side_b)  # of the exponentials; without any one panel has all rows
         self.rows = panel_rows(PANEL_BYTES, 4 * self.m_padded * copies, self.n, block, block) if copies else self.n
         self.panels = ceil_div(self.n, self.rows)
         self.blocks_a, self.blocks_b, self.blocks_h = (
@@ -79,24 +84,27 @@ class Sweep:
         )  # fmt: skip
         blocks_panel = ceil_div(self.rows, block)
         processors = triton_call.target(problem.a.device).processors
-        self.splits_a = _splits(blocks_panel * self.blocks_h, self.m, processors, config)
-        self.splits_b = _splits(self.blocks_b * self.blocks_h, self.rows, processors, config)
+        self.splits_a = _splits(groups * blocks_panel * self.blocks_h, self.m, processors, config)
+        self.splits_b = _splits(groups * self.blocks_b * self.blocks_h, self.rows, processors, config)
 
         new = self._new
         self.packed = {
-            "a_packed": new(self.h_padded, self.n_padded), "b_packed": new(self.h_padded, self.m_padded),
-            "w_packed": new(self.h_padded), "zeros": new(max(self.n_padded, self.m_padded)),
+            "a_packed": new(groups, self.h_padded, self.n_padded),
+            "b_packed": new(groups, self.h_padded, self.m_padded), "w_packed": new(groups, self.h_padded),
+            "zeros": new(max(self.n_padded, self.m_padded)),
         }  # fmt: skip
-        self.pack_grid = ((self.n_padded + self.m_padded) // PAD, self.h_padded // PAD)
-        self.bad, self.typical = new(*self.pack_grid, dtype=torch.int32), new(2, self.h_padded)
-        self.tops, self.totals = new(blocks_panel * self.blocks_b), new(blocks_panel * self.blocks_b)
-        self.positives, self.run, self.j, self.el = new(self.n), new(self.panels + 1, 2), new(), new()
-        exponentials = blocks_panel * block * self.m_padded
-        self.s = new(exponentials if self.side_a or self.side_b else 0)
-        self.s_transposed = new(exponentials if self.side_a else 0)
-        self.ua = new(self.splits_a * self.n * self.h if self.side_a else 0)
-        self.ub = new(self.splits_b * self.m * self.h if self.side_b else 0)
-        self.uw = new(self.blocks_a * self.splits_a * self.h if self.own_weights else 0)
+        self.pack_grid = ((self.n_padded + self.m_padded) // PAD, self.h_padded // PAD, groups)
+        self.bad, self.typical = new(math.prod(self.pack_grid), dtype=torch.int32), new(groups, 2, self.h_padded)
+        self.tops, self.totals = (new(groups * blocks_panel * self.blocks_b) for _ in range(2))
+        self.positives, self.run = new(groups, self.n), new(groups, self.panels + 1, 2)
+        self.j, self.el = new(*problem.grouped), new(*problem.grouped)
+        self.exponentials = exponentials = blocks_panel * block * self.m_padded  # of one critic
+        self.s = new(groups * exponentials if self.side_a or self.side_b else 0)
+        self.s_transposed = new(groups * exponentials if self.side_a else 0)
+        self.ua = new(groups * self.splits_a * self.n * self.h if self.side_a else 0)
+        self.ub = new(groups * self.splits_b * self.m * self.h if self.side_b else 0)
+        self.uw_rows = self.blocks_a * self.splits_a
+        self.uw = new(groups * self.uw_rows * self.h if self.own_weights else 0)
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.problem.a.device)
@@ -128,7 +136,7 @@ class Sweep:
         sums = {"positives": self.positives, "tops": self.tops, "totals": self.totals}
         triton_call.launch(
             _kernels().additive_moments_scores_kernel,
-            (tiles,),
+            (tiles, self.groups),
             {
                 **self.packed,
                 "s": self.s,
@@ -137,9 +145,12 @@ class Sweep:
                 "end": end,
                 "m": self.m,
                 "first_positive": self.problem.first_positive,
+                "n": self.n,
                 "width_padded": round_up(self.h, self.config.unroll),
+                "width_packed": self.h_padded,
                 "n_padded": self.n_padded,
                 "m_padded": self.m_padded,
+                "s_group": self.exponentials,
                 "slope": self.problem.slope,
             },
             {
@@ -153,13 +164,15 @@ class Sweep:
             },
             num_warps=self.config.num_warps,
         )
+        bias = self.problem.bias
         pairs = self.n * self.m - (0 if self.problem.include_diagonal else self.n)
         triton_call.launch(
-            _kernels().additive_moments_merge_kernel, (1,),
-            {**sums, "run": self.run, "panel": panel, "tiles": tiles, "n": self.n, "bad": self.bad,
-             "bads": self.bad.numel(), "j": self.j, "el": self.el,
+            _kernels().additive_moments_merge_kernel, (self.groups,),
+            {**sums, "run": self.run, "panel": panel, "panels": self.panels, "tiles": tiles, "n": self.n,
+             "bad": self.bad, "bads": self.bad.numel() // self.groups, "bias": self.j if bias is None else bias,
+             "j": self.j, "el": self.el,
              "log_pairs": math.log(pairs) if pairs else -math.inf},
-            {"LAST": panel == self.panels - 1, "BLOCK": 512},
+            {"LAST": panel == self.panels - 1, "BIAS": bias is not None, "BLOCK": 512},
         )  # fmt: skip
 
     def weigh(self, panel: int) -> None:
@@ -167,9 +180,9 @@ class Sweep:
         first, end = self.rows_of(panel)
         block, stride = self.config.block, round_up(end - first, self.config.block)
         triton_call.launch(
-            _kernels().additive_moments_weigh_kernel, (stride // block * (self.m_padded // block),),
-            {"s": self.s, "s_transposed": self.s_transposed, "run": self.run, "panel": panel, "rows_padded": stride,
-             "m_padded": self.m_padded},
+            _kernels().additive_moments_weigh_kernel, (stride // block * (self.m_padded // block), self.groups),
+            {"s": self.s, "s_transposed": self.s_transposed, "run": self.run, "panel": panel, "panels": self.panels,
+             "rows_padded": stride, "m_padded": self.m_padded, "s_group": self.exponentials},
             {"KEEP": self.side_b, "TRANSPOSE": self.side_a, "BLOCK": block},
         )  # fmt: skip
 
@@ -177,28 +190,36 @@ class Sweep:
         """Adds the panel's pairs to the unscaled gradients."""
         first, end = self.rows_of(panel)
         block, stride = self.config.block, round_up(end - first, self.config.block)
-        state = {"run": self.run, "panel": panel}
-        here = self.problem.a[first:end]
+        state = {"run": self.run, "panel": panel, "panels": self.panels}
+        here = {"x": self.problem.a[..., first:end, :], "rows": self.n}
+        there = {"x": self.problem.b, "rows": self.m}
         if self.side_a:
             self._gradient(
                 self.splits_a,
-                {"x": here, "y": self.problem.b, "e": self.s_transposed, "u": self.ua[first * self.h :], **state,
+                here, there, end - first, self.m,
+                {"e": self.s_transposed, "u": self.ua[first * self.h :], **state,
                  "first_block": first // block, "stride": stride, "u_stride": self.n * self.h},
                 {"ADD": False, "WEIGHTS": self.own_weights},
             )  # fmt: skip
         if self.side_b:
             self._gradient(
                 self.splits_b,
-                {"x": self.problem.b, "y": here, "e": self.s, "u": self.ub, **state, "first_block": 0,
+                there, here, self.m, end - first,
+                {"e": self.s, "u": self.ub, **state, "first_block": 0,
                  "stride": self.m_padded, "u_stride": self.m * self.h},
                 {"ADD": panel > 0, "WEIGHTS": False},
             )  # fmt: skip
 
-    def _gradient(self, splits: int, arguments: dict[str, Any], constants: dict[str, Any]) -> None:
-        rows, others = arguments["x"].shape[0], arguments["y"].shape[0]
+    def _gradient(
+        self, splits: int, own: dict[str, Any], other: dict[str, Any], rows: int, others: int,
+        arguments: dict[str, Any], constants: dict[str, Any],
+    ) -> None:  # fmt: skip
+        grid = ceil_div(rows, self.config.block), self.blocks_h, splits * self.groups
         triton_call.launch(
-            _kernels().additive_moments_gradient_kernel, (ceil_div(rows, self.config.block), self.blocks_h, splits),
-            {**arguments, "uw": self.uw, "rows": rows, "others": others, "width": self.h, "slope": self.problem.slope},
+            _kernels().additive_moments_gradient_kernel, grid,
+            {"x": own["x"], "x_rows": own["rows"], "y": other["x"], "y_rows": other["rows"], **arguments,
+             "s_group": self.exponentials, "uw": self.uw, "uw_rows": self.uw_rows, "rows": rows, "others": others,
+             "width": self.h, "slope": self.problem.slope},
             {**constants, "ACTIVATION": self.problem.activation, "SPLITS": splits, "BLOCK_R": self.config.block,
              "BLOCK_H": self.config.block_h, "UNROLL": self.config.unroll_gradient},
             num_warps=self.config.num_warps,
@@ -211,12 +232,13 @@ class Sweep:
         if not (self.side_a or self.side_b):
             return da, db, dw
         blocks = self.blocks_a * self.side_a + self.blocks_b * self.side_b
-        partials = self._new(blocks, self.h) if need_w else self._new(0)
+        partials = self._new(self.groups, blocks, self.h) if need_w else self._new(0)
         triton_call.launch(
-            _kernels().additive_moments_finish_kernel, (blocks, self.blocks_h),
+            _kernels().additive_moments_finish_kernel, (blocks, self.blocks_h, self.groups),
             {"a": a, "b": b, "ua": self.ua, "ub": self.ub, "uw": self.uw, "da": da, "db": db, "partials": partials,
              "w_packed": self.packed["w_packed"], "typical": self.typical, "run": self.run, "panels": self.panels,
-             "panel_rows": self.rows, "n": self.n, "m": self.m, "width": self.h, "width_padded": self.h_padded},
+             "panel_rows": self.rows, "n": self.n, "m": self.m, "width": self.h, "width_padded": self.h_padded,
+             "uw_rows": self.uw_rows},
             {"SPLITS_A": self.splits_a, "SPLITS_B": self.splits_b, "SIDE_A": self.side_a, "NEED_A": need_a,
              "NEED_B": need_b, "FREE_WEIGHTS": need_w and not self.own_weights,
              "OWN_WEIGHTS": self.own_weights, "BLOCK_R": self.config.block, "BLOCK_H": self.config.block_h},
@@ -225,7 +247,7 @@ class Sweep:
         if need_w:
             summed = self.blocks_a if self.own_weights else blocks
             triton_call.launch(
-                _kernels().reduce_kernel, (self.blocks_h,),
+                _kernels().reduce_kernel, (self.blocks_h, self.groups),
                 {"partials": partials, "out": dw, "blocks": summed, "width": self.h},
                 {"BLOCK_R": 32, "BLOCK_H": self.config.block_h},
             )  # fmt: skip
@@ -233,6 +255,34 @@ class Sweep:
 
     def rows_of(self, panel: int) -> tuple[int, int]:
         return panel * self.rows, min((panel + 1) * self.rows, self.n)
+
+
+def backward(
+    g_j: Tensor | None, g_l: Tensor | None, problem: MomentsProblem, of_l: OfL, needs: Needs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """g_j, g_l () or (groups,), None for 0 -> da (n, h), db (m, h), dw (h,), each empty unless needed."""
+    (n, m, h), (a, b, w), (need_a, need_b, need_w) = problem.sizes, problem.tensors, needs
+    da, db, dw = problem.gradients(needs)
+    if not any(needs):
+        return da, db, dw
+    has = {"HAS_J": g_j is not None, "HAS_L": g_l is not None}
+    shared = {"g_j": w if g_j is None else g_j.contiguous(), "g_l": w if g_l is None else g_l.contiguous()}
+    blocks, blocks_h = ceil_div(m, POSITIVES["BLOCK_R"]), ceil_div(h, POSITIVES["BLOCK_H"])
+    partials = torch.empty(problem.groups * blocks * h if need_w else 0, dtype=torch.float32, device=a.device)
+    triton_call.launch(
+        _positives().additive_moments_positives_kernel, (blocks, blocks_h, problem.groups),
+        {"a": a, "b": b, "w": w, **shared, "da_of_l": of_l[0], "db_of_l": of_l[1], "da": da, "db": db,
+         "partials": partials, "n": n, "m": m, "first_positive": problem.first_positive, "width": h,
+         "slope": problem.slope},
+        {"ACTIVATION": problem.activation, **has, "NEED_A": need_a, "NEED_B": need_b, "NEED_W": need_w, **POSITIVES},
+    )  # fmt: skip
+    if need_w:
+        triton_call.launch(
+            _positives().additive_moments_positive_weights_kernel, (blocks_h, problem.groups),
+            {"partials": partials, **shared, "dw_of_l": of_l[2], "dw": dw, "n": n, "blocks": blocks, "width": h},
+            {**has, **POSITIVES},
+        )  # fmt: skip
+    return da, db, dw
 
 
 def _splits(blocks: int, others: int, processors: int, config: Config) -> int:
@@ -244,3 +294,9 @@ def _kernels() -> ModuleType:
     from cibr_kernels.primitives.additive.moments import triton_kernels
 
     return triton_kernels
+
+
+def _positives() -> ModuleType:
+    from cibr_kernels.primitives.additive.moments import triton_positives
+
+    return triton_positives

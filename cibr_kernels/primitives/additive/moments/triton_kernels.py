@@ -6,6 +6,8 @@ summed in units of e^top_p, and scaled by e^(top_p - top) / total when the last 
 
 No sum is atomic: partial sums go to buffers and are added in a fixed order.  Buffers are padded to whole tiles, packed
 features with 0 and scores with -inf, so that the inner loops have no masks.
+
+Several critics are a group: every buffer has one part for each, one after the other; a grid's last axis is the group.
 """
 
 from __future__ import annotations
@@ -42,16 +44,26 @@ def additive_moments_pack_kernel(
     """a (n, h), b (m, h), w (h,) -> their transposes (h padded, rows padded) and w, float32.
 
     bad counts numbers that are not finite, per program; typical (2, h padded) is a mean of some rows of a and of b.
-    Grid: (blocks of rows of a, then of b; blocks of h).
+    Grid: (blocks of rows of a, then of b; blocks of h; groups).
     """
     block = tl.program_id(0)
+    group = tl.program_id(2).to(tl.int64)
+    width_padded = tl.num_programs(1) * BLOCK_H
+    a += group * n * width
+    b += group * m * width
+    w += group * width
+    a_packed += group * width_padded * n_padded
+    b_packed += group * width_padded * m_padded
+    w_packed += group * width_padded
+    typical += group * 2 * width_padded
+    bad += group * tl.num_programs(0) * tl.num_programs(1)
     blocks_a = n_padded // BLOCK_R
     k = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     bad += block * tl.num_programs(1) + tl.program_id(1)
     if block < blocks_a:
         _pack(a, a_packed, zeros, bad, typical, n, width, n_padded, block, BLOCK_R, BLOCK_H)
     else:
-        typical += tl.num_programs(1) * BLOCK_H
+        typical += width_padded
         _pack(b, b_packed, zeros, bad, typical, m, width, m_padded, block - blocks_a, BLOCK_R, BLOCK_H)
     if block == 0:
         tl.store(w_packed + k, tl.load(w + k, mask=k < width, other=0.0).to(tl.float32))
@@ -71,9 +83,12 @@ def additive_moments_scores_kernel(
     end,
     m,
     first_positive,
+    n,
     width_padded,
+    width_packed,
     n_padded,
     m_padded,
+    s_group,
     slope,
     ACTIVATION: tl.constexpr,
     INCLUDE: tl.constexpr,
@@ -85,8 +100,16 @@ def additive_moments_scores_kernel(
 ):
     """S of one tile of pairs; its largest score, its sum of exponentials, its positives, and S itself if KEEP.
 
-    Rows first ... end - 1 of a; s (rows padded, m padded).  Grid: (tiles,), GROUP rows of tiles at a time (cache).
+    Rows first ... end - 1 of a; s (rows padded, m padded), the next group's s_group further.  Features 0 ...
+    width_padded - 1 of width_packed.  Grid: (tiles, groups), GROUP rows of tiles at a time (cache).
     """
+    member = tl.program_id(1).to(tl.int64)
+    a_packed += member * width_packed * n_padded
+    b_packed += member * width_packed * m_padded
+    w_packed += member * width_packed
+    positives += member * n
+    tops += member * tl.num_programs(0)
+    totals += member * tl.num_programs(0)
     tiles_j = tl.cdiv(m, BLOCK_J)
     tiles_i = tl.cdiv(end - first, BLOCK_I)
     tile = tl.program_id(0)
@@ -118,18 +141,25 @@ def additive_moments_scores_kernel(
     tl.store(tops + tile, top)
     tl.store(totals + tile, tl.sum(tl.sum(tl.exp(acc - shift), 1), 0))
     if KEEP:
-        tl.store(s + local.to(tl.int64)[:, None] * m_padded + j[None, :], acc)
+        tl.store(s + member * s_group + local.to(tl.int64)[:, None] * m_padded + j[None, :], acc)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def additive_moments_merge_kernel(
-    tops, totals, run, panel, tiles, positives, n, bad, bads, j, el, log_pairs, LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    tops, totals, run, panel, panels, tiles, positives, n, bad, bads, bias, j, el, log_pairs, LAST: tl.constexpr,
+    BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds a panel's tiles to the running top and total: run (panels + 1, 2), from row 1 on.  Grid: (1,).
+    """Adds a panel's tiles to the running top and total: run (panels + 1, 2), from row 1 on.  Grid: (groups,).
 
-    The LAST one writes J and L.  A number that was not finite makes the total NaN, which reaches every output.
+    The LAST one writes J and L, with the bias if there is one.  A number that was not finite makes the total NaN, which
+    reaches every output.
     """
+    group = tl.program_id(0).to(tl.int64)
+    tops += group * tiles
+    totals += group * tiles
+    run += group * 2 * (panels + 1)
+    positives += group * n
+    bad += group * bads
     lane = tl.arange(0, BLOCK)
     before = tl.load(run + 2 * panel, mask=panel > 0, other=float("-inf"))
     total = tl.load(run + 2 * panel + 1, mask=panel > 0, other=0.0)
@@ -153,18 +183,29 @@ def additive_moments_merge_kernel(
         positive = tl.zeros((BLOCK,), tl.float32)
         for at in range(0, n, BLOCK):
             positive += tl.load(positives + at + lane, mask=at + lane < n, other=0.0)
-        tl.store(j, tl.sum(positive, 0) / n + poison)
-        tl.store(el, top + tl.log(total) - log_pairs)
+        mean, log_mean = tl.sum(positive, 0) / n + poison, top + tl.log(total) - log_pairs
+        if BIAS:
+            constant = tl.load(bias + group)
+            mean, log_mean = mean + constant, log_mean + constant
+        tl.store(j + group, mean)
+        tl.store(el + group, log_mean)
     tl.store(run + 2 * panel + 2, top)
     tl.store(run + 2 * panel + 3, total)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def additive_moments_weigh_kernel(
-    s, s_transposed, run, panel, rows_padded, m_padded, KEEP: tl.constexpr, TRANSPOSE: tl.constexpr,
+    s, s_transposed, run, panel, panels, rows_padded, m_padded, s_group, KEEP: tl.constexpr, TRANSPOSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """s (rows padded, m padded) -> e^(s - top), in its place and as the transpose.  Grid: tiles of BLOCK x BLOCK."""
+    """s (rows padded, m padded) -> e^(s - top), in its place and as the transpose.
+
+    Grid: (tiles of BLOCK x BLOCK, groups), a group's s_group after the one before.
+    """
+    group = tl.program_id(1).to(tl.int64)
+    s += group * s_group
+    s_transposed += group * s_group
+    run += group * 2 * (panels + 1)
     tiles_j = m_padded // BLOCK
     i = tl.program_id(0) // tiles_j * BLOCK + tl.arange(0, BLOCK)
     j = tl.program_id(0) % tiles_j * BLOCK + tl.arange(0, BLOCK)
@@ -179,19 +220,27 @@ def additive_moments_weigh_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def additive_moments_gradient_kernel(
-    x, y, e, u, uw, run, panel, rows, first_block, others, stride, u_stride, width, slope, ACTIVATION: tl.constexpr,
-    ADD: tl.constexpr, WEIGHTS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
-    UNROLL: tl.constexpr,
+    x, y, e, u, uw, run, panel, panels, rows, first_block, others, stride, x_rows, y_rows, s_group, u_stride, uw_rows,
+    width, slope, ACTIVATION: tl.constexpr, ADD: tl.constexpr, WEIGHTS: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """u_rh = sum_o e_or phi'(x_rh + y_oh) for the rows r of x (rows, h) over the rows o of y (others, h).
 
     e (others padded, stride) has r contiguous.  u (SPLITS, rows, h), u_stride from split to split; ADD: on top of the
     panels before, in this panel's unit.  WEIGHTS: uw (blocks, SPLITS, h), from block first_block on, =
     sum_ro e_or phi(x_rh + y_oh).
-    Grid: (blocks of rows, blocks of h, SPLITS); a split takes every SPLITS-th run of UNROLL others.
+    Grid: (blocks of rows, blocks of h, groups of SPLITS); a split takes every SPLITS-th run of UNROLL others.  x, y
+    and uw have x_rows, y_rows and uw_rows rows of each group, e has s_group numbers.
     """
     block = tl.program_id(0)
-    split = tl.program_id(2)
+    split = tl.program_id(2) % SPLITS
+    group = (tl.program_id(2) // SPLITS).to(tl.int64)
+    x += group * x_rows * width
+    y += group * y_rows * width
+    e += group * s_group
+    u += group * SPLITS * u_stride
+    uw += group * uw_rows * width
+    run += group * 2 * (panels + 1)
     r = block * BLOCK_R + tl.arange(0, BLOCK_R)
     k = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = (r < rows)[:, None] & (k < width)[None, :]
@@ -252,17 +301,30 @@ def _finish(
 @triton.jit(do_not_specialize=SIZES)
 def additive_moments_finish_kernel(
     a, b, ua, ub, uw, da, db, partials, w_packed, typical, run, panels, panel_rows, n, m, width, width_padded,
-    SPLITS_A: tl.constexpr, SPLITS_B: tl.constexpr, SIDE_A: tl.constexpr, NEED_A: tl.constexpr, NEED_B: tl.constexpr,
-    FREE_WEIGHTS: tl.constexpr, OWN_WEIGHTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+    uw_rows, SPLITS_A: tl.constexpr, SPLITS_B: tl.constexpr, SIDE_A: tl.constexpr, NEED_A: tl.constexpr,
+    NEED_B: tl.constexpr, FREE_WEIGHTS: tl.constexpr, OWN_WEIGHTS: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """da = w U, db = w V in their dtypes, and partials (blocks of a, then of b; h) of dw.
 
     FREE_WEIGHTS: phi(t) = t phi'(t), so dw_h = sum_i (a_ih + c_h) U_ih + sum_j (b_jh - c_h) V_jh for any c; one that
     makes both small keeps the digits where a and b are large and cancel.  OWN_WEIGHTS: dw from uw, in the blocks of a.
-    Grid: (blocks of rows of a if SIDE_A, then of b; blocks of h).
+    Grid: (blocks of rows of a if SIDE_A, then of b; blocks of h; groups).
     """
     block = tl.program_id(0)
+    group = tl.program_id(2).to(tl.int64)
+    a += group * n * width
+    b += group * m * width
+    da += group * n * width
+    db += group * m * width
+    ua += group * SPLITS_A * n * width
+    ub += group * SPLITS_B * m * width
+    uw += group * uw_rows * width
+    w_packed += group * width_padded
+    typical += group * 2 * width_padded
+    run += group * 2 * (panels + 1)
     blocks_a = tl.cdiv(n, BLOCK_R) if SIDE_A else 0
+    partials += group * (blocks_a if OWN_WEIGHTS else tl.num_programs(0)) * width
     k = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     centre = (tl.load(typical + width_padded + k) - tl.load(typical + k)) * 0.5
     top = tl.load(run + 2 * panels)

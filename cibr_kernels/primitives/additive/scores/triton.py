@@ -72,7 +72,7 @@ def backward(grad: Tensor, problem: AdditiveProblem, needs: Needs) -> tuple[Tens
     triton_call.launch(
         _kernels().additive_scores_state_kernel, (1,),
         {"wrong": wrong, "wrongs": wrong.numel(), "bad": sweep.bad, "bads": sweep.bad.numel(),
-         "w": sweep.packed["w_packed"], "width": sweep.h, "total": sweep.run[sweep.panels, 1:]},
+         "w": sweep.packed["w_packed"], "width": sweep.h, "total": sweep.run[0, sweep.panels, 1:]},
         {"BLOCK": 512},
     )  # fmt: skip
     return sweep.finish()
