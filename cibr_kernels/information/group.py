@@ -13,11 +13,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cibr_kernels.dispatch import library
 from cibr_kernels.information.critics import View
-from cibr_kernels.primitives.additive.moments.op import additive_moments_backward, additive_moments_forward
+from cibr_kernels.primitives.additive.moments.op import (
+    additive_moments,
+    additive_moments_backward,
+    additive_moments_forward,
+)
 
 
 class Weights(NamedTuple):
@@ -68,6 +73,19 @@ def grouped_moments(
     return _Moments.apply(group, len(zs), *zs, *xs, *(p for w in weights for p in w))  # type: ignore[no-any-return]
 
 
+class ScaledGradient(torch.autograd.Function):
+    """z, whose gradient is multiplied by `factor`: no arithmetic forward."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, factor: Tensor | float) -> Tensor:
+        ctx.factor = factor
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g * ctx.factor, None
+
+
 class _Moments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Group, count: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,7 +103,7 @@ class _Moments(torch.autograd.Function):
         j, el, *of_l = additive_moments_forward.function(
             a, b, w, bias, group.activation, group.slope, 0, group.include_diagonal, *needs, group.backend
         )
-        ctx.save_for_backward(*zs, *xs, *(own.wz for own in weights), a, b, w, *of_l)
+        ctx.save_for_backward(*tensors, a, b, w, *of_l)
         ctx.set_materialize_grads(False)
         return j, el
 
@@ -93,9 +111,13 @@ class _Moments(torch.autograd.Function):
     def backward(ctx: Any, g_j: Tensor | None, g_l: Tensor | None) -> tuple[Tensor | None, ...]:
         group, count, needed = ctx.group, ctx.count, ctx.needs_input_grad[2:]
         critics, saved = len(group.which), ctx.saved_tensors
-        zs, xs, wzs = saved[:count], saved[count : count + critics], saved[count + critics : count + 2 * critics]
+        inputs, made = saved[:-6], saved[-6:]
+        zs, xs = inputs[:count], inputs[count : count + critics]
+        wzs = inputs[count + critics + 1 :: 5]
+        if torch.is_grad_enabled():
+            return None, None, *_differentiable(inputs, group, count, needed, (g_j, g_l))
         da, db, dw = additive_moments_backward(
-            g_j, g_l, *saved[count + 2 * critics :], group.activation, group.slope, 0, *ctx.needs, group.backend
+            g_j, g_l, *made, group.activation, group.slope, 0, *ctx.needs, group.backend
         )
         given = [g for g in (g_j, g_l) if g is not None]
         dbias = given[0] if len(given) == 1 else given[0] + given[1]
@@ -111,6 +133,32 @@ class _Moments(torch.autograd.Function):
         return tuple(grads)
 
 
+def _composed(tensors: Sequence[Tensor], group: Group, count: int) -> tuple[Tensor, Tensor]:
+    """The node's J and L made of operators."""
+    critics = len(group.which)
+    zs, xs = tensors[:count], tensors[count : count + critics]
+    weights = [Weights(*tensors[i : i + 5]) for i in range(count + critics, len(tensors), 5)]
+    signed = [ScaledGradient.apply(zs[z], sign) for z, sign in zip(group.which, group.signs, strict=True)]
+    return additive_moments(
+        torch.stack([F.linear(x, own.wx) for x, own in zip(xs, weights, strict=True)]),
+        torch.stack([F.linear(z, own.wz, own.c) for z, own in zip(signed, weights, strict=True)]),
+        torch.cat([own.w for own in weights]), torch.cat([own.bias for own in weights]), activation=group.activation,
+        slope=group.slope, include_diagonal=group.include_diagonal, backend=group.backend,
+    )  # fmt: skip
+
+
+def _differentiable(
+    tensors: Sequence[Tensor], group: Group, count: int, needed: Sequence[bool], upstream: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """The gradients for a backward with create_graph: operators refuse a second derivative, the node would forget."""
+    wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
+    with torch.enable_grad():
+        outputs = [t for t, g in zip(_composed(tensors, group, count), upstream, strict=True) if g is not None]
+    given = [g for g in upstream if g is not None]
+    made = iter(torch.autograd.grad(outputs, wanted, given, create_graph=True))
+    return [next(made) if need else None for need in needed]
+
+
 def _needs(needed: tuple[bool, ...], count: int, critics: int) -> tuple[bool, bool, bool]:
     """Whether the gradients of any a, b and w are asked for."""
     of_z, of_critics = needed[2 : 2 + count], needed[2 + count + critics :]
@@ -123,5 +171,5 @@ def _to_z(db: Tensor, wzs: Sequence[Tensor], group: Group, z: int) -> Tensor:
     total = db[mine[0]] @ wzs[mine[0]]
     total = total if group.signs[mine[0]] == 1 else total * group.signs[mine[0]]
     for k in mine[1:]:
-        total = torch.addmm(total, db[k], wzs[k], alpha=group.signs[k])
+        total.addmm_(db[k], wzs[k], alpha=group.signs[k])
     return total

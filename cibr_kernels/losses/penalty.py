@@ -22,11 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from cibr_kernels import checks
+from cibr_kernels.dispatch import library
 from cibr_kernels.distributed import merge
 from cibr_kernels.distributed.shards import Shards
-from cibr_kernels.information import gaussian
+from cibr_kernels.information import bounds, gaussian
+from cibr_kernels.information.bounds import BOUNDS
 from cibr_kernels.information.critics import View
 from cibr_kernels.information.estimators import MAXIMISED, UPPER, Ema, estimate
+from cibr_kernels.information.group import Group, ScaledGradient, grouped_moments, weights_of_all
 from cibr_kernels.information.negatives import Negatives
 from cibr_kernels.information.pairs import Pairs
 from cibr_kernels.losses.scatter import variance_in_groups
@@ -106,6 +109,8 @@ class Options:
 
 def scale_gradient(z: Tensor, factor: Tensor | float) -> Tensor:
     """The value of z with `factor` times its gradient."""
+    if library.only_autograd_looks_on(z):
+        return ScaledGradient.apply(z, factor)  # type: ignore[no-any-return]
     return z.detach() + factor * (z - z.detach())
 
 
@@ -136,13 +141,13 @@ def penalty(
     if options.estimator in MAXIMISED:
         return _by_critics(branch, options, players, ema, generator, shards, backend)
     if options.estimator == "ceb":
-        bounds = [_by_network(branch, name, options, players[name], shards) for name in MEANS]
+        upper = [_by_network(branch, name, options, players[name], shards) for name in MEANS]
     elif options.estimator == "variance":
-        bounds = [_by_variance(branch, modality, options, shards) for modality in MODALITIES]
+        upper = [_by_variance(branch, modality, options, shards) for modality in MODALITIES]
     else:
         aligned = gaussian.align(branch.image_features, branch.text_features, options.noise_std)
-        bounds = [_mean(aligned, shards)] * 2
-    return bounds[0] + bounds[1], {"image_cmi": bounds[0].detach(), "text_cmi": bounds[1].detach()}
+        upper = [_mean(aligned, shards)] * 2
+    return upper[0] + upper[1], {"image_cmi": upper[0].detach(), "text_cmi": upper[1].detach()}
 
 
 def _by_critics(
@@ -154,16 +159,49 @@ def _by_critics(
         f"{modality}_features": noisy(getattr(branch, f"{modality}_features"), options.noise_std, generator, shards)
         for modality in MODALITIES
     }
-    nats = {}
+    nats = None
+    if shards is None and options.negatives == "all" and options.estimator in BOUNDS and backend != "reference":
+        nats = _together(branch, options, critics, tensors, ema, backend)
+    if nats is None:
+        nats = _one_by_one(branch, options, critics, tensors, ema, shards, backend)
+    each = nats.detach()
+    own, other = each.view(2, 2).unbind(1)
+    parts = {f"{m}_cmi": cmi for m, cmi in zip(MODALITIES, (own - other).unbind(0), strict=True)}
+    return -nats.sum(), parts | dict(zip(TERMS, each.unbind(0), strict=True))
+
+
+def _one_by_one(
+    branch: Rows, options: Options, critics: Mapping[str, View], tensors: Mapping[str, Tensor],
+    ema: Mapping[str, Ema] | nn.ModuleDict | None, shards: Shards | None, backend: str,
+) -> Tensor:  # fmt: skip
+    """The estimates of any four critics, (4,), in the order of TERMS."""
+    nats = []
     for name, (x, z) in TERMS.items():
         seen = tensors[z]
         pairs = Pairs(
             _data(branch, x, seen), scale_gradient(seen, -1.0) if name.endswith("own") else seen, None,
             critics[name], options.negatives, options.diagonal == "include", shards, "gather", backend,
         )  # fmt: skip
-        nats[name] = estimate(pairs, options.estimator, None if ema is None else ema[name], {})
-    parts = {f"{m}_cmi": (nats[f"{m}_own"] - nats[f"{m}_other"]).detach() for m in MODALITIES}
-    return -torch.stack(list(nats.values())).sum(), parts | {name: value.detach() for name, value in nats.items()}
+        nats.append(estimate(pairs, options.estimator, None if ema is None else ema[name], {}))
+    return torch.stack(nats)
+
+
+def _together(
+    branch: Rows, options: Options, critics: Mapping[str, View], tensors: Mapping[str, Tensor],
+    ema: Mapping[str, Ema] | nn.ModuleDict | None, backend: str,
+) -> Tensor | None:  # fmt: skip
+    """The same of concat critics of one shape, as one node of autograd; None where one has to be called."""
+    zs = [tensors[f"{modality}_features"] for modality in MODALITIES]
+    weights = weights_of_all([critics[name] for name in TERMS], *zs)
+    if weights is None:
+        return None
+    inner = critics["image_own"].inner
+    group = Group((0, 0, 1, 1), (-1.0, 1.0) * 2, inner.activation, inner.slope, options.diagonal == "include", backend)
+    j, el = grouped_moments([_data(branch, x, zs[0]) for x, _ in TERMS.values()], zs, weights, group)
+    if ema is None:
+        return bounds.value(j, el, options.estimator)
+    each = zip(TERMS, j.unbind(0), el.unbind(0), strict=True)
+    return torch.stack([bounds.value(j_k, el_k, options.estimator, ema=ema[name]) for name, j_k, el_k in each])
 
 
 def _by_network(branch: Rows, name: str, options: Options, network: Any, shards: Shards | None) -> Tensor:

@@ -41,8 +41,10 @@ class Schedule:
     def at(self, step: Tensor | int) -> Tensor:
         """The weight at a step, 0-d float32; a tensor is not read."""
         step = torch.as_tensor(step)
-        grown = (step - self.warmup_steps + 1).clamp(min=0).float() / (self.ramp_steps + 1)
-        return self.value * grown.clamp(max=1.0)
+        if not self.warmup_steps and not self.ramp_steps:
+            return torch.full((), self.value, dtype=torch.float32, device=step.device)
+        grown = (step + (1 - self.warmup_steps)).clamp(0, self.ramp_steps + 1).float() / (self.ramp_steps + 1)
+        return self.value * grown
 
     def warning(self, steps: int | None = None) -> str:
         """What to say if a run of `steps` (total_steps where None) ends below the value; "" if it does not."""

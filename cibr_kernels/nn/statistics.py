@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cibr_kernels import checks
@@ -43,6 +44,8 @@ class _Float32Buffers(nn.Module):
     def _moved(self, name: str, value: Tensor, good: Tensor) -> Tensor:
         """The buffer, moved to `value` where this batch is `good`, (): decided without waiting for the device."""
         buffer: Tensor = getattr(self, name)
+        if buffer.dtype == value.dtype and not torch.compiler.is_compiling():
+            return torch.where(good, value, buffer, out=buffer)
         kept = torch.where(good, value, promote(buffer))
         buffer.copy_(kept)
         return kept
@@ -83,7 +86,7 @@ class LogEMA(_Float32Buffers):
         good = el.isfinite()
         average = self._moved("value", torch.where(self.started, moved, el), good)
         self.started.logical_or_(good)
-        return average
+        return average.clone()  # the buffer moves on
 
 
 class Standardize(_Float32Buffers):
@@ -124,8 +127,10 @@ class Standardize(_Float32Buffers):
             new_var, new_mean = torch.var_mean(x, 0, unbiased=False)
             if shards is not None:
                 new_mean, new_var = merge.statistics(new_mean, new_var, shards)
-            good = (new_mean + new_var).isfinite().all()
+            good = torch.linalg.vector_norm(new_mean + new_var, math.inf) < math.inf
             mean = self._moved("mean", mean.lerp(new_mean, weight), good)
             var = self._moved("var", var.lerp(new_var, weight), good)
             self.started.logical_or_(good)
+        if x.is_cuda:
+            return F.batch_norm(x, mean, var, eps=self.eps)  # the same in one launch
         return (x - mean) * (var + self.eps).rsqrt()
