@@ -23,8 +23,11 @@ def matrix(name: str, t: Tensor) -> None:
         raise ValueError(f"{name} is empty: shape {tuple(t.shape)}")
 
 
-def matching(*, rows: bool = True, **tensors: Tensor) -> None:
-    """Each is a `matrix`; all have as many rows (`rows`), one device, and are float64 or none is.  One call: cheap."""
+def matching(*, precision: bool = True, **tensors: Tensor) -> None:
+    """Each is a `matrix`; all have as many rows, one device and, with `precision`, are float64 or none is.
+
+    In one call, of which small batches would notice a dozen.
+    """
     compiling = torch.compiler.is_compiling()
     for name, t in tensors.items():
         if (
@@ -37,10 +40,10 @@ def matching(*, rows: bool = True, **tensors: Tensor) -> None:
             matrix(name, t)  # says what is wrong
     first, *rest = tensors.values()
     for t in rest:
-        if rows and t.shape[0] != first.shape[0]:
+        if t.shape[0] != first.shape[0]:
             same_rows(**tensors)
-        if t.dtype != first.dtype or t.device != first.device:
-            one_precision(**tensors)
+        if t.device != first.device or (precision and t.dtype != first.dtype):
+            (one_precision if precision else same_device)(**tensors)
 
 
 def not_transformed(name: str, t: Tensor) -> None:

@@ -57,7 +57,8 @@ def weights_of_all(critics: Sequence[View], *tensors: Tensor) -> list[Weights] |
     first, found = critics[0].inner, []
     for critic in critics:
         inner = critic.inner
-        weights = inner.plain_weights() if critic.called is inner and hasattr(inner, "plain_weights") else None
+        known = critic.form == "additive_parts" and critic.called is inner and hasattr(inner, "plain_weights")
+        weights = inner.plain_weights() if known else None
         if weights is None or (inner.activation, inner.slope) != (first.activation, first.slope):
             return None
         found.append(Weights(*weights))

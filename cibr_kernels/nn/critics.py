@@ -50,11 +50,9 @@ class _Scores(nn.Linear):
         return self.weight.sum(0, dtype=dtype), self.bias.sum(dtype=dtype)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def _have_hooks(*modules: nn.Module) -> bool:
     """Anybody's, torch's own among them."""
-    return bool(
-        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-    )
+    return any(m._forward_pre_hooks or m._forward_hooks or m._backward_pre_hooks or m._backward_hooks for m in modules)
 
 
 class _Critic(nn.Module):
@@ -174,14 +172,13 @@ class ConcatCritic(_Critic):
     def plain_weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
         """Wx, Wz, c, w (1, hidden), c2 (1,) where a call does nothing but multiply with them.
 
-        None where hooks, parametrizations, FSDP, two layers, `storage` or own methods are in the way.
+        None where hooks, parametrizations, FSDP or `storage` are in the way.  For the form "additive_parts" only.
         """
         layers = self.x_proj, self.z_proj, self.out
         if (
-            self.form != "additive_parts"
-            or self.storage is not None
+            self.storage is not None
             or tuple(map(type, layers)) != (_PartOfLinear, _PartOfLinear, _Scores)
-            or any(map(_has_hooks, (self, *layers)))
+            or _have_hooks(self, *layers)
             or any(GLOBAL_HOOKS)
             or hasattr(type(self), "set_requires_gradient_sync")
         ):

@@ -5,8 +5,6 @@ On the CPU a and b are read in their dtype and widened a tile at a time; scores,
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -46,14 +44,11 @@ def forward(problem: MomentsProblem, needs: Needs) -> tuple[Tensor, Tensor, Tens
     fields |= {"w": problem.w.float(), "dw": wide_dw, "features_dtype": DTYPES[a.dtype]}
     work = fields["n"] * fields["m"] * fields["h"]
     for k in range(problem.groups) if shape else (None,):
-        here = fields if k is None else {name: _member(value, k) for name, value in fields.items()}
+        here = fields if k is None else {
+            name: value[k] if isinstance(value, Tensor) and value.numel() else value for name, value in fields.items()
+        }  # fmt: skip
         call("additive_moments", "AdditiveMoments", work, **here)
     return j, el, da, db, wide_dw.to(dw.dtype)
-
-
-def _member(value: Any, k: int) -> Any:
-    """Of a field that is a tensor with a part for each critic of a group, that of critic k."""
-    return value[k] if isinstance(value, Tensor) and value.numel() else value
 
 
 def backward(
