@@ -137,7 +137,10 @@ def family(critic: View, x: Tensor, z: Tensor, backend: str) -> Additive | Dot |
         parts = critic.parts(x, z)
         if not critic.known or critic.inner.overridden:
             _check_parts(critic.form, parts, x.shape[0], z.shape[0])
-        return Additive(*parts, backend=backend) if critic.form == "additive_parts" else Dot(*parts)
+        if critic.form == "dot_parts":
+            return Dot(*parts)
+        left, right, w, bias, activation, slope = parts
+        return Additive(left, right, w, bias, activation, slope, backend)
     width = critic.pair_width(x, z)
     if critic.form == "pair_parts":
         (a, b), score = critic.parts(x, z), critic.inner.score_parts
