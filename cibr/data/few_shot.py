@@ -10,48 +10,27 @@ for training and half for tests.  More shots of one seed hold the fewer ones.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from torch import Tensor
 
-from cibr.data.dataset import Dataset
+from cibr.data.dataset import Dataset, Subset
 from cibr.data.features import FeatureSet
 from cibr.data.options import DataOptions
 from cibr.data.stream import Stream
 from cibr.errors import UsageError
 
 
-class Chosen(Dataset):
-    """The `rows` of another data set, whose classes are among `classes`."""
+class Chosen(Subset):
+    """The `rows` of another data set, and its `classes`, all of which stay: a split may have no image of one."""
 
     def __init__(self, whole: Dataset, rows: np.ndarray, classes: range) -> None:
         assert whole.labels is not None and whole.class_names is not None
-        self.whole, self.rows, self.augment = whole, rows, whole.augment
-        super().__init__(
-            [whole.keys[row] for row in rows.tolist()],
-            [whole.texts[row] for row in rows.tolist()],
-            labels=(whole.labels[rows] - classes.start).tolist(),
-            class_names=[whole.class_names[c] for c in classes],
-            templates=whole.templates,
-            styles=None if whole.styles is None else [whole.styles[row] for row in rows.tolist()],
-            skipped=whole.skipped,
-        )
-
-    def image(self, index: int) -> Image.Image | Tensor:
-        return self.whole.image(int(self.rows[index]))
-
-    def draw(self, index: int, number: int) -> str | Tensor:
-        return self.whole.draw(int(self.rows[index]), number)
-
-    def words(self) -> Iterable[str]:
-        return self.whole.words()
-
-    def sizes(self) -> np.ndarray:
-        sizes = self.whole.sizes()
-        return sizes[self.rows] if len(sizes) else sizes
+        super().__init__(whole, rows)
+        self.labels = whole.labels[rows] - classes.start
+        self.class_names = [whole.class_names[c] for c in classes]
+        self.distinct_groups = False  # an epoch is all shots
 
 
 def choose(dataset: Dataset, options: DataOptions, split: str, open_split: Callable[[str], Dataset]) -> Dataset:
