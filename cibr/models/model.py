@@ -15,7 +15,7 @@ from cibr.config import option
 from cibr.models.features import Batch, Features, Output
 from cibr.needs import ALL, SECOND
 
-SPECS = "conv; open_clip:NAME[/TAG_OR_FILE]; open_clip:local-dir:DIR; open_clip:FILE.json; heads"
+SPECS = "conv; open_clip:NAME[/TAG_OR_FILE]; open_clip:local-dir:DIR; open_clip:FILE.json; heads; coop:BASE; maple:BASE"
 
 
 @dataclass(frozen=True, kw_only=True)
