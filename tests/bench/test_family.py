@@ -93,11 +93,13 @@ def test_no_image_is_twice_in_a_sample():
 
 
 # ------------------------------------------------------------------------------------------- alignment
-def test_unique_rate_has_its_ends():
+def test_unique_rate_has_its_ends(monkeypatch):
+    for name, value in {"ROWS": 1500, "TRAIN": 900, "PROBE_ROWS": 900}.items():
+        monkeypatch.setattr(alignment, name, value)
     labels = torch.arange(alignment.ROWS) % 16
     told = torch.nn.functional.normalize(torch.eye(16)[labels] + 0.01 * torch.randn(alignment.ROWS, 16), dim=1)
     assert alignment.unique_rate(told, labels, 16) > 0.95
-    assert abs(alignment.unique_rate(torch.randn(alignment.ROWS, 4), labels, 16)) < 0.02
+    assert abs(alignment.unique_rate(torch.randn(alignment.ROWS, 4), labels, 16)) < 0.05
 
 
 def test_kept_counts_images_at_their_own_text():
@@ -108,7 +110,7 @@ def test_kept_counts_images_at_their_own_text():
 
 def made(depth: int, learnt: bool, tau: float, beta: float, seed: int, nuisance: float, end: float, nats: float):
     alike = (1 - nuisance, nuisance, 1.0)
-    return alignment.Trial(depth, learnt, tau, beta, seed, {"y": nuisance}, 90.0, end, 0.9, nats, *alike)
+    return alignment.Trial(depth, learnt, tau, beta, seed, {"y": nuisance}, 90.0, end, 0.9, nats, 3.0, *alike)
 
 
 def test_verdicts():
@@ -127,6 +129,7 @@ def test_verdicts():
         "beta removes nuisance, tempera": NO,  # the second of that name: learnt
         "homeostasis: the learnt temper": YES,
         "homeostasis: entropy is kept w": YES,
+        "homeostasis: InfoNCE is kept w": NO,  # constant here
         "the paper's best beta, .1, kee": YES,
         "nuisance goes with low alignme": NO,  # by mutual k-NN, which is constant here
         "CIDEr of captions rises from 9": UNTESTED,
@@ -137,15 +140,9 @@ def test_verdicts():
 
 
 def test_alignment_runs(tmp_path, monkeypatch, capsys):
-    small = {
-        "ROWS": 400,
-        "TRAIN": 300,
-        "PROBE_ROWS": 200,
-        "KERNEL_ROWS": 60,
-        "DEPTHS": (4,),
-        "TEMPERATURES": (0.07, 1.0),
-    }
-    for name, value in {**small, "BETAS": (0.0, 0.1, 3.0), "STEPS": 3}.items():
+    sizes = {"ROWS": 400, "TRAIN": 300, "PROBE_ROWS": 200, "KERNEL_ROWS": 60, "STEPS": 3, "BATCH": 32}
+    cells = {"DEPTHS": (4,), "TEMPERATURES": (0.07, 1.0), "BETAS": (0.0, 0.1, 3.0)}
+    for name, value in {**sizes, **cells}.items():
         monkeypatch.setattr(alignment, name, value)
     monkeypatch.setattr(alignment_claims, "DEPTH_PAIR", (4, 4))  # one depth is trained here
     assert conduct(alignment.run, True, tmp_path / "a.json", tmp_path / "a.png") == 0

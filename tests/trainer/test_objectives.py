@@ -43,6 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "variance": {"lam_warmup_steps": 0, "lam_ramp_steps": 1},
     "align": {"objective": "align", "lam_warmup_steps": 0, "lam_ramp_steps": 1},
     "ceb": {"objective": "ceb", "critic_hidden": 8, "lam_warmup_steps": 0, "lam_ramp_steps": 1},
+    "aib, learned": {"objective": "aib", "bottleneck": "learned", "tau": "raw"},
 }
 
 

@@ -192,9 +192,12 @@ def test_mosis_measures():
 
 
 # ------------------------------------------------------------------------------------------- training
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("task", "name"), [("class", "III"), ("value", "I"), ("anomaly", "III-3")])
-def test_every_method_learns_every_task(method, task, name):
+@pytest.mark.parametrize(
+    ("method", "task", "name"),
+    [*((method, "class", "III") for method in METHODS), ("fusion", "value", "I"), ("omib", "value", "III-3"),
+     ("vib", "anomaly", "I"), ("branches", "anomaly", "II"), ("omib", "anomaly", "III-3")],
+)  # fmt: skip
+def test_every_method_and_every_task_learns(method, task, name):
     run = train.start(options(data=f"sim:{name}", task=task, method=method, beta=0.003))
     first = train.take_step(run)["loss"].item()
     warm = run.options.warm_up_steps if run.model.method.branches else 0
