@@ -56,6 +56,12 @@ PARTS = {
     "text_cmi": "I(Zt; Xt | Xv), estimated (nats)",
 }
 ESTIMATES = {"image_own": "I(Zv; Xv)", "image_other": "I(Zv; Xt)", "text_own": "I(Zt; Xt)", "text_other": "I(Zt; Xv)"}
+OTHERWISE = {  # where a run decomposes otherwise
+    "chain": {"image_own": "I(Zv; Xv, Xt)", "text_own": "I(Zt; Xt, Xv)"},
+    "joint": {
+        "image_own": "I(Xv; Zv, Xt)", "image_other": "I(Xv; Xt)", "text_own": "I(Xt; Zt, Xv)", "text_other": "I(Xt; Xv)"
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -230,7 +236,8 @@ def draw_parts(groups: list[Group], path: Path) -> None:
             draw_lines(axis, groups, name)
             axis.set(ylabel=title)
         first, axis = penalised[0], axes[0, 3]
-        for k, (name, title) in enumerate(ESTIMATES.items()):
+        titles = {**ESTIMATES, **OTHERWISE.get(first.runs[0].config.get("decomposition", "markov"), {})}
+        for k, (name, title) in enumerate(titles.items()):
             steps, values = first.values(name)
             look = {"color": COLOURS[k // 2 * 2], "linestyle": LINES[k % 2]}
             axis.plot(steps, values.mean(0), label=title, linewidth=1.4, **look)

@@ -1,7 +1,9 @@
 """CIBR (2503.24182): each conditional information is a difference of two, by a critic each.
 
-I(Z; own | other) = I(Z; own) - I(Z; other)        Z is computed from its own X, so this is exact
-surrogate         = - sum of the four estimates, with -lam times Z's gradient in `own` and lam times in `other`
+I(Z; own | other) = I(own; Z) - I(other; Z)                 markov: Z is computed from its own X, so this is exact
+                  = I([own, other]; Z) - I(other; Z)        chain
+                  = I(own; [Z, other]) - I(own; other)      joint: the second does not depend on Z
+surrogate         = - sum of the estimates, with -lam times Z's gradient in the first and lam times in the second
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ class CibrOptions(ConditionOptions):
     estimator: Literal["mine", "dv", "nwj", "tuba", "remine", "js", "smile", "infonce"] = option(
         "mine", "of information"
     )
+    decomposition: Literal["markov", "chain", "joint"] = option(
+        "markov", "of each conditional information into a difference of two"
+    )
     critic: Literal["concat", "separable"] = option("concat", "one hidden layer on [x, z], or <f(x), g(z)>")
     critic_hidden: int = option(512, "hidden units of each critic", least=1)
     critic_activation: Literal["relu", "leaky_relu", "gelu", "gelu_tanh", "silu", "elu", "softplus", "tanh"] = option(
@@ -52,9 +57,10 @@ class Cibr(Conditioned):
         super().__init__(options, model)
         if options.ema_decay is not None and options.estimator != "mine":
             raise UsageError(f"--ema-decay belongs to --estimator mine, not {options.estimator}")
-        widths = (model.image_width, model.text_width, model.text_width, model.image_width)
-        critics = zip(TERMS, widths, strict=True)
-        self.critics = nn.ModuleDict({name: self._critic(width, model.embed_dim) for name, width in critics})
+        image = self._widths(model.image_width, model.text_width, model.embed_dim)
+        text = self._widths(model.text_width, model.image_width, model.embed_dim)
+        critics = zip(TERMS, (*image, *text), strict=True)
+        self.critics = nn.ModuleDict({name: self._critic(*widths) for name, widths in critics})
         self.ema = nn.ModuleDict()
         if options.ema_decay is not None:
             self.ema.update({name: ck.nn.LogEMA(options.ema_decay) for name in TERMS})
@@ -62,26 +68,37 @@ class Cibr(Conditioned):
         remine, smile = {"rho": options.remine_rho, "c": options.remine_c}, {"tau": options.smile_tau}
         self.estimator_options: dict[str, Any] = {"remine": remine, "smile": smile}.get(options.estimator, {})
 
-    def _critic(self, width: int, embed_dim: int) -> nn.Module:
+    def _widths(self, own: int, other: int, z: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of what the critics of `pair`'s two terms compare."""
+        chosen = self.options.decomposition
+        if chosen == "joint":
+            return (own, z + other), (own, other)
+        return (own + other if chosen == "chain" else own, z), (other, z)
+
+    def _critic(self, width: int, other_width: int) -> nn.Module:
         options = self.options
         if options.critic == "separable":
-            return ck.nn.SeparableCritic(width, embed_dim, options.critic_hidden)
-        return ck.nn.ConcatCritic(width, embed_dim, options.critic_hidden, activation=options.critic_activation)
+            return ck.nn.SeparableCritic(width, other_width, options.critic_hidden)
+        return ck.nn.ConcatCritic(width, other_width, options.critic_hidden, activation=options.critic_activation)
 
     def penalty(self, output: Output, lam_image: Tensor, lam_text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         xv, xt, captions = self.inputs(output)
         zv, zt = self.noisy(output.image.embedding), self.noisy(output.text.embedding)
-        nats = {
-            "image_own": self.information("image_own", xv, scaled(zv, -lam_image)),
-            "image_other": self.information("image_other", captions, scaled(zv, lam_image)),
-            "text_own": self.information("text_own", xt, scaled(zt, -lam_text)),
-            "text_other": self.information("text_other", xv, scaled(zt, lam_text)),
-        }
+        compared = (*self.pair(xv, captions, zv, lam_image), *self.pair(xt, xv, zt, lam_text))
+        nats = {name: self.information(name, *ends) for name, ends in zip(TERMS, compared, strict=True)}
         parts = {name: value.detach() for name, value in nats.items()}
         parts["image_cmi"] = parts["image_own"] - parts["image_other"]
         parts["text_cmi"] = parts["text_own"] - parts["text_other"]
         parts |= {"image_capacity": self.capacity(output.image), "text_capacity": self.capacity(output.text)}
         return -torch.stack(list(nats.values())).sum(), parts
+
+    def pair(self, own: Tensor, other: Tensor, z: Tensor, lam: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What the two terms of I(Z; own | other) compare, (n, .) each, Z's gradient scaled."""
+        less, more = scaled(z, -lam), scaled(z, lam)
+        if self.options.decomposition == "joint":
+            return [(own, torch.cat([less, other], 1)), (own, other)]
+        first = torch.cat([own, other], 1) if self.options.decomposition == "chain" else own
+        return [(first, less), (other, more)]
 
     @torch.no_grad()
     def capacity(self, features: Features) -> Tensor:
@@ -107,13 +124,8 @@ class Cibr(Conditioned):
         )
 
     def noisy(self, z: Tensor) -> Tensor:
-        """What critics see of a unit-norm z (n, d): noise added, entries of order 1.
-
-        Every rank draws the whole batch's noise and takes its rows, so that it does not depend on the number of ranks.
-        """
-        total, first = (len(z), 0) if self.shards is None else (self.shards.total, self.shards.offset)
-        noise = torch.randn(total, z.shape[1], device=z.device)[first : first + len(z)]
-        return (z + self.options.noise_std * noise) * math.sqrt(z.shape[1])
+        """What critics see of a unit-norm z (n, d): noise added, entries of order 1."""
+        return (z + self.noise(z)) * math.sqrt(z.shape[1])
 
     def information(self, name: str, x: Tensor, z: Tensor) -> Tensor:
         return ck.mutual_information(

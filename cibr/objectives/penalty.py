@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import cibr_kernels as ck
 from cibr.config import option
@@ -33,6 +34,9 @@ class PenaltyOptions(EitherOptions):
         above=0,
     )
     noise_std: float = option(0.25, "noise on the unit-norm embeddings, without which information is infinite", above=0)
+    noise_enters: Literal["penalty", "both"] = option(
+        "penalty", "what sees the noise: the penalty, or the contrastive loss too, in training, by a draw of its own"
+    )
 
 
 class Penalised(Objective):
@@ -67,7 +71,7 @@ class Penalised(Objective):
     def forward(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         """-> "loss", 0-d, with the gradient of both players; the other entries are for the log."""
         self.contrastive.shards = self.shards
-        found = self.contrastive(output, batch)
+        found = self.contrastive(self.noised(output), batch)
         loss = found["loss"]
         lam_image, lam_text = self.lams()
         self.mark("critics")
@@ -89,6 +93,22 @@ class Penalised(Objective):
             "lam": lam_image,
             **parts,
         }
+
+    def noised(self, output: Output) -> Output:
+        """What the contrastive loss sees: with `noise_enters` "both", in training, normalize(z + noise) for each z."""
+        if self.options.noise_enters == "penalty" or not self.training:
+            return output
+        tensors = output.tensors()
+        noisy = {n: F.normalize(z + self.noise(z), dim=1) for n, z in tensors.items() if n.endswith(".embedding")}
+        return Output.of({**tensors, **noisy})
+
+    def noise(self, z: Tensor) -> Tensor:
+        """(n, d), of the options' deviation.
+
+        Every rank draws the whole batch's noise and takes its rows, so that it does not depend on the number of ranks.
+        """
+        total, first = (len(z), 0) if self.shards is None else (self.shards.total, self.shards.offset)
+        return self.options.noise_std * torch.randn(total, z.shape[1], device=z.device)[first : first + len(z)]
 
     def cap(self, loss: Tensor, output: Output, surrogate: Tensor, branch: Output) -> Tensor:
         """Holds the penalty's gradient in the backward to come; returns its ratio to the contrastive one, uncapped."""

@@ -35,6 +35,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cibr": CIBR,
     "cibr on siglip": {**CIBR, "contrastive": "siglip"},
     "cibr, separable": {**CIBR, "critic": "separable", "estimator": "infonce"},
+    "cibr, chain": {**CIBR, "decomposition": "chain"},
+    "cibr, joint, noise in both": {**CIBR, "decomposition": "joint", "noise_enters": "both"},
     "cibr, shifts": {**CIBR, "negatives": "shifts:3", "ema_decay": 0.9},
     "cibr, remine": {**CIBR, "estimator": "remine", "remine_rho": 0.2, "lam_text": 0.1},
     "cibr, all captions": {**CIBR, "condition": "all", "contrastive": "meanpos"},
