@@ -70,17 +70,16 @@ class Prompted(Model):
     def __init__(self, options: Any, recipe: dict[str, Any]) -> None:
         super().__init__(options, recipe)
         self.base = OpenClip(OpenClipOptions(model=base_of(options.model)), recipe["base"]).requires_grad_(False)
-        self.tower = [getattr(self.base.clip, "text", self.base.clip)]  # in a list: its parameters are the base's
-        refuse_text_tower(self.tower[0], options.model)
+        refuse_text_tower(self.tower, options.model)
         self.image_width, self.text_width = self.base.image_width, self.base.text_width
         self.embed_dim, self.notes = self.base.embed_dim, self.base.notes
         self.class_names: list[str] = recipe["classes"]
         self.texts = self.make_texts()
         tokens = self.texts(self.class_names, specific=self.is_specific)
-        if self.tower[0].attn_mask is not None:  # nothing looks ahead, so what follows the last [EOS] is never seen
+        if self.tower.attn_mask is not None:  # nothing looks ahead, so what follows the last [EOS] is never seen
             tokens = tokens[:, : int(tokens.argmax(1).max()) + 1]
         self.register_buffer("class_tokens", tokens, persistent=False)
-        self.context = nn.Parameter(torch.empty(self.vectors, self.tower[0].token_embedding.weight.shape[1]))
+        self.context = nn.Parameter(torch.empty(self.vectors, self.tower.token_embedding.weight.shape[1]))
         nn.init.normal_(self.context, std=STD)
         self.train(self.training)
 
@@ -98,11 +97,16 @@ class Prompted(Model):
         self.base.load_pretrained()
         self.recipe = {**self.recipe, "base": self.base.recipe}
         if self.options.phrase:
-            words = self.tower[0].token_embedding.weight[self.texts.initial]
+            words = self.tower.token_embedding.weight[self.texts.initial]
             self.context.data.copy_(words.repeat(self.vectors // len(words), 1))
 
     def make_texts(self) -> PromptTexts:
         raise NotImplementedError
+
+    @property
+    def tower(self) -> Any:
+        """The base's text tower, of which a CLIP has the parts as its own."""
+        return getattr(self.base.clip, "text", self.base.clip)
 
     @property
     def is_specific(self) -> bool:
@@ -127,7 +131,7 @@ class Prompted(Model):
 
     def encode_text(self, tokens: Tensor) -> Features:
         """(n, length) int64 with negative ids where the context stands; any length up to the model's."""
-        tower = self.tower[0]
+        tower = self.tower
         places = -1 - tokens  # of the context's vectors; negative for tokens
         dtype = tower.transformer.get_cast_dtype()
         x = tower.token_embedding(tokens.clamp(min=0)).to(dtype)
@@ -199,7 +203,7 @@ class Maple(Prompted):
 
     def __init__(self, options: MapleOptions, recipe: dict[str, Any]) -> None:
         super().__init__(options, recipe)
-        visual, tower = self.base.clip.visual, self.tower[0]
+        visual, tower = self.base.clip.visual, self.tower
         refuse_image_tower(visual, options.model)
         blocks = min(len(visual.transformer.resblocks), len(tower.transformer.resblocks))
         if options.depth > blocks:

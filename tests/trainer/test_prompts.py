@@ -37,7 +37,7 @@ def prompted(method: str = "coop", names: list[str] = NAMES, config: dict[str, A
 
 def with_words(model: Prompted) -> Prompted:
     """Its context set to the embeddings of the words that it stands for."""
-    model.context.data.copy_(model.tower[0].token_embedding.weight[model.texts.initial])
+    model.context.data.copy_(model.tower.token_embedding.weight[model.texts.initial])
     return model
 
 
