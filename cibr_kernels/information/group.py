@@ -24,6 +24,8 @@ from cibr_kernels.primitives.additive.moments.op import (
     additive_moments_forward,
 )
 
+MOST = 1 << 22  # numbers of a on a GPU, (8192, 512): past them launches are nothing, and four workspaces are much
+
 
 class Weights(NamedTuple):
     """The parameters of a concat critic: a = x Wx^T, b = z Wz^T + c, S = bias + w . phi(a + b)."""
@@ -63,6 +65,8 @@ def weights_of_all(critics: Sequence[View], *tensors: Tensor) -> list[Weights] |
             return None
         found.append(Weights(*weights))
     shape, dtype = found[0].c.shape, tensors[0].dtype
+    if not tensors[0].is_cpu and tensors[0].shape[0] * shape[0] > MOST:
+        return None
     alike = all(w.c.shape == shape and w.c.dtype == dtype for w in found)
     return found if alike and all(t.dtype == dtype for t in tensors) else None
 

@@ -367,7 +367,9 @@ FAULTS = [
         "last = end < m ? end : m;",
         "last = end < m ? end - 1 : m;",
     ),
-    Fault("row terms of the first critic", "additive_cuda_group", CUDA + "scores.cuh", "row_term += group * n, ", ""),
+    Fault(
+        "column terms of the first critic", "additive_cuda_group", CUDA + "scores.cuh", "column_term += group * m, ", ""
+    ),
     Fault(
         "scores of the first critic",
         "additive_cuda_group",

@@ -11,14 +11,15 @@ A group of critics takes as many launches as one.  Backward: two, for da and db,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cibr_kernels.dispatch import triton_call
+from cibr_kernels.dispatch import plans, triton_call
 from cibr_kernels.numerics import ceil_div, panel_rows, round_up
 from cibr_kernels.primitives.additive.moments.positives import OfL
 from cibr_kernels.primitives.additive.problem import MomentsProblem, Needs
@@ -46,6 +47,22 @@ CONFIGS = {"kinked": Config(4, 4, 4), "smooth": Config(8, 1, 1)}  # no spills on
 
 def forward(problem: MomentsProblem, needs: Needs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> J (), L () float32 and the gradients of L: (n, h), (m, h), (h,) as their inputs, each empty unless needed."""
+
+    def direction(a: Tensor, b: Tensor, w: Tensor, *bias: Tensor) -> tuple[Tensor, ...]:
+        return _forward(replace(problem, a=a, b=b, w=w, bias=bias[0] if bias else None), needs)
+
+    bias = () if problem.bias is None else (problem.bias,)
+    key = "additive_moments forward", *_options(problem), problem.include_diagonal, needs, len(bias), PANEL_BYTES
+    j, el, da, db, dw = plans.run(key, direction, (problem.a, problem.b, problem.w, *bias))
+    return j, el, da, db, dw
+
+
+def _options(problem: MomentsProblem) -> tuple[Hashable, ...]:
+    """What launches depend on besides tensors."""
+    return problem.activation, problem.slope, problem.first_positive
+
+
+def _forward(problem: MomentsProblem, needs: Needs) -> tuple[Tensor, ...]:
     sweep = Sweep(problem, needs)
     sweep.pack()
     for panel in range(sweep.panels):
@@ -261,17 +278,36 @@ def backward(
     g_j: Tensor | None, g_l: Tensor | None, problem: MomentsProblem, of_l: OfL, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """g_j, g_l () or (groups,), None for 0 -> da (n, h), db (m, h), dw (h,), each empty unless needed."""
+    if not any(needs):
+        da, db, dw = problem.gradients(needs)
+        return da, db, dw
+    upstream = {name: g.contiguous() for name, g in (("g_j", g_j), ("g_l", g_l)) if g is not None}
+    kept = {name: t for name, t, need in zip(("a", "b", "w"), of_l, needs, strict=True) if need}
+
+    def direction(a: Tensor, b: Tensor, w: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        here = replace(problem, a=a, b=b, w=w)
+        gs = dict(zip(upstream, given, strict=False))
+        return _backward(here, gs, dict(zip(kept, given[len(gs) :], strict=True)), needs)
+
+    key = "additive_moments backward", *_options(problem), needs, *upstream
+    tensors = problem.a, problem.b, problem.w, *upstream.values(), *kept.values()
+    da, db, dw = plans.run(key, direction, tensors)
+    return da, db, dw
+
+
+def _backward(
+    problem: MomentsProblem, upstream: Mapping[str, Tensor], of_l: Mapping[str, Tensor], needs: Needs
+) -> tuple[Tensor, ...]:
+    """upstream: g_j and g_l, those there are; of_l: the gradients of L in "a", "b" and "w", those that are needed."""
     (n, m, h), (a, b, w), (need_a, need_b, need_w) = problem.sizes, problem.tensors, needs
     da, db, dw = problem.gradients(needs)
-    if not any(needs):
-        return da, db, dw
-    has = {"HAS_J": g_j is not None, "HAS_L": g_l is not None}
-    shared = {"g_j": w if g_j is None else g_j.contiguous(), "g_l": w if g_l is None else g_l.contiguous()}
+    has = {"HAS_J": "g_j" in upstream, "HAS_L": "g_l" in upstream}
+    shared = {name: upstream.get(name, w) for name in ("g_j", "g_l")}
     blocks, blocks_h = ceil_div(m, POSITIVES["BLOCK_R"]), ceil_div(h, POSITIVES["BLOCK_H"])
     partials = torch.empty(problem.groups * blocks * h if need_w else 0, dtype=torch.float32, device=a.device)
     triton_call.launch(
         _positives().additive_moments_positives_kernel, (blocks, blocks_h, problem.groups),
-        {"a": a, "b": b, "w": w, **shared, "da_of_l": of_l[0], "db_of_l": of_l[1], "da": da, "db": db,
+        {"a": a, "b": b, "w": w, **shared, "da_of_l": of_l.get("a", w), "db_of_l": of_l.get("b", w), "da": da, "db": db,
          "partials": partials, "n": n, "m": m, "first_positive": problem.first_positive, "width": h,
          "slope": problem.slope},
         {"ACTIVATION": problem.activation, **has, "NEED_A": need_a, "NEED_B": need_b, "NEED_W": need_w, **POSITIVES},
@@ -279,7 +315,7 @@ def backward(
     if need_w:
         triton_call.launch(
             _positives().additive_moments_positive_weights_kernel, (blocks_h, problem.groups),
-            {"partials": partials, **shared, "dw_of_l": of_l[2], "dw": dw, "n": n, "blocks": blocks, "width": h},
+            {"partials": partials, **shared, "dw_of_l": of_l["w"], "dw": dw, "n": n, "blocks": blocks, "width": h},
             {**has, **POSITIVES},
         )  # fmt: skip
     return da, db, dw
