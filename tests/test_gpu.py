@@ -5,6 +5,7 @@ The same functions run on the CPU's backends, so that they cannot rot where ther
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import os
@@ -327,3 +328,30 @@ def test_the_whole_objective_waits_for_nothing(negatives):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert image.grad is not None and image.grad.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("estimator", ["views", "groups", "ceb"])
+def test_objectives_without_an_adversary_are_the_cpus_and_wait_for_nothing(estimator):
+    torch.manual_seed(0)
+    cpu = [torch.nn.functional.normalize(torch.randn(96, 32), dim=1) for _ in range(4)]
+    data, ids = (torch.randn(96, 24), torch.randn(96, 20)), torch.arange(96) % 30
+    module = ck.nn.CIBRLoss(32, 24, 20, hidden=16, estimator="ceb" if estimator == "ceb" else "variance")
+    found = []
+    for device in ("cpu", "cuda"):
+        placed = copy.deepcopy(module).to(device)
+        zv, zt, zv2, zt2 = (z.to(device).requires_grad_() for z in cpu)
+        views = {"image_features2": zv2, "text_features2": zt2} if estimator == "views" else {}
+        options = {"group_ids": ids.to(device)} if estimator == "groups" else views
+        inputs, scale = [x.to(device) for x in data], torch.tensor(5.0, device=device)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            out = placed(zv, zt, scale, *inputs, output_dict=True, diagnostics=True, **options)
+            out["loss"].backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        found.append({"gradient": zv.grad, **out})
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name].cpu(), value, rtol=2e-3, atol=1e-4, msg=name)
