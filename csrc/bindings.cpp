@@ -4,19 +4,11 @@
 // Checks are the caller's (native.py of each op).
 #include <pybind11/pybind11.h>
 
-#include "additive/moments/additive_moments.h"
-#include "additive/scores/additive_scores.h"
-#include "additive/shifts/additive_shifts.h"
-#include "losses/clip/clip_loss.h"
 #include "common/fields.h"
 #include "common/isa.h"
 #include "common/scratch.h"
 #include "cuda_bindings.h"
-#include "dot/lse/dot_lse.h"
-#include "dot/softplus/dot_softplus.h"
-#include "issue_rate/issue_rate.h"
-#include "log_mean_exp/log_mean_exp.h"
-#include "losses/siglip/siglip_loss.h"
+#include "parameters.h"
 
 namespace py = pybind11;
 using namespace ck;
@@ -52,6 +44,14 @@ namespace {
 #define CK_CASE_AMX(f)
 #endif
 
+#ifdef CK_HAVE_neonbf16
+#define CK_CASE_NEONBF16(f) \
+  case Isa::neonbf16:       \
+    return neonbf16::f(p);
+#else
+#define CK_CASE_NEONBF16(f)
+#endif
+
 #ifdef CK_HAVE_avx512
 #define CK_CASE_FLOAT512(f) \
   case Isa::avx512:         \
@@ -76,8 +76,16 @@ namespace {
       py::arg("params"))
 
 // With products of bf16, and without: CMakeLists.txt.
-#define BF16_KERNEL(f, Params) CK_KERNEL(f, Params, CK_CASE_AVX512(f) CK_CASE_AVX512BF16(f) CK_CASE_AMX(f))
-#define FLOAT_KERNEL(f, Params) CK_KERNEL(f, Params, CK_CASE_FLOAT512(f))
+#define BF16_KERNEL(f, Params) \
+  CK_KERNEL(f, Params, CK_CASE_AVX512(f) CK_CASE_AVX512BF16(f) CK_CASE_AMX(f) CK_CASE_NEONBF16(f));
+#define FLOAT_KERNEL(f, Params) CK_KERNEL(f, Params, CK_CASE_FLOAT512(f));
+
+template <typename P>
+void bind_struct(py::module_& m, const char* name) {
+  py::class_<P> c(m, name);
+  constructible(c);
+  each_field(Of<P>{}, [&](const char* of, auto member) { field(c, of, member); });
+}
 
 // Scratch memory as a Python buffer, for tensors that live between two kernels.
 struct Scratch {
@@ -94,99 +102,19 @@ struct Scratch {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ kernels of cibr_kernels; see csrc/<op>/<op>.h for the fields";
-  {
-    using P = DotProblem;
-    py::class_<P> c(m, "DotProblem");
-    FIELD(x), FIELD(y), FIELD(dtype), FIELD(n), FIELD(m), FIELD(d), FIELD(scale), FIELD(first_positive), FIELD(row_ids),
-        FIELD(col_ids), FIELD(threads);
-  }
-  {
-    using P = DotGradient;
-    py::class_<P, DotProblem> c(m, "DotGradient");
-    inherit<P, DotProblem>();
-    FIELD(positive_grad), FIELD(dx), FIELD(dy), FIELD(dscale);
-  }
-  {
-    using P = DotForward;
-    py::class_<P, DotProblem> c(m, "DotForward");
-    constructible(c);
-    FIELD(mask_positives), FIELD(row_limits), FIELD(row_lse), FIELD(col_lse), FIELD(row_max), FIELD(col_max), FIELD(positives),
-        FIELD(stash), FIELD(stash_dtype), FIELD(stash_shift);
-  }
-  {
-    using P = DotBackward;
-    py::class_<P, DotGradient> c(m, "DotBackward");
-    constructible(c);
-    FIELD(mask_positives), FIELD(row_limits), FIELD(row_lse), FIELD(row_weight), FIELD(col_lse), FIELD(col_weight), FIELD(stash),
-        FIELD(stash_dtype), FIELD(stash_shift);
-  }
-  {
-    using P = ClipLoss;
-    py::class_<P, DotGradient> c(m, "ClipLoss");
-    constructible(c);
-    FIELD(one_way), FIELD(loss);
-  }
-  {
-    using P = DotSoftplus;
-    py::class_<P, DotGradient> c(m, "DotSoftplus");
-    constructible(c);
-    FIELD(bias), FIELD(attract), FIELD(row_weight), FIELD(col_weight), FIELD(row_sum), FIELD(col_sum), FIELD(dbias);
-  }
-  {
-    using P = SiglipLoss;
-    py::class_<P, DotGradient> c(m, "SiglipLoss");
-    constructible(c);
-    FIELD(bias), FIELD(share), FIELD(loss), FIELD(dbias);
-  }
-  {
-    using P = AdditiveMoments;
-    py::class_<P> c(m, "AdditiveMoments");
-    constructible(c);
-    FIELD(a), FIELD(b), FIELD(w), FIELD(bias), FIELD(n), FIELD(m), FIELD(h), FIELD(first_positive),
-        FIELD(include_diagonal), FIELD(activation), FIELD(slope), FIELD(need_a), FIELD(need_b), FIELD(need_w),
-        FIELD(features_dtype), FIELD(threads), FIELD(j), FIELD(el), FIELD(da), FIELD(db), FIELD(dw);
-  }
-  {
-    using P = AdditiveScores;
-    py::class_<P> c(m, "AdditiveScores");
-    constructible(c);
-    FIELD(a), FIELD(b), FIELD(w), FIELD(n), FIELD(m), FIELD(h), FIELD(activation), FIELD(slope), FIELD(features_dtype),
-        FIELD(threads), FIELD(scores), FIELD(grad), FIELD(da), FIELD(db), FIELD(dw);
-  }
-  {
-    using P = AdditiveShifts;
-    py::class_<P> c(m, "AdditiveShifts");
-    constructible(c);
-    FIELD(a), FIELD(b), FIELD(w), FIELD(n), FIELD(m), FIELD(h), FIELD(first), FIELD(k), FIELD(activation), FIELD(slope),
-        FIELD(threads), FIELD(scores), FIELD(g), FIELD(need_a), FIELD(need_b), FIELD(need_w), FIELD(da), FIELD(db),
-        FIELD(dw);
-  }
-  {
-    using P = LogMeanExp;
-    py::class_<P> c(m, "LogMeanExp");
-    constructible(c);
-    FIELD(scores), FIELD(mask), FIELD(dtype), FIELD(count), FIELD(threads), FIELD(el), FIELD(grad), FIELD(dscores);
-  }
-  {
-    using P = IssueRate;
-    py::class_<P> c(m, "IssueRate");
-    constructible(c);
-    FIELD(iterations), FIELD(threads), FIELD(issued);
-  }
+  bind_struct<DotForward>(m, "DotForward");
+  bind_struct<DotBackward>(m, "DotBackward");
+  bind_struct<ClipLoss>(m, "ClipLoss");
+  bind_struct<DotSoftplus>(m, "DotSoftplus");
+  bind_struct<SiglipLoss>(m, "SiglipLoss");
+  bind_struct<AdditiveMoments>(m, "AdditiveMoments");
+  bind_struct<AdditiveScores>(m, "AdditiveScores");
+  bind_struct<AdditiveShifts>(m, "AdditiveShifts");
+  bind_struct<LogMeanExp>(m, "LogMeanExp");
+  bind_struct<IssueRate>(m, "IssueRate");
 
-  BF16_KERNEL(dot_lse_forward, DotForward);
-  BF16_KERNEL(dot_lse_backward, DotBackward);
-  BF16_KERNEL(clip_loss, ClipLoss);
-  BF16_KERNEL(dot_softplus, DotSoftplus);
-  BF16_KERNEL(siglip_loss, SiglipLoss);
-  FLOAT_KERNEL(additive_moments, AdditiveMoments);
-  FLOAT_KERNEL(additive_scores_forward, AdditiveScores);
-  FLOAT_KERNEL(additive_scores_backward, AdditiveScores);
-  FLOAT_KERNEL(additive_shifts_forward, AdditiveShifts);
-  FLOAT_KERNEL(additive_shifts_backward, AdditiveShifts);
-  FLOAT_KERNEL(log_mean_exp_forward, LogMeanExp);
-  FLOAT_KERNEL(log_mean_exp_backward, LogMeanExp);
-  FLOAT_KERNEL(issue_rate, IssueRate);
+  CK_BF16_KERNELS(BF16_KERNEL)
+  CK_FLOAT_KERNELS(FLOAT_KERNEL)
 
   bind_cuda(m);
 
@@ -205,12 +133,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return isa_name(isa()); }, "the instruction set in use");
   m.def("supported_isas", [] {
     py::list names;
-    for (Isa i : {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amx})
+    for (Isa i : {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amx, Isa::neonbf16})
       if (isa_supported(i)) names.append(isa_name(i));
     return names;
   });
   m.def("set_isa", [](const std::string& name) {
-    for (Isa i : {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amx})
+    for (Isa i : {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amx, Isa::neonbf16})
       if (name == isa_name(i) && isa_supported(i)) return set_isa(i);
     throw py::value_error("unknown or unsupported instruction set '" + name + "'; see supported_isas()");
   });

@@ -9,6 +9,10 @@
 #endif
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace ck {
@@ -38,6 +42,21 @@ bool has_amx() {  // the processor has it, and Linux lets this process use the t
 }
 #endif
 
+#if defined(CK_HAVE_neonbf16)
+bool has_neon_bf16() {
+#if defined(__linux__)
+  constexpr unsigned long kHwcap2Bf16 = 1 << 14;  // HWCAP2_BF16 of Linux 5.6
+  return getauxval(AT_HWCAP2) & kHwcap2Bf16;
+#elif defined(__APPLE__)
+  int32_t has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has;
+#else
+  return false;
+#endif
+}
+#endif
+
 bool detect(Isa i) {
   switch (i) {
     case Isa::generic:
@@ -60,6 +79,10 @@ bool detect(Isa i) {
       return has_amx();
 #endif
 #endif
+#ifdef CK_HAVE_neonbf16
+    case Isa::neonbf16:
+      return has_neon_bf16();
+#endif
     default:
       return false;
   }
@@ -77,8 +100,9 @@ bool fast_bf16_dot() {
 
 Isa best() {
   if (const char* wanted = std::getenv("CIBR_KERNELS_ISA"))
-    for (Isa i : {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amx})
+    for (Isa i : {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amx, Isa::neonbf16})
       if (!std::strcmp(wanted, isa_name(i)) && detect(i)) return i;
+  if (detect(Isa::neonbf16)) return Isa::neonbf16;
   if (detect(Isa::amx)) return Isa::amx;
   if (detect(Isa::avx512bf16) && fast_bf16_dot()) return Isa::avx512bf16;
   if (detect(Isa::avx512)) return Isa::avx512;
@@ -109,6 +133,8 @@ const char* isa_name(Isa i) {
       return "avx512bf16";
     case Isa::amx:
       return "amx";
+    case Isa::neonbf16:
+      return "neonbf16";
     default:
       return "generic";
   }

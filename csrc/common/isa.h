@@ -3,7 +3,8 @@
 
 namespace ck {
 
-enum class Isa { generic, avx2, avx512, avx512bf16, amx };
+// `generic` is NEON on aarch64, and SSE2 on x86-64; `neonbf16` has its products of bf16.
+enum class Isa { generic, avx2, avx512, avx512bf16, amx, neonbf16 };
 
 // The set in use: the best this processor has, or the one asked for.
 Isa isa();
@@ -28,5 +29,8 @@ void set_isa(Isa);
   void function(const Params&);      \
   }                                  \
   namespace amx {                    \
+  void function(const Params&);      \
+  }                                  \
+  namespace neonbf16 {               \
   void function(const Params&);      \
   }

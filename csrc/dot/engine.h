@@ -287,6 +287,62 @@ struct Engine<bf16> {
   }
 };
 
+#elif defined(CK_ISA_neonbf16)
+
+// ROWS rows by 16 of the block's 32 columns: 24 of the 32 registers are sums at 6 rows, and 6 hold four pairs of k of A.
+template <int ROWS>
+static inline void bf16_tile(const bf16* a, int64_t a_block, const bf16* b, int64_t k, float* c, bool add) {
+  constexpr int V = 4;
+  float32x4_t acc[ROWS][V] = {};
+  for (int64_t k0 = 0; k0 < k; k0 += kBlock, a += a_block)
+#pragma GCC unroll 1
+    for (int kk = 0; kk < kBlock; kk += 8, b += 8 * kBlock) {
+      bfloat16x8_t ar[ROWS];
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; r++) ar[r] = load_as<bfloat16x8_t>(a + r * kBlock + kk);
+#define CK_PAIR(pair)                                                                           \
+  _Pragma("GCC unroll 4") for (int v = 0; v < V; v++) {                                         \
+    const bfloat16x8_t bv = load_as<bfloat16x8_t>(b + pair * 2 * kBlock + v * 8);               \
+    _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++) acc[r][v] =                          \
+        vbfdotq_laneq_f32(acc[r][v], bv, ar[r], pair);                                          \
+  }
+      CK_PAIR(0)
+      CK_PAIR(1)
+      CK_PAIR(2)
+      CK_PAIR(3)
+#undef CK_PAIR
+    }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < V; v++) {
+      float* out = c + r * kBlock + v * VL;
+      store(out, add ? load(out) + reinterpret_cast<vf>(acc[r][v]) : reinterpret_cast<vf>(acc[r][v]));
+    }
+}
+
+template <>
+struct Engine<bf16> {
+  static constexpr int64_t kPanelRows = 384, kWidth = 1;
+  static constexpr int64_t kDepth = 256;  // k of one sweep: 256 x 32 of B are 16 KiB of an L1 cache of 64
+
+  static void enter() {}
+  static void leave() {}
+
+  static void multiply(Blocks<const bf16> a, int64_t rows, Blocks<const bf16> b, int64_t, int64_t k, Blocks<float> c,
+                       bool add, Blocks<const float> = {}) {
+    for (int64_t k0 = 0; k0 < k; k0 += kDepth, a.data += kDepth / kBlock * a.stride, b.data += kDepth * kBlock)
+      for (int64_t col = 0; col < kBlock; col += 16)
+        sweep(a.data, a.stride, rows, b.data + 2 * col, k - k0 < kDepth ? k - k0 : kDepth, c.data + col, add || k0 > 0);
+  }
+
+ private:
+  static void sweep(const bf16* a, int64_t a_block, int64_t rows, const bf16* b, int64_t k, float* c, bool add) {
+    for (; rows >= 6; rows -= 6, a += 6 * kBlock, c += 6 * kBlock) bf16_tile<6>(a, a_block, b, k, c, add);
+    if (rows == 4) bf16_tile<4>(a, a_block, b, k, c, add);
+    if (rows == 2) bf16_tile<2>(a, a_block, b, k, c, add);
+  }
+};
+
 #endif
 
 }  // namespace CK_ISA

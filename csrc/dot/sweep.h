@@ -139,7 +139,21 @@ static inline void emit(const float* g, int64_t rows, float* as_a, float* as_b) 
   (void)as_b;
 }
 
-#if defined(CK_ISA_amx) || defined(CK_ISA_avx512bf16)
+#if defined(CK_ISA_neonbf16)
+static void emit(const float* g, int64_t rows, bf16* as_a, bf16* as_b) {
+  const auto narrow = [](const float* q) {
+    return vreinterpretq_u16_bf16(vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(vld1q_f32(q)), vld1q_f32(q + 4)));
+  };
+  for (int64_t r = 0; r < rows; r += 2)
+    for (int64_t c = 0; c < kBlock; c += 8) {
+      const uint16x8_t even = narrow(g + r * kBlock + c), odd = narrow(g + (r + 1) * kBlock + c);
+      std::memcpy(as_a + r * kBlock + c, &even, sizeof even);
+      std::memcpy(as_a + (r + 1) * kBlock + c, &odd, sizeof odd);
+      const uint16x8x2_t pairs = vzipq_u16(even, odd);
+      std::memcpy(as_b + r * kBlock + 2 * c, &pairs, sizeof pairs);
+    }
+}
+#elif defined(CK_ISA_amx) || defined(CK_ISA_avx512bf16)
 static void emit(const float* g, int64_t rows, bf16* as_a, bf16* as_b) {
   alignas(64) int16_t left[kBlock], right[kBlock];  // columns 0, 1, ... 15 and 16 ... 31 of two rows, in pairs
   for (int16_t c = 0; c < kBlock; c++) left[c] = c / 2 + c % 2 * kBlock, right[c] = left[c] + kBlock / 2;
@@ -333,7 +347,7 @@ static void gradient_sweep(const DotGradient& p, const Epilogue& epilogue) {
   if (lines) *p.dscale = static_cast<float>(total);
 }
 
-#if defined(CK_ISA_amx) || defined(CK_ISA_avx512bf16)
+#if defined(CK_ISA_amx) || defined(CK_ISA_avx512bf16) || defined(CK_ISA_neonbf16)
 using Bf16Operand = bf16;
 #else
 using Bf16Operand = float;  // no bf16 products here: upcast
