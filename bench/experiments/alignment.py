@@ -31,10 +31,10 @@ from bench.experiments import alignment_claims, sprites
 from bench.experiments.frame import Outcome
 from cibr import objectives
 from cibr.evaluate import probes
-from cibr.evaluate.information import ceiling
 from cibr.models import Features, Output
 from cibr.models.model import Facts, TemperatureOptions, Tempered, features_of
 from cibr.objectives.alignment_ib import AlignmentBottleneck, AlignmentOptions
+from cibr_kernels.information.capacity import capacity, covariance
 
 KEPT, NUISANCES = ("shape", "scale", "x"), ("orientation", "y")
 ROWS, TRAIN, PROBE_ROWS, KERNEL_ROWS = 10_000, 7_500, 3_000, 1_000
@@ -143,7 +143,7 @@ def trial(
     alike = probes.cka(zv[compared], zt[compared])
     return Trial(
         depth, learnt, first_tau, beta, seed, urr, kept(zv[TRAIN:], zt[TRAIN:], data.texts[TRAIN:]),
-        tau, (zv * zt)[TRAIN:].sum(1).mean().item(), ceiling(zv[TRAIN:], NOISE), told(zv[TRAIN:], zt[TRAIN:], tau),
+        tau, (zv * zt)[TRAIN:].sum(1).mean().item(), capacity(covariance(zv[TRAIN:]), NOISE).item(), told(zv[TRAIN:], zt[TRAIN:], tau),
         alike["biased"], alike["debiased"], probes.mutual_knn(zv[compared], zt[compared], NEIGHBOURS),
     )  # fmt: skip
 

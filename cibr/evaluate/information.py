@@ -18,6 +18,7 @@ from torch import Tensor
 import cibr_kernels as ck
 from cibr.errors import UsageError
 from cibr.evaluate.retrieval import check_features
+from cibr_kernels.information.capacity import capacity, covariance
 
 LR = 1e-2  # of Adam: an estimate of 3 nats needs 200 steps, at 3e-3 400 and at 1e-3 more
 ROWS = 256  # to train on, and to read; with 82 critics memorised, and read -1.5 nats of what cannot be negative
@@ -35,7 +36,10 @@ def information(
     seed: int = 0,
     sizes: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """The six numbers above, `rows` read and their log, and `image_ceiling`, `text_ceiling` (see `ceiling`).
+    """The six numbers above, `rows` read and their log, and `image_ceiling`, `text_ceiling`.
+
+    A ceiling is more than Z~ can say of anything; where it is far above log n, an estimate measures the rows and not
+    the information.
 
     `sizes` adds `by_size`: the estimates that the same critics give when read in batches of so many rows, and the
     size itself under "n". The rows must be in random order. Raises UsageError for fewer than 512 rows, for sizes
@@ -60,17 +64,8 @@ def information(
             result[f"{tower}_{kind}"] = _read(critic, held, len(held[0]))
             by_size[f"{tower}_{kind}"] = [_read(critic, held, n) for n in sizes]
         result[f"{tower}_cmi"] = result[f"{tower}_own"] - result[f"{tower}_other"]
-        result[f"{tower}_ceiling"] = ceiling(z, noise_std)
+        result[f"{tower}_ceiling"] = capacity(covariance(z.double()), noise_std).item()
     return {**result, "by_size": by_size} if sizes else result
-
-
-def ceiling(z: Tensor, noise_std: float) -> float:
-    """1/2 logdet(I + Cov(Z) / noise_std^2) in nats: more than Z~ can say of anything, for z (n, d) of unit norm.
-
-    Where it is far above log n, an estimate from n rows measures the rows and not the information.
-    """
-    covariance = torch.cov(z.double().T)
-    return 0.5 * torch.logdet(torch.eye(len(covariance), dtype=torch.float64) + covariance / noise_std**2).item()
 
 
 def _noisy(z: Tensor, noise_std: float, generator: torch.Generator) -> Tensor:

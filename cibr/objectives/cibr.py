@@ -19,9 +19,10 @@ from torch import Tensor, nn
 import cibr_kernels as ck
 from cibr.config import option
 from cibr.errors import UsageError
-from cibr.models import Features, Model, Output
+from cibr.models import Model, Output
 from cibr.objectives.contrastive import NAMES
 from cibr.objectives.penalty import Conditioned, ConditionOptions, scaled
+from cibr_kernels.information.capacity import capacity, covariance
 
 TERMS = ("image_own", "image_other", "text_own", "text_other")
 
@@ -89,7 +90,8 @@ class Cibr(Conditioned):
         parts = {name: value.detach() for name, value in nats.items()}
         parts["image_cmi"] = parts["image_own"] - parts["image_other"]
         parts["text_cmi"] = parts["text_own"] - parts["text_other"]
-        parts |= {"image_capacity": self.capacity(output.image), "text_capacity": self.capacity(output.text)}
+        for tower, features in (("image", output.image), ("text", output.text)):
+            parts[f"{tower}_capacity"] = capacity(covariance(features.embedding), self.options.noise_std)
         return -torch.stack(list(nats.values())).sum(), parts
 
     def pair(self, own: Tensor, other: Tensor, z: Tensor, lam: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -99,13 +101,6 @@ class Cibr(Conditioned):
             return [(own, torch.cat([less, other], 1)), (own, other)]
         first = torch.cat([own, other], 1) if self.options.decomposition == "chain" else own
         return [(first, less), (other, more)]
-
-    @torch.no_grad()
-    def capacity(self, features: Features) -> Tensor:
-        """1/2 log det(I + Cov(Z) / s^2) nats, of this rank's rows: I(Z; X) is no more, and near it for a Gaussian Z."""
-        z = features.embedding - features.embedding.mean(0)
-        covariance = z.T @ z / (len(z) * self.options.noise_std**2)
-        return torch.linalg.slogdet(covariance + torch.eye(z.shape[1], device=z.device)).logabsdet / 2
 
     def warning(self, means: Mapping[str, float], rows: int) -> str:
         if "image_own" not in means:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cibr.errors import UsageError
-from cibr.evaluate.information import ceiling, information
+from cibr.evaluate.information import information
 
 
 def test_shared_and_own_information_of_gaussians() -> None:
@@ -30,11 +30,6 @@ def test_nothing_is_found_where_nothing_is() -> None:
     x, z = torch.randn(600, 4), torch.randn(600, 4)
     found = information((x, z), (x, z), steps=50, hidden=32)
     assert abs(found["image_own"]) < 0.3 and abs(found["text_other"]) < 0.3  # what was memorised does not count
-
-
-def test_ceiling_in_closed_form() -> None:
-    z = torch.randn(50_000, 3)
-    assert ceiling(z, 0.5) == pytest.approx(1.5 * math.log(1 + 4), rel=0.01)
 
 
 def test_too_few_rows_and_broken_features_are_refused() -> None:

@@ -27,6 +27,7 @@ from cibr.run.ranks import Ranks
 from cibr.session import prepare, resolve
 from cibr.step import take_step
 from cibr.train import train
+from cibr_kernels.information import capacity as information
 
 pytestmark = pytest.mark.filterwarnings("ignore:the estimate", "ignore:cibr_kernels", "ignore:noise_std")
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -237,7 +238,7 @@ def test_what_critics_cannot_see_is_said() -> None:
     model = models.build(models.options_type("heads")(embed_dim=64), Facts((), 6, 5))
     objective = objectives.build(objectives.options_type("cibr")(noise_std=0.25), model)
     z = torch.nn.functional.normalize(torch.randn(20_000, 64), dim=1)
-    capacity = objective.capacity(models.Features(z, z)).item()  # type: ignore[operator]
+    capacity = information.capacity(information.covariance(z), 0.25).item()
     assert capacity == pytest.approx(32 * math.log(1 + 1 / 64 / 0.25**2), rel=1e-3)
     means = dict.fromkeys(("image_own", "image_other", "text_own", "text_other"), 1.0)
     assert not objective.warning({**means, "image_capacity": 3.0, "text_capacity": 3.0}, 512)
