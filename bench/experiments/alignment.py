@@ -143,7 +143,8 @@ def trial(
     alike = probes.cka(zv[compared], zt[compared])
     return Trial(
         depth, learnt, first_tau, beta, seed, urr, kept(zv[TRAIN:], zt[TRAIN:], data.texts[TRAIN:]),
-        tau, (zv * zt)[TRAIN:].sum(1).mean().item(), capacity(covariance(zv[TRAIN:]), NOISE).item(), told(zv[TRAIN:], zt[TRAIN:], tau),
+        tau, (zv * zt)[TRAIN:].sum(1).mean().item(), capacity(covariance(zv[TRAIN:]), NOISE).item(),
+        told(zv[TRAIN:], zt[TRAIN:], tau),
         alike["biased"], alike["debiased"], probes.mutual_knn(zv[compared], zt[compared], NEIGHBOURS),
     )  # fmt: skip
 
