@@ -132,8 +132,8 @@ class CIBRLoss(OnGroup):
 
         It needs two views of each concept, or group_ids, and has nothing to train.  The ideal penalty's gradient is
         (z - E[z | concept]) / noise_std^2; two views give it without bias, where four critics first have to learn it.
-        On heads over frozen towers it helped concepts that were never trained on, from few images each, and cost a few
-        points on those that were; MINE at 0.5 helped nowhere.  See docs/cibr_loss.md.  options: of the constructor.
+        lambda 0.4 is a starting point.  Whether it helps depends on the data: docs/cibr_loss.md, docs/evidence.md.
+        options: of the constructor.
         """
         return cls(embed_dim, **{"estimator": "variance", "lam": 0.4, "total_steps": total_steps, **options})
 
