@@ -94,9 +94,12 @@ def clip_loss(
     NaN or infinity in the features gives a NaN loss.  Under autocast the features are cast as a matmul would cast them.
     Source: Radford et al. 2021 (2103.00020), Figure 3.
     """
-    checks.choice("strategy", strategy, STRATEGIES)
-    checks.choice("reduction", reduction, targets.REDUCTIONS)
-    checks.choice("group_mode", group_mode, targets.GROUP_MODES)
+    if strategy not in STRATEGIES:
+        checks.choice("strategy", strategy, STRATEGIES)
+    if reduction not in targets.REDUCTIONS:
+        checks.choice("reduction", reduction, targets.REDUCTIONS)
+    if group_mode not in targets.GROUP_MODES:
+        checks.choice("group_mode", group_mode, targets.GROUP_MODES)
     arguments = group_ids, image_negatives, text_negatives, negatives, soft_targets, weights, process_group
     given = any(t is not None for t in arguments)
     plain = not (given or label_smoothing or return_metrics) and reduction == "mean"

@@ -31,10 +31,14 @@ namespace cuda {
 #define CK_LOGISTIC_SCORES 2
 #endif
 
-#define CK_SCORES(name, Phi, blocks)                                  \
-  extern "C" __global__ void __launch_bounds__(SCORE_THREADS, blocks) \
-      additive_moments_scores_##name##_kernel(CK_SCORES_PARAMETERS) { \
-    scores_of_tile<Phi>(CK_SCORES_ARGUMENTS);                         \
+#define CK_SCORES(name, Phi, blocks)                                        \
+  extern "C" __global__ void __launch_bounds__(SCORE_THREADS, blocks)       \
+      additive_moments_scores_##name##_kernel(CK_SCORES_PARAMETERS) {       \
+    scores_of_tile<Phi, false>(CK_SCORES_ARGUMENTS);                        \
+  }                                                                         \
+  extern "C" __global__ void __launch_bounds__(SCORE_THREADS, 1)            \
+      additive_moments_scores_##name##_group_kernel(CK_SCORES_PARAMETERS) { \
+    scores_of_tile<Phi, true>(CK_SCORES_ARGUMENTS);                         \
   }
 #define CK_SWEEPS(name, Phi, row_blocks)                                  \
   extern "C" __global__ void __launch_bounds__(SWEEP_THREADS, row_blocks) \
@@ -82,14 +86,15 @@ using ScoresKernel = void (*)(CK_SCORES_PARAMETERS);
 using SweepKernel = void (*)(CK_SWEEP_PARAMETERS);
 
 struct Kernels {
-  const char *scores_name, *rows_name, *columns_name;
-  ScoresKernel scores;
+  const char *scores_name, *group_name, *rows_name, *columns_name;
+  ScoresKernel scores, group;
   SweepKernel rows, columns;
 };
 
-#define CK_ENTRY(of_scores, name)                                                                 \
-  {"additive_moments_scores_" #of_scores "_kernel", "additive_moments_rows_" #name "_kernel",     \
-   "additive_moments_columns_" #name "_kernel",     additive_moments_scores_##of_scores##_kernel, \
+#define CK_ENTRY(of_scores, name)                                                                          \
+  {"additive_moments_scores_" #of_scores "_kernel", "additive_moments_scores_" #of_scores "_group_kernel", \
+   "additive_moments_rows_" #name "_kernel",        "additive_moments_columns_" #name "_kernel",           \
+   additive_moments_scores_##of_scores##_kernel,    additive_moments_scores_##of_scores##_group_kernel,    \
    additive_moments_rows_##name##_kernel,           additive_moments_columns_##name##_kernel}
 const Kernels KERNELS[] = {// in the order of enum Activation
                            CK_ENTRY(relu, relu),           CK_ENTRY(relu, leaky_relu), CK_ENTRY(gelu, gelu),
@@ -212,10 +217,11 @@ class Sweep {
               rows = static_cast<int>(smaller(panel_rows_, n_padded_ - first));
     const int64_t scores_of_group = panel_rows_ * m_padded_;
     const dim3 tiles(m_padded_ / TILE, rows / TILE, p_.groups);
-    run(kernels.scores_name, kernels.scores, tiles, SCORE_THREADS, at_ + first, bt_, n_padded_, m_padded_, weights_,
-        centre_, row_term_, column_term_, static_cast<int>(padded(h_, SCORE_UNITS)), units_, first, n_, m_,
-        static_cast<int>(p_.first_positive), p_.include_diagonal, p_.slope, scores_, scores_of_group, positives_,
-        tile_max_, tile_sum_);
+    const bool group = p_.groups > 1;
+    run(group ? kernels.group_name : kernels.scores_name, group ? kernels.group : kernels.scores, tiles, SCORE_THREADS,
+        at_ + first, bt_, n_padded_, m_padded_, weights_, centre_, row_term_, column_term_,
+        static_cast<int>(padded(h_, SCORE_UNITS)), units_, first, n_, m_, static_cast<int>(p_.first_positive),
+        p_.include_diagonal, p_.slope, scores_, scores_of_group, positives_, tile_max_, tile_sum_);
     RUN(additive_moments_total_kernel, dim3(p_.groups), TOTAL_THREADS, tile_max_, tile_sum_,
         static_cast<int64_t>(tiles.x) * tiles.y, panel, panels_, positives_, n_, m_, p_.include_diagonal, poison_,
         p_.bias, running_, shift_, factor_, lse_, p_.j, p_.el);

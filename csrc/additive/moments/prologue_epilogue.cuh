@@ -48,7 +48,6 @@ extern "C" __global__ void __launch_bounds__(END_THREADS)
     additive_moments_centre_kernel(const float* low, const float* high, int chunks, const void* w, int dtype, int h,
                                    int units, float slope, float leak, float* centre, float* weights, float* poison) {
   const int64_t group = blockIdx.x;
-  low += group * 2 * chunks * h, high += group * 2 * chunks * h, centre += group * units, weights += group * units;
   float zero = slope * 0.0f;
   for (int unit = threadIdx.x; unit < units; unit += END_THREADS) {
     float c = 0.0f, wk = 0.0f;
@@ -56,8 +55,9 @@ extern "C" __global__ void __launch_bounds__(END_THREADS)
       float nearest[2];
       for (int side = 0; side < 2; side++) {
         float least = INFINITY, greatest = -INFINITY;
+#pragma unroll 1  // more would not fit its registers
         for (int i = 0; i < chunks; i++) {
-          const int64_t at = (static_cast<int64_t>(side) * chunks + i) * h + unit;
+          const int64_t at = ((2 * group + side) * chunks + i) * h + unit;
           if (low[at] > high[at]) continue;  // a chunk without rows
           zero += low[at] * 0.0f;
           least = fminf(least, low[at]), greatest = fmaxf(greatest, high[at]);
@@ -68,8 +68,8 @@ extern "C" __global__ void __launch_bounds__(END_THREADS)
       wk = load_as_float(w, dtype, group * h + unit);
       zero += wk * 0.0f;
     }
-    centre[unit] = c;
-    weights[unit] = (1.0f - leak) * wk;
+    centre[group * units + unit] = c;
+    weights[group * units + unit] = (1.0f - leak) * wk;
   }
   __shared__ float shared[END_THREADS / 32];
   zero = block_reduce<END_THREADS>(zero, shared, Add());
@@ -193,6 +193,7 @@ extern "C" __global__ void __launch_bounds__(END_THREADS)
     for (int64_t row = first + warp; row < last; row += END_THREADS / 32) {
       const int64_t at = row * h + unit;
       float whole = u[at];
+#pragma unroll 1  // one or a few; its registers are worth more
       for (int i = 1; i < folds; i++) whole += u[i * size + at];
       const float scaled = whole * exp_fast(shift[static_cast<int>(row) / panel_rows] - total);
       if (parts) sum = fmaf(load_as_float(x, dtype, group * size + at) + c, scaled, sum);

@@ -25,22 +25,25 @@ struct Kinked {};
   a, b, a_stride, b_stride, w, centre, row_term, column_term, units, all_units, first_row, n, m, first_positive, \
       include_diagonal, slope, scores, scores_of_group, positives, tile_max, tile_sum
 
-// blockIdx.z is the group; each array has one part for each.  a (all_units, a_stride) from the panel's first row on,
+// blockIdx.z is the group if GROUPED; each array has one part for each.  (One critic has no registers for its offsets.)  a (all_units, a_stride) from the panel's first row on,
 // b (all_units, b_stride), w (all_units,): the first `units`, a multiple of SCORE_UNITS, with w = 0 in the padding; centre,
 // row_term and column_term are read for Kinked only.  scores (rows of the panel, b_stride) or null, -inf outside P and in
 // the padding, the next group's scores_of_group further; positives (n,); tile_max and tile_sum (tiles of the panel,).
-template <class Phi>
+template <class Phi, bool GROUPED>
 __device__ __forceinline__ void scores_of_tile(CK_SCORES_PARAMETERS) {
   constexpr bool KINKED = std::is_same_v<Phi, Kinked>;
   alignas(16) __shared__ float left[2][SCORE_UNITS][TILE], right[2][SCORE_UNITS][TILE], weight[2][SCORE_UNITS];
   const int64_t row0 = static_cast<int64_t>(blockIdx.y) * TILE, column0 = static_cast<int64_t>(blockIdx.x) * TILE;
   const int thread = threadIdx.x, tx = thread % 16, ty = thread / 16;
   const int unit = thread / 32, place = thread % 32 * 4;  // what this thread stages: units `unit` and `unit` + 8
-  const int64_t group = blockIdx.z;
-  a += group * all_units * a_stride, b += group * all_units * b_stride;
-  w += group * all_units, centre += group * all_units;
-  row_term += group * n, column_term += group * m, positives += group * n;
 
+  const int64_t group = GROUPED ? blockIdx.z : 0;
+  if constexpr (GROUPED) {
+    a += group * all_units * a_stride, b += group * all_units * b_stride;
+    w += group * all_units, centre += group * all_units;
+    row_term += group * n, column_term += group * m, positives += group * n;
+    if (scores) scores += group * scores_of_group;
+  }
   float4 next_left[2], next_right[2];
   float next_weight = 0.0f;
   const auto fetch = [&](int first_unit) {
@@ -111,7 +114,7 @@ __device__ __forceinline__ void scores_of_tile(CK_SCORES_PARAMETERS) {
       highest = fmaxf(highest, s);
     }
     if (scores) {
-      float* out = scores + group * scores_of_group + row * b_stride + column0 + 4 * tx;
+      float* out = scores + row * b_stride + column0 + 4 * tx;
       store4(out, make_float4(sum[i][0], sum[i][1], sum[i][2], sum[i][3]));
       store4(out + 64, make_float4(sum[i][4], sum[i][5], sum[i][6], sum[i][7]));
     }
