@@ -273,7 +273,7 @@ def plot(path: Path, trials: Sequence[Trial]) -> None:
     nats.set(title=f"1/2 logdet(I + Cov(Zv) / {NOISE}²), nats")
     for axis in (by_beta, tau, information, nats):
         axis.set_xscale("symlog", linthresh=1e-3)
-        axis.set_xlabel("beta")
+        axis.set(xlabel="beta", xlim=(-2e-4, 4))
     for axis in (by_tau, by_beta, cka):
         axis.legend(fontsize="small")
     figure.savefig(path, dpi=110)
