@@ -88,7 +88,7 @@ FAULTS = [
         "== i[:, None] + first_positive, 0.0, weight)",
         "== i[:, None] + first_positive, weight, weight)",
     ),
-    Fault("gradient of the positives missing", "dot", BACKWARD, " * power + g * other", " * power"),
+    Fault("gradient of the positives missing", "dot", BACKWARD, " * power + g_pair * other", " * power"),
     Fault(
         "positives of the wrong partner",
         "dot",
