@@ -1,23 +1,26 @@
-"""Builds cibr_kernels._C by driving CMake with ninja; everything about the build is in CMakeLists.txt."""
+"""Builds cibr_kernels._C and _plans by driving CMake with ninja; everything about the build is in CMakeLists.txt."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 
 
 class CMakeBuild(build_ext):
-    def build_extension(self, ext: Extension) -> None:
+    def build_extensions(self) -> None:
         import pybind11
 
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        output = Path(self.get_ext_fullpath(self.extensions[0].name)).resolve().parent  # of all of them
         # kept, so that the next install compiles what has changed; pip's own build folders are new each time
         build = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
@@ -31,4 +34,32 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build), "-j", str(os.cpu_count() or 1)], check=True)
 
 
-setup(ext_modules=[Extension("cibr_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+class ManylinuxWheel(bdist_wheel):
+    """A wheel for every Linux whose C library is not older than what the kernels ask of it.
+
+    auditwheel finds the tag in the symbols' versions, a container of manylinux gives an older one.  libgomp stays out:
+    torch brings it and is imported first, and a second copy would be a second pool of threads.
+    """
+
+    def run(self) -> None:
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)  # modules that are no more
+        super().run()
+        (wheel,) = (Path(file) for command, _, file in self.distribution.dist_files if command == "bdist_wheel")
+        if sys.platform != "linux":
+            return
+        if importlib.util.find_spec("auditwheel") is None:  # with --no-build-isolation
+            print(f"{wheel.name} is for this machine: auditwheel, which would say for which others, is not installed")
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = ["repair", "--exclude", "libgomp.so.1", "--wheel-dir", folder, str(wheel)]
+            subprocess.run([sys.executable, "-m", "auditwheel", *arguments], check=True)
+            (repaired,) = Path(folder).iterdir()
+            wheel.unlink()
+            shutil.move(repaired, wheel.parent)
+        self.distribution.dist_files[:] = [("bdist_wheel", "any", str(wheel.parent / repaired.name))]
+
+
+setup(
+    ext_modules=[Extension(f"cibr_kernels.{name}", sources=[]) for name in ("_C", "_plans")],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": ManylinuxWheel},
+)
