@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from runs import ROOT
 
-ABOVE = ("train", "session", "cli", "demo", "plots", "pictures", "export")
+ABOVE = ("train", "session", "stages", "critics", "rates", "cli", "demo", "plots", "pictures", "export")
 FORBIDDEN = {
     "data": ("models", "objectives", "evaluate", "step", *ABOVE),
     "models": ("data", "objectives", "evaluate", "run", "step", *ABOVE),
