@@ -30,7 +30,7 @@ from cibr.run.journal import read_log
 COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7")
 LINES = ("-", "--", "-.", ":")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
-HATCHES = ("", "///", "...", "xxx", "\\\\\\")
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++")  # one more than colours, so that thirty bars differ
 NOT_COMPARED = {
     "seed",
     "out",
