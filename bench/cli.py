@@ -26,10 +26,11 @@ EXPERIMENTS = {
     "family": "what CEB, align, OMIB and CIBR price, beside the truth",
     "omib": "fusion through bottlenecks, where the best accuracy is known",
     "heads": "what the trainer adds to the loss and two matmuls of a head's step",
+    "accumulate": "memory and time of a batch in parts, beside the plain step and GradCache",
     "scale": "bytes and gradients on real ranks, and what many GPUs would do",
 }
 PICTURES = ("mi", "variance", "gradient", "curve", "omib", "alignment", "family")
-FILES = ("toy", *PICTURES)  # with --json
+FILES = ("toy", "accumulate", *PICTURES)  # with --json
 
 
 def parser() -> argparse.ArgumentParser:

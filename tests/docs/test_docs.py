@@ -1,6 +1,7 @@
 """The pages of docs/: every Python block runs, every public name and argument is there, every link leads somewhere.
 
-The blocks of a page share one namespace, in order.  A comment on the line above a block changes what is done with it:
+The blocks of a page share one namespace, in order; a ```text block right after one is what it prints.  A comment on the
+line above a block changes what is done with it:
 
     <!-- needs: torch_mist, cuda -->    run where these can be imported (and CUDA is there), compiled everywhere
     <!-- ranks: 2 -->                   a script of its own, run by so many processes over gloo
@@ -24,12 +25,14 @@ from typing import Any
 
 import pytest
 import torch
+from shown import assert_printed
 
 import cibr_kernels as ck
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 BLOCK = re.compile(r"(?:^<!-- (needs|ranks): ([^\n]*?) -->\n)?^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+OUTPUT = re.compile(r"\s*```text\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PUBLIC = [
     *(name for name in ck.__all__ if name not in ("nn", "distributed")),
     *(f"nn.{name}" for name in ck.nn.__all__),
@@ -39,13 +42,14 @@ PUBLIC = [
 
 @dataclass(frozen=True)
 class Block:
-    """A Python block; line: where in the file its code begins."""
+    """A Python block; line: where in the file its code begins; prints: what the page shows of its output."""
 
     page: str
     line: int
     code: str
     needs: tuple[str, ...]
     ranks: int
+    prints: str
 
     def compiled(self) -> Any:
         """The code, whose line numbers are the page's."""
@@ -60,7 +64,9 @@ def blocks(page: str) -> list[Block]:
         key, value, code = match.groups()
         line = PAGES[page][: match.start(3)].count("\n") + 1
         needs = tuple(re.split(r",\s*", value)) if key == "needs" else ()
-        found.append(Block(page, line, code, needs, int(value) if key == "ranks" else 1))
+        output = OUTPUT.match(PAGES[page], match.end())
+        ranks = int(value) if key == "ranks" else 1
+        found.append(Block(page, line, code, needs, ranks, output[1] if output else ""))
     return found
 
 
@@ -78,7 +84,9 @@ SCRIPTS = [block for page in PAGES for block in blocks(page) if block.ranks > 1]
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_blocks_of_a_page_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_blocks_of_a_page_run(
+    page: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert PAGES[page].count("```python") == len(blocks(page))
     module = ModuleType(f"docs_{page}")  # a dataclass looks for its module
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -86,6 +94,7 @@ def test_the_blocks_of_a_page_run(page: str, monkeypatch: pytest.MonkeyPatch) ->
         code = block.compiled()
         if block.ranks == 1 and all(here(need) for need in block.needs):
             exec(code, module.__dict__)
+            assert_printed(block.prints, capsys.readouterr().out, tolerance=0.02)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=[f"{block.page}:{block.line}" for block in SCRIPTS])
