@@ -13,14 +13,14 @@
 #include "losses/siglip/siglip_loss.h"
 
 // kernel(name, struct), of each that has copies with products of bf16 (CMakeLists.txt), and of each that has not.
-#define CK_BF16_KERNELS(kernel)                                                     \
-  kernel(dot_lse_forward, DotForward) kernel(dot_lse_backward, DotBackward)         \
-  kernel(clip_loss, ClipLoss) kernel(dot_softplus, DotSoftplus) kernel(siglip_loss, SiglipLoss)
-#define CK_FLOAT_KERNELS(kernel)                                                                  \
-  kernel(additive_moments, AdditiveMoments) kernel(additive_scores_forward, AdditiveScores)       \
-  kernel(additive_scores_backward, AdditiveScores) kernel(additive_shifts_forward, AdditiveShifts) \
-  kernel(additive_shifts_backward, AdditiveShifts) kernel(log_mean_exp_forward, LogMeanExp)       \
-  kernel(log_mean_exp_backward, LogMeanExp) kernel(issue_rate, IssueRate)
+#define CK_BF16_KERNELS(kernel)                                                                         \
+  kernel(dot_lse_forward, DotForward) kernel(dot_lse_backward, DotBackward) kernel(clip_loss, ClipLoss) \
+      kernel(dot_softplus, DotSoftplus) kernel(siglip_loss, SiglipLoss)
+#define CK_FLOAT_KERNELS(kernel)                                                                       \
+  kernel(additive_moments, AdditiveMoments) kernel(additive_scores_forward, AdditiveScores)            \
+      kernel(additive_scores_backward, AdditiveScores) kernel(additive_shifts_forward, AdditiveShifts) \
+          kernel(additive_shifts_backward, AdditiveShifts) kernel(log_mean_exp_forward, LogMeanExp)    \
+              kernel(log_mean_exp_backward, LogMeanExp) kernel(issue_rate, IssueRate)
 
 namespace ck {
 

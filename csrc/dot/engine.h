@@ -300,11 +300,10 @@ static inline void bf16_tile(const bf16* a, int64_t a_block, const bf16* b, int6
       bfloat16x8_t ar[ROWS];
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; r++) ar[r] = load_as<bfloat16x8_t>(a + r * kBlock + kk);
-#define CK_PAIR(pair)                                                                           \
-  _Pragma("GCC unroll 4") for (int v = 0; v < V; v++) {                                         \
-    const bfloat16x8_t bv = load_as<bfloat16x8_t>(b + pair * 2 * kBlock + v * 8);               \
-    _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++) acc[r][v] =                          \
-        vbfdotq_laneq_f32(acc[r][v], bv, ar[r], pair);                                          \
+#define CK_PAIR(pair)                                                                                                 \
+  _Pragma("GCC unroll 4") for (int v = 0; v < V; v++) {                                                               \
+    const bfloat16x8_t bv = load_as<bfloat16x8_t>(b + pair * 2 * kBlock + v * 8);                                     \
+    _Pragma("GCC unroll 8") for (int r = 0; r < ROWS; r++) acc[r][v] = vbfdotq_laneq_f32(acc[r][v], bv, ar[r], pair); \
   }
       CK_PAIR(0)
       CK_PAIR(1)
