@@ -140,13 +140,17 @@ def run(op: str, direction: str, backend: str, tensors: tuple[Tensor, ...], *arg
     nvtx's for the system's profilers; torch.profiler's, with the backend's name, while it looks on.
     """
     module = choose(op, backend, *tensors)
-    function = getattr(module, direction)
-    domain, attributes = _range(f"{op}_{direction}")
+    return in_range(f"{op}_{direction}", module.__name__.rpartition(".")[2], getattr(module, direction), *args)
+
+
+def in_range(name: str, backend: str, function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args) in the ranges of `run`."""
+    domain, attributes = _range(name)
     domain.push_range(attributes)
     try:
         if not torch.autograd._profiler_enabled():
             return function(*args)
-        with torch.profiler.record_function(f"cibr_kernels::{op}_{direction}.{module.__name__.rpartition('.')[2]}"):
+        with torch.profiler.record_function(f"cibr_kernels::{name}.{backend}"):
             return function(*args)
     finally:
         domain.pop_range()

@@ -19,7 +19,7 @@ from torch import Tensor
 from cibr_kernels.dispatch.triton_recording import Gemm, Launch, Map, Matrix, Pointer, Recorder, Unknown
 
 ALIGNMENT = 512  # of a temporary in its workspace: that of PyTorch's allocator
-LARGE = 1 << 20  # bytes of a temporary whose memory outputs may take
+LARGE = 4 << 20  # bytes of a temporary whose memory outputs may take
 CUDA_TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
 
 
@@ -30,12 +30,17 @@ class Place(NamedTuple):
     offset: int  # bytes
 
 
+# run(device, stream, cuBLAS's handle, tensors by slot, addresses by slot)
+Step = Callable[[int, int, int, list[Any], list[int]], None]
+
+
 class Room(NamedTuple):
-    """An allocation of a call: torch.empty(shape, dtype)."""
+    """An allocation of a call: torch.empty(shape, dtype), or torch.empty_like an input, which takes less time."""
 
     slot: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    like: int  # an input's slot, or -1
 
 
 @dataclass
@@ -43,18 +48,8 @@ class Phase:
     """Allocations, then what runs, then the slots whose memory is let go."""
 
     rooms: list[Room] = field(default_factory=list)
-    steps: list[Callable[[Call], None]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     let_go: list[int] = field(default_factory=list)
-
-
-class Call(NamedTuple):
-    """One replay."""
-
-    device: int
-    stream: int
-    handle: int  # cuBLAS's
-    tensors: list[Any]  # by slot
-    addresses: list[int]  # by slot
 
 
 class Plan:
@@ -62,9 +57,11 @@ class Plan:
 
     def __init__(self, seen: Recorder, outputs: Sequence[Tensor], device: torch.device, native: Any) -> None:
         """native: the module _plans.  Raises Unknown where an output is no tensor of its own."""
-        self.device = device
+        self.device, self.index = device, device.index
+        self.last_use = 0
+        self.settings: Any = None  # PyTorch's, that its matmuls depend on
         self.kernels = [command.compiled for command in seen.commands if isinstance(command, Launch)]
-        self._multiplies = len(self.kernels) < len(seen.commands)
+        self.multiplies = len(self.kernels) < len(seen.commands)
         rooms, at = _output_rooms(seen, outputs)
         self._outputs = [room.slot for room in rooms]
         self._slots = len(seen.inputs) + len(rooms) + 2
@@ -80,23 +77,26 @@ class Plan:
         self.phases[0].let_go.append(workspaces[0].slot)
         for phase, part in zip(self.phases, (seen.commands[:split], seen.commands[split:]), strict=False):
             phase.steps = _steps(part, at, self._slots, native)
+        self._phases = [(phase.rooms, phase.steps, phase.let_go) for phase in self.phases]
+        self._more, self._zeros = [None] * (self._slots - len(seen.inputs)), [0] * (self._slots - len(seen.inputs))
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """On the current stream of the plan's device, which is the current device."""
-        device, more = self.device, self._slots - len(inputs)
-        stream, handle = torch._C._cuda_getCurrentRawStream(device.index), 0
-        if self._multiplies:
-            handle = torch._C._cuda_getCurrentBlasHandle()
-        tensors: list[Any] = [*inputs, *[None] * more]
-        addresses = [*[t.data_ptr() for t in inputs], *[0] * more]
-        call = Call(device.index, stream, handle, tensors, addresses)
-        for phase in self.phases:
-            for slot, shape, dtype in phase.rooms:
-                t = tensors[slot] = torch.empty(shape, dtype=dtype, device=device)
+        device, more, index = self.device, self._more, self.index
+        handle = torch._C._cuda_getCurrentBlasHandle() if self.multiplies else 0
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        tensors: list[Any] = [*inputs, *more]
+        addresses = [t.data_ptr() for t in inputs] + self._zeros
+        for rooms, steps, let_go in self._phases:
+            for slot, shape, dtype, like in rooms:
+                if like < 0:
+                    t = tensors[slot] = torch.empty(shape, dtype=dtype, device=device)
+                else:
+                    t = tensors[slot] = torch.empty_like(inputs[like])
                 addresses[slot] = t.data_ptr()
-            for step in phase.steps:
-                step(call)
-            for slot in phase.let_go:
+            for step in steps:
+                step(index, stream, handle, tensors, addresses)
+            for slot in let_go:
                 tensors[slot] = None
         return tuple([tensors[slot] for slot in self._outputs])
 
@@ -106,7 +106,8 @@ def _output_rooms(seen: Recorder, outputs: Sequence[Tensor]) -> tuple[list[Room]
     at = {number: Place(number, 0) for number in range(len(seen.inputs))}
     rooms: list[Room] = []
     for slot, t in enumerate(outputs, len(seen.inputs)):
-        rooms.append(Room(slot, tuple(t.shape), t.dtype))
+        kind = tuple(t.shape), t.dtype
+        rooms.append(Room(slot, *kind, seen.kinds.index(kind) if kind in seen.kinds else -1))
         if t.numel():
             place, whole = seen.place(t), t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes
             if place.storage in at or place.offset or not whole:
@@ -167,7 +168,7 @@ def _workspaces(spans: dict[int, _Span], split: int, first_slot: int, at: dict[i
                 offset = max(offset, end)
             placed.append((offset, offset + _round_up(span.nbytes), span))
             at[number] = Place(slot, offset)
-        rooms.append(Room(slot, (max((end for _, end, _ in placed), default=0),), torch.uint8))
+        rooms.append(Room(slot, (max((end for _, end, _ in placed), default=0),), torch.uint8, -1))
     return rooms
 
 
@@ -175,11 +176,9 @@ def _round_up(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _steps(
-    commands: Sequence[Launch | Gemm], at: dict[int, Place], slots: int, native: Any
-) -> list[Callable[[Call], None]]:
+def _steps(commands: Sequence[Launch | Gemm], at: dict[int, Place], slots: int, native: Any) -> list[Step]:
     """Launches and matmuls in as few calls of C++ as possible; matmuls that it has not are PyTorch's."""
-    steps: list[Callable[[Call], None]] = []
+    steps: list[Step] = []
     plan: Any = None
 
     def place(pointer: Pointer) -> Place:
@@ -206,9 +205,9 @@ def _steps(
     return steps
 
 
-def _native(plan: Any) -> Callable[[Call], None]:
+def _native(plan: Any) -> Step:
     run = plan.run
-    return lambda call: run(call.device, call.stream, call.handle, call.addresses)
+    return lambda device, stream, handle, tensors, addresses: run(device, stream, handle, addresses)
 
 
 def _add_launch(plan: Any, launch: Launch, place: Callable[[Pointer], Place]) -> None:
@@ -240,16 +239,16 @@ def _math_mode(gemm: Gemm, native: Any) -> int | None:
     return 0 if allowed is True else None
 
 
-def _gemm_of_torch(gemm: Gemm, place: Callable[[Pointer], Place]) -> Callable[[Call], None]:
-    def view(call: Call, m: Matrix) -> Tensor:
+def _gemm_of_torch(gemm: Gemm, place: Callable[[Pointer], Place]) -> Step:
+    def view(tensors: list[Any], m: Matrix) -> Tensor:
         slot, offset = place(m.at)
-        base = call.tensors[slot]
+        base = tensors[slot]
         start = (base.storage_offset() * base.element_size() + offset) // m.dtype.itemsize
         empty = torch.empty(0, dtype=m.dtype, device=base.device)
         return empty.set_(base.untyped_storage(), start, (m.rows, m.cols), m.strides)
 
-    def run(call: Call) -> None:
-        a, b, out = (view(call, m) for m in (gemm.a, gemm.b, gemm.out))
+    def run(device: int, stream: int, handle: int, tensors: list[Any], addresses: list[int]) -> None:
+        a, b, out = (view(tensors, m) for m in (gemm.a, gemm.b, gemm.out))
         if a.dtype == out.dtype:
             torch.addmm(out, a, b, out=out) if gemm.accumulate else torch.mm(a, b, out=out)
         elif gemm.accumulate:

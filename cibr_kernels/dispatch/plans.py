@@ -14,11 +14,11 @@ of a key comes while a graph is captured.  No GPU has run a plan yet: docs/gpu.m
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -34,7 +34,8 @@ MOST = 64  # plans that are kept: the least recently used goes first
 SWITCH = "CIBR_KERNELS_PLANS"  # 0: off; 1: with any Triton; unset: with those whose launches tests compare
 
 Outputs = tuple[Tensor, ...]
-_plans: OrderedDict[Hashable, Plan | str] = OrderedDict()  # or why there is none
+_plans: dict[Hashable, Plan | str] = {}  # or why there is none
+_clock = itertools.count(1)
 _lock = threading.Lock()
 _enabled = True
 
@@ -61,25 +62,44 @@ def kept() -> dict[Hashable, Plan | str]:
     return dict(_plans)
 
 
+def find(key: tuple[Hashable, ...], inputs: Sequence[Tensor]) -> Plan | None:
+    """The plan that `run` would replay; None where it would not.  That there is one says that such a call was made."""
+    if not (_enabled and inputs[0].is_cuda and _serve()) or triton_relaunch.watched():
+        return None
+    plan = _plans.get(_whole(key, inputs))
+    if plan.__class__ is not Plan or plan.settings not in (None, _settings()):  # type: ignore[union-attr]
+        return None
+    plan.last_use = next(_clock)  # type: ignore[union-attr]
+    return plan  # type: ignore[return-value]
+
+
+def replay(plan: Plan, inputs: Sequence[Tensor]) -> Outputs:
+    """What the plan that was found for these inputs gives."""
+    if plan.index == torch._C._cuda_getDevice():
+        return plan.run(inputs)
+    with torch.cuda.device(plan.device):
+        return plan.run(inputs)
+
+
 def run(key: tuple[Hashable, ...], direction: Callable[..., Outputs], inputs: Sequence[Tensor]) -> Outputs:
     """direction(*inputs), replayed where it is known.  key: the direction's name and all else that it depends on."""
+    plan = find(key, inputs)
+    if plan is not None:
+        return replay(plan, inputs)
     device = inputs[0].device
-    if not (_enabled and device.type == "cuda" and _serve()) or triton_relaunch.watched():
-        return direction(*inputs)
-    whole = (
-        device.index, key, _settings(),
-        *[v for t in inputs for v in (t.shape, t.dtype, t.data_ptr() % 16, t.is_contiguous())],
-    )  # fmt: skip
-    plan = _plans.get(whole)
-    if plan.__class__ is Plan:
-        _used(whole)
-        if device.index == torch._C._cuda_getDevice():
-            return plan.run(inputs)  # type: ignore[union-attr]
-        with torch.cuda.device(device):
-            return plan.run(inputs)  # type: ignore[union-attr]
-    if plan is not None or torch.cuda.is_current_stream_capturing():
+    serves = _enabled and device.type == "cuda" and _serve() and not triton_relaunch.watched()
+    whole = _whole(key, inputs)
+    if not serves or isinstance(_plans.get(whole), str) or torch.cuda.is_current_stream_capturing():
         return direction(*inputs)
     return _record(whole, direction, inputs, device)
+
+
+def _whole(key: tuple[Hashable, ...], inputs: Sequence[Tensor]) -> Hashable:
+    """All that a direction may depend on."""
+    found: list[Hashable] = [key]
+    for t in inputs:
+        found += (t.shape, t.dtype, t.get_device(), t.data_ptr() % 16, t.is_contiguous())
+    return tuple(found)
 
 
 def _settings() -> tuple[Any, ...]:
@@ -91,11 +111,6 @@ def _settings() -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _used(whole: Hashable) -> None:
-    with suppress(KeyError):  # another thread has let it go
-        _plans.move_to_end(whole)
-
-
 def _record(whole: Hashable, direction: Callable[..., Outputs], inputs: Sequence[Tensor], device: Any) -> Outputs:
     if overlap(inputs):  # a plan would not know which of them a launch means
         return direction(*inputs)
@@ -105,13 +120,21 @@ def _record(whole: Hashable, direction: Callable[..., Outputs], inputs: Sequence
     if plan is None:
         try:
             plan = Plan(seen, outputs, device, _native())
+            plan.settings = _settings() if plan.multiplies else None
+            plan.last_use = next(_clock)
         except Unknown as reason:
             plan = str(reason)
     with _lock:
         _plans[whole] = plan
         while len(_plans) > MOST:
-            _plans.popitem(last=False)
+            del _plans[min(_plans, key=_last_use)]
     return outputs
+
+
+def _last_use(whole: Hashable) -> int:
+    """Refusals are the first to go."""
+    plan = _plans[whole]
+    return plan.last_use if isinstance(plan, Plan) else 0
 
 
 @lru_cache

@@ -124,6 +124,7 @@ class Recorder(TorchDispatchMode):
         self.refusal: str | None = None
         self.storages: dict[int, Storage] = {}
         self.inputs = [(t.data_ptr(), t.nbytes) for t in inputs]
+        self.kinds = [(tuple(t.shape), t.dtype) for t in inputs]
         self._at: dict[int, int] = {}  # of an allocation's first address, the storage that lies there now
 
     def __enter__(self) -> Recorder:

@@ -24,7 +24,7 @@ from cibr_kernels.distributed.shards import Agreement, Shards
 from cibr_kernels.losses import targets
 from cibr_kernels.losses.clip.denominators import pair_losses
 from cibr_kernels.losses.clip.directions import Problem
-from cibr_kernels.losses.clip.fast_path import plain_loss
+from cibr_kernels.losses.clip.fast_path import known_loss, plain_loss
 from cibr_kernels.losses.clip.options import Negatives, SoftTargets
 
 
@@ -100,10 +100,14 @@ def clip_loss(
         checks.choice("reduction", reduction, targets.REDUCTIONS)
     if group_mode not in targets.GROUP_MODES:
         checks.choice("group_mode", group_mode, targets.GROUP_MODES)
-    arguments = group_ids, image_negatives, text_negatives, negatives, soft_targets, weights, process_group
-    given = any(t is not None for t in arguments)
-    plain = not (given or label_smoothing or return_metrics) and reduction == "mean"
+    candidates = image_negatives is text_negatives is negatives is None
+    plain = candidates and group_ids is soft_targets is weights is process_group is None and reduction == "mean"
+    plain = plain and not (label_smoothing or return_metrics)
     if plain and backend != "reference" and library.only_autograd_looks_on(image_features, text_features, logit_scale):
+        if logit_bias is None:
+            loss = known_loss(image_features, text_features, logit_scale, one_way, backend)
+            if loss is not None:
+                return loss
         x, y, scale, bias = _inputs(image_features, text_features, logit_scale, logit_bias)
         if not scale.dim():
             loss = plain_loss(x, y, scale, one_way, backend)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cibr_kernels.dispatch import plans, triton_call
+from cibr_kernels.dispatch.plan import Plan
 from cibr_kernels.primitives.dot.lse import triton as dot_lse
 from cibr_kernels.primitives.dot.lse.triton_configs import blocks, tf32_allowed
 from cibr_kernels.primitives.dot.problem import LseProblem
@@ -35,6 +36,11 @@ def forward(
         return _forward(x, y, scale, one_way, budget, gradient)
 
     return plans.run(_key("clip_loss forward", x, one_way, budget, gradient), direction, (x, y, scale))
+
+
+def known(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, budget: int) -> Plan | None:
+    """The plan of `forward`, where such a call was made before: then these tensors need no check."""
+    return plans.find(_key("clip_loss forward", x, one_way, budget, True), (x, y, scale))
 
 
 def backward(

@@ -31,12 +31,14 @@ NAME, HEAD = 120, 156  # bytes of a launch in fake_bytes: its name, then sizes a
 addresses: list[list[int]] = []  # by slot, of each replay
 
 
-class Call(plan.Call):
-    """Tells what addresses a replay used."""
+def watch(step: Any) -> Any:
+    """A step of a plan that tells its addresses."""
 
-    def __new__(cls, *fields: Any) -> Any:
-        addresses.append(fields[-1])
-        return super().__new__(cls, *fields)
+    def run(device: int, stream: int, handle: int, tensors: list[Any], here: list[int]) -> None:
+        addresses.append(here)
+        step(device, stream, handle, tensors, here)
+
+    return run
 
 
 def features(n: int, dtype: torch.dtype, offset: int) -> torch.Tensor:
@@ -116,7 +118,8 @@ def main() -> None:
         ("capturing what is new", capturing, {"n": 253}),
         ("few are kept", lambda: patch.object(plans, "MOST", 3), {"n": 252}), ("what was let go", nullcontext, {}),
     ]  # fmt: skip
-    plan.Call = Call  # type: ignore[misc]
+    native = plan._native
+    plan._native = lambda of: watch(native(of))
     for name, context, options in situations:
         counters.reset()
         with context():

@@ -94,8 +94,8 @@ def replayed(library: Any, seen: Kept) -> bytes:
     at = {number: plan.Place(number, 0) for number in range(len(seen.bases))}
     steps = plan._steps(seen.commands, at, len(seen.bases), plans._native())
     handle = torch._C._cuda_getCurrentBlasHandle()
-    call = plan.Call(0, torch._C._cuda_getCurrentRawStream(0), handle, seen.alive, seen.bases)
-    return passed(library, lambda: [step(call) for step in steps])
+    arguments = 0, torch._C._cuda_getCurrentRawStream(0), handle, seen.alive, seen.bases
+    return passed(library, lambda: [step(*arguments) for step in steps])
 
 
 def same_names(counters: Counters, case: str) -> bool:
