@@ -23,6 +23,7 @@ from cibr_kernels.losses.cibr import cibr_loss
 from cibr_kernels.losses.clip.op import clip_loss
 from cibr_kernels.losses.clip.options import Negatives, SoftTargets
 from cibr_kernels.losses.siglip.op import siglip_loss
+from cibr_kernels.losses.warmup import warmup
 from cibr_kernels.primitives.dot.lse.op import set_stash_budget, stash_budget
 from cibr_kernels.primitives.log_mean_exp.op import log_mean_exp
 
@@ -48,6 +49,7 @@ __all__ = [
     "shifts",
     "siglip_loss",
     "stash_budget",
+    "warmup",
 ]
 
 backends.warn_if_missing()

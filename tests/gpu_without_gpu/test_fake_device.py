@@ -154,5 +154,6 @@ def test_a_launch_around_tritons_own_path_passes_the_same_bytes_and_compiles_no_
     found = json.loads(done.stdout)
     assert found["different"] == [] and found["launches"] > 30
     assert found["seen"] == 10, "hooks are told of every launch"
-    assert found["compiled"][0] <= 15 and found["compiled"][-1] <= 22, found
-    assert found["compiled"][2:] == [found["compiled"][2]] * 4, f"a new number of rows compiles: {found}"
+    assert found["compiled"][-1] <= 22, found
+    assert found["compiled"][1:8] == [found["compiled"][1]] * 7, f"a new number of rows compiles: {found}"
+    assert found["warm"][0] == found["warm"][1], "after a warmup nothing compiles"

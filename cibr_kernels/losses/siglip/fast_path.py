@@ -5,7 +5,9 @@ The arithmetic is siglip_loss/op.py's, without its O(n d) tensors of positives, 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,21 @@ def plain_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, 
     if some and torch.is_grad_enabled():
         return _loss_with_gradients(x, y, scale, bias, share, backend)
     return _fused(x, y, scale, bias, share, backend, (False,) * 4)[0]
+
+
+def known_loss(x: Any, y: Any, scale: Any, bias: Any, mean: bool, backend: str) -> Tensor | None:
+    """The loss of a call on a GPU whose launches were recorded, and whose arguments were checked, before; else None."""
+    if not all(isinstance(t, Tensor) for t in (x, y, scale, bias)) or not (x.is_cuda and x.dim() == 2):
+        return None
+    need_x, need_y = x.requires_grad, y.requires_grad
+    some = need_x or need_y or scale.requires_grad or bias.requires_grad
+    if not (some and torch.is_grad_enabled()) or torch.is_autocast_enabled("cuda") or backend not in ("auto", "triton"):
+        return None
+    share = 1 / x.shape[0] if mean else 1.0
+    device_path = importlib.import_module("cibr_kernels.losses.siglip.triton")
+    if not device_path.is_known(x, y, scale, bias, share, need_x or not need_y, need_y):
+        return None
+    return _loss_with_gradients(x, y, scale, bias, share, "triton")
 
 
 def general_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, backend: str) -> Tensor:

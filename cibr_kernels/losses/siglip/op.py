@@ -21,7 +21,7 @@ from cibr_kernels.distributed.lse import STRATEGIES
 from cibr_kernels.distributed.shards import Agreement, Shards
 from cibr_kernels.distributed.softplus import sharded_dot_softplus, sharded_dot_softplus_sums
 from cibr_kernels.losses import targets
-from cibr_kernels.losses.siglip.fast_path import plain_loss
+from cibr_kernels.losses.siglip.fast_path import known_loss, plain_loss
 from cibr_kernels.numerics import promote, softplus
 from cibr_kernels.primitives.dot.softplus.op import dot_softplus, dot_softplus_sums
 
@@ -72,6 +72,9 @@ def siglip_loss(
     given = any(t is not None for t in (group_ids, image_negatives, text_negatives, weights, process_group))
     plain = not (given or return_metrics) and reduction != "none"
     if plain and library.only_autograd_looks_on(image_features, text_features, logit_scale, logit_bias):
+        loss = known_loss(image_features, text_features, logit_scale, logit_bias, reduction == "mean", backend)
+        if loss is not None:
+            return loss
         x, y, scale, bias = _inputs(image_features, text_features, logit_scale, logit_bias)
         fused = backends.fused("siglip_loss", backend, x)
         if fused is not None:

@@ -3,7 +3,8 @@
     python -m fake_device.launches
 
 Prints JSON: {"different": cases whose launches pass other bytes, "launches": how many were compared, "compiled":
-kernels after each of SIZES, "seen": launches of a step that a hook is told of}.
+kernels after each of SIZES, "warm": kernels after a warmup and after steps of other sizes, "seen": launches of a step
+that a hook is told of}.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Any
 
 import torch
 
+import cibr_kernels as ck
 from bench.guards import host
 from cibr_kernels.dispatch import backends, plans, triton_relaunch
 from fake_device.counters import Counters
 
 CASES = ("clip_loss 1024x512", "clip_loss 1000x512", "siglip_loss 1024x512", "critic_moments-triton 100x64")
-SIZES = (1024, 1000, 17, 999, 4096, 200)
+SIZES = (1024, 999, 17, 1000, 4096, 200, 33, 8192, 1, 2050)
 WORDS = {"u64": 8, "b64": 8, "s64": 8, "f64": 8, "u32": 4, "b32": 4, "s32": 4, "f32": 4, "u8": 1, "b8": 1}
 PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr[^,\n]*?)?\s*\S*?(?:\[(\d+)\])?[,\n)]")
 
@@ -66,7 +68,18 @@ def main() -> None:
     for n in SIZES:
         host._step(f"clip_loss {n}x512")()
         compiled.append(len(triton_relaunch.kernels()))
-    print(json.dumps({"different": different, "launches": launches, "compiled": compiled, "seen": hooked(step)}))
+    triton_relaunch.clear()
+    ck.warmup(1024, 512, losses=("clip_loss", "siglip_loss"))
+    warm = [len(triton_relaunch.kernels())]
+    for n in SIZES[:4]:
+        host._step(f"clip_loss {n}x512")()
+    host._step("siglip_loss 77x512")()
+    warm.append(len(triton_relaunch.kernels()))
+    print(
+        json.dumps(
+            {"warm": warm, "different": different, "launches": launches, "compiled": compiled, "seen": hooked(step)}
+        )
+    )
 
 
 def hooked(step: Callable[[], Any]) -> int:

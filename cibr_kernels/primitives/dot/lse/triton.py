@@ -106,7 +106,8 @@ def forward(
     online_strip = 4 * online.config.block_m
     most_tiles = max(blocks(m, t.config.block_n) for t in (tiles, online))
     most_strips = max(blocks(height, s) for s in (strip, online_strip))
-    part_rows, part_cols = new((2, most_tiles, height)), new((2, most_strips, cols.numel()))  # maxima and sums
+    # maxima and sums, from 64 bytes on: a start of another alignment would be a reason to compile again
+    part_rows, part_cols = new((2, pitch(most_tiles * height))), new((2, pitch(most_strips * cols.numel())))
     sums = {"row_sum": part_rows[1], "col_sum": part_cols[1]}
     maxima = {"row_max": part_rows[0], "col_max": part_cols[0]}
     kept = maxima if need_max else dict.fromkeys(maxima)

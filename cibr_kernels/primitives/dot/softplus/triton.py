@@ -120,7 +120,7 @@ def mean_loss(
     problem = SoftplusProblem(x, y, scale, None, None, 0, bias, False)
     sweep = _Sweep(problem, total(poison), exponent, weights if gradient else None, None, False, g_positives)
     losses = new(blocks(n, BLOCK_L))
-    g_sums = sweep.totals[-len(losses) :] if gradient else None
+    g_sums = sweep.totals[: len(losses)] if gradient else None
 
     def fold(parts: Tensor, first: int, end: int, count: int) -> None:
         at = first // BLOCK_L
@@ -166,7 +166,8 @@ def _unit(share: float) -> float:
 class _Sweep:
     """One pass over all tiles: sums of softplus, and with weights G and what the vendor's matmuls make of it.
 
-    totals: the sum of G of each program, and with g_positives (n,), the gradients of positives, room for sums of them.
+    totals: the sums of G of each program; before them, with g_positives (n,), the gradients of positives, room for sums
+    of those.
     """
 
     def __init__(
@@ -184,8 +185,8 @@ class _Sweep:
         self.grids = {(r, c): self._grid(r, c) for r in set(heights) for c in set(widths)}
         self.col_tiles = sum(blocks(c, block_n) for c in widths)
         programs = sum(self.grids[r, c][0] * blocks(c, block_n) for r in heights for c in widths)
-        more = 0 if g_positives is None else blocks(n, BLOCK_L)
-        self.totals = problem.scale.new_empty(programs + more if self.gradient else 0)
+        self.first_part = 0 if g_positives is None else blocks(n, BLOCK_L)
+        self.totals = problem.scale.new_empty(self.first_part + programs if self.gradient else 0)
         self.arguments: dict[str, Any] = {
             "scale": problem.scale, "bias": problem.bias, "poison": poison, "g_rows": g_rows, "exponent": exponent,
             "totals": self.totals,
@@ -221,7 +222,7 @@ class _Sweep:
         dx = made.new_empty(x.shape if with_dx and not together else 0)
         dx_sums, dy_sums = new((self.height, d) if with_dx else 0), new((m, d) if with_dy else 0)
         along_x = new(blocks(n, BLOCK_R) if with_dx else 0)
-        first_part = 0
+        first_part = self.first_part
         for first in range(0, n, self.height):
             end, tiles_before = min(first + self.height, n), 0
             for left in range(0, m, self.width):
