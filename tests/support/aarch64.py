@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from cibr_kernels.dispatch import backends
@@ -48,10 +49,12 @@ def build() -> Path:
     target = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DCIBR_DRIVER=ON"]
     compiler = f"-DCMAKE_CXX_COMPILER={COMPILER}"
     configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", compiler, *target]
-    for command in (configure, ["cmake", "--build", str(folder)]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # of several test processes one builds
+        for command in (configure, ["cmake", "--build", str(folder)]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
     return folder / "driver"
 
 
