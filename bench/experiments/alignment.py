@@ -193,7 +193,9 @@ def run(quick: bool = False) -> Outcome:
     chosen = QUICK_SEEDS if quick else SEEDS
     try:
         data = {seed: drawings(seed) for seed in chosen}
-        trials = [trial(*cell, data=data[cell[-1]]) for cell in tqdm(plan(chosen), leave=False, file=sys.stderr)]
+        trials = [
+            trial(*cell, data=data[cell[-1]], steps=STEPS) for cell in tqdm(plan(chosen), leave=False, file=sys.stderr)
+        ]
     finally:
         torch.set_num_threads(threads)
     return outcome(trials)
