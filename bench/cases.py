@@ -174,9 +174,7 @@ GPU_PEERS = {
 }
 
 
-def gpu_case(
-    op: str, n: int, width: int, dtype: str = "bfloat16", backward: bool = True, stash: bool = False
-) -> Case:  # fmt: skip
+def gpu_case(op: str, n: int, width: int, dtype: str = "bfloat16", backward: bool = True, stash: bool = False) -> Case:
     """The peers without a stash stand beside the other tier only."""
     peers = () if stash else GPU_PEERS[op]
     if backward and n <= GPU_SMALL and "open_clip" in peers:

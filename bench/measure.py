@@ -72,9 +72,12 @@ class Result:
 
 
 def measure(
-    case: Case, budget: float, tick: Callable[[str], None] = lambda label: None, deadline: float | None = None,
+    case: Case,
+    budget: float,
+    tick: Callable[[str], None] = lambda label: None,
+    deadline: float | None = None,
     device: Device = CPU,
-) -> Result:  # fmt: skip
+) -> Result:
     """Runs a case; timing takes about `budget` seconds, and at least one round.  `tick` is told of every step.
 
     What is unfinished at `deadline`, on the clock of time.monotonic, is stopped and noted.

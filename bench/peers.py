@@ -85,9 +85,12 @@ def fused(case: Case, backend: str = "auto") -> Loss:
         return ck.log_mean_exp(inputs.tensors["scores"], backend=backend)
 
     losses = {
-        "clip_loss": clip, "siglip_loss": siglip, "critic_moments": critic, "cibr_loss": fused_cibr,
+        "clip_loss": clip,
+        "siglip_loss": siglip,
+        "critic_moments": critic,
+        "cibr_loss": fused_cibr,
         "log_mean_exp": log_mean_exp,
-    }  # fmt: skip
+    }
     return losses[case.op]
 
 
@@ -171,9 +174,16 @@ def eager_log_mean_exp(inputs: Inputs) -> Tensor:
 def fused_cibr(inputs: Inputs) -> Tensor:
     t = inputs.tensors
     return ck.cibr_loss(
-        t["x"], t["z"], t["scale"], image_inputs=t["image_inputs"], text_inputs=t["text_inputs"],
-        critics=dict(inputs.critics.items()), lam=LAM, noise_std=NOISE_STD, generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+        t["x"],
+        t["z"],
+        t["scale"],
+        image_inputs=t["image_inputs"],
+        text_inputs=t["text_inputs"],
+        critics=dict(inputs.critics.items()),
+        lam=LAM,
+        noise_std=NOISE_STD,
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
 def eager_cibr(inputs: Inputs) -> Tensor:
@@ -181,8 +191,12 @@ def eager_cibr(inputs: Inputs) -> Tensor:
     t, generator = inputs.tensors, torch.Generator().manual_seed(0)
     zv, zt = noisy(t["x"], NOISE_STD, generator), noisy(t["z"], NOISE_STD, generator)
     xv, xt = t["image_inputs"], t["text_inputs"]
-    pairs = ((xv, scale_gradient(zv, -LAM)), (xt, scale_gradient(zv, LAM)),
-             (xt, scale_gradient(zt, -LAM)), (xv, scale_gradient(zt, LAM)))  # fmt: skip
+    pairs = (
+        (xv, scale_gradient(zv, -LAM)),
+        (xt, scale_gradient(zv, LAM)),
+        (xt, scale_gradient(zt, -LAM)),
+        (xv, scale_gradient(zt, LAM)),
+    )
     nats = []
     for name, (x, z) in zip(TERMS, pairs, strict=True):
         j, el = moments(inputs.critics[name].pairwise(x, z), 0, False)  # type: ignore[operator]

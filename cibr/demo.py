@@ -54,9 +54,16 @@ def train_run(run: Path, data: Path, objective: str, steps: int) -> None:
     # the default warm-up of 100 steps would leave a short demo without any penalty
     quarter = {"lam_warmup_steps": steps // 4, "lam_ramp_steps": steps // 4} if objective == "cibr" else {}
     options = {
-        "data": f"emoji:{data}", "hold_out": HELD_OUT, "val_split": "held_out", "eval_every": max(1, steps // 5),
-        "objective": objective, "out": str(run), "steps": steps, **quarter, **MORE[objective],
-    }  # fmt: skip
+        "data": f"emoji:{data}",
+        "hold_out": HELD_OUT,
+        "val_split": "held_out",
+        "eval_every": max(1, steps // 5),
+        "objective": objective,
+        "out": str(run),
+        "steps": steps,
+        **quarter,
+        **MORE[objective],
+    }
     found = checkpoint.find(run)
     if found is not None and (there := checkpoint.read_about(found)["step"]) >= steps:
         if there > steps:

@@ -59,9 +59,12 @@ ESTIMATES = {"image_own": "I(Zv; Xv)", "image_other": "I(Zv; Xt)", "text_own": "
 OTHERWISE = {  # where a run decomposes otherwise
     "chain": {"image_own": "I(Zv; Xv, Xt)", "text_own": "I(Zt; Xt, Xv)"},
     "joint": {
-        "image_own": "I(Xv; Zv, Xt)", "image_other": "I(Xv; Xt)", "text_own": "I(Xt; Zt, Xv)", "text_other": "I(Xt; Xv)"
+        "image_own": "I(Xv; Zv, Xt)",
+        "image_other": "I(Xv; Xt)",
+        "text_own": "I(Xt; Zt, Xv)",
+        "text_other": "I(Xt; Xv)",
     },
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -287,9 +290,16 @@ def draw_bars(groups: list[Group], metrics: list[str], path: Path) -> None:
             spread = [values.std(ddof=1) if len(values) > 1 else 0.0 for _, values in found]
             hatch = HATCHES[k % len(HATCHES)]
             axis.barh(
-                [place for place, _ in found], mean, 0.9 * thick, xerr=spread if any(spread) else None, capsize=2,
-                color="white" if hatch else "0.75", edgecolor=group.line["color"], hatch=hatch, label=group.label,
-            )  # fmt: skip
+                [place for place, _ in found],
+                mean,
+                0.9 * thick,
+                xerr=spread if any(spread) else None,
+                capsize=2,
+                color="white" if hatch else "0.75",
+                edgecolor=group.line["color"],
+                hatch=hatch,
+                label=group.label,
+            )
             for (place, _), value, more in zip(found, mean, spread, strict=True):
                 end = (value + more, place)
                 axis.annotate(f"{value:.1f}", end, (4, 0), textcoords="offset points", va="center", fontsize=7)

@@ -38,9 +38,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 MAPLE_EPOCHS = 5
 FIXED = {
-    "objective": "classes", "optimizer": "sgd", "momentum": 0.9, "schedule": "epochs", "lr_warmup_steps": 0,
+    "objective": "classes",
+    "optimizer": "sgd",
+    "momentum": 0.9,
+    "schedule": "epochs",
+    "lr_warmup_steps": 0,
     "precision": "fp32",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,21 +140,39 @@ def learn(
     batch_size = options.batch_size or DEFAULTS[method]["batch_size"]
     batch = min(batch_size, rows)
     epochs = options.epochs or (MAPLE_EPOCHS if method == "maple" else EPOCHS.get(data.shots or 0, 200))
-    config = RunConfig.from_dict({
-        **FIXED, **dataclasses.asdict(data), **model, "model": f"{method}:{exported(base, out)}", "out": options.out,
-        "seed": options.seed, "batch_size": batch, "epoch_steps": rows // batch, "steps": epochs * (rows // batch),
-        "lr": options.lr or DEFAULTS[method]["lr"], "weight_decay": options.weight_decay, "keep": 1,
-        "save_every": options.save_every, "device": options.device, "threads": options.threads,
-    })  # fmt: skip
+    config = RunConfig.from_dict(
+        {
+            **FIXED,
+            **dataclasses.asdict(data),
+            **model,
+            "model": f"{method}:{exported(base, out)}",
+            "out": options.out,
+            "seed": options.seed,
+            "batch_size": batch,
+            "epoch_steps": rows // batch,
+            "steps": epochs * (rows // batch),
+            "lr": options.lr or DEFAULTS[method]["lr"],
+            "weight_decay": options.weight_decay,
+            "keep": 1,
+            "save_every": options.save_every,
+            "device": options.device,
+            "threads": options.threads,
+        }
+    )
     found = checkpoint.find(out)
     if found is None or checkpoint.read_about(found)["step"] < config.optim.steps:
         outcome = train(config, resume=found is not None)
         if outcome.stopped_by is not None:
             raise UsageError(f"stopped by signal {outcome.stopped_by}; the same command goes on")
     setting = {
-        **{name: value for name, value in model.items() if name != "model"}, "base": base_of(base), "shots": data.shots,
-        "epochs": epochs, "lr": config.optim.lr, "weight_decay": options.weight_decay, "batch_size": batch_size,
-    }  # fmt: skip
+        **{name: value for name, value in model.items() if name != "model"},
+        "base": base_of(base),
+        "shots": data.shots,
+        "epochs": epochs,
+        "lr": config.optim.lr,
+        "weight_decay": options.weight_decay,
+        "batch_size": batch_size,
+    }
     return checkpoint.load_run(out).model, {"method": method, "setting": setting}
 
 

@@ -23,17 +23,24 @@ from cibr.plots import Group, Run, draw_bars, flat
 
 METHODS = {"clip": "CLIP", "coop": "CoOp", "maple": "MaPLe", "cibr": "CIBR"}
 TABLE_1 = {
-    "imagenet": "ImageNet", "cifar100": "CIFAR-100", "pets": "OxfordPets", "caltech101": "Caltech101", "dtd": "DTD",
-    "sun397": "SUN397", "eurosat": "EuroSAT",
-}  # fmt: skip
+    "imagenet": "ImageNet",
+    "cifar100": "CIFAR-100",
+    "pets": "OxfordPets",
+    "caltech101": "Caltech101",
+    "dtd": "DTD",
+    "sun397": "SUN397",
+    "eurosat": "EuroSAT",
+}
 TABLE_2 = {"coco": "COCO", "flickr30k": "Flickr30K"}
 DEPTHS = (1, 5, 10)
 HALVES = {"base": "base", "new": "new", "harmonic_mean": "H"}
 TITLES = {
-    "table-1": "Table 1: zero-shot classification, {}", "table-2": "Table 2: retrieval, text to image",
-    "classification": "Other sets: classification, {}", "retrieval": "Other sets: retrieval, text to image",
+    "table-1": "Table 1: zero-shot classification, {}",
+    "table-2": "Table 2: retrieval, text to image",
+    "classification": "Other sets: classification, {}",
+    "retrieval": "Other sets: retrieval, text to image",
     "base-to-new": "Base and new classes, top-1",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +134,12 @@ def columns_of(numbers: Iterable[str], metric: str) -> dict[str, dict[str, str]]
 
     halves = {f"{name} {t}": f"base_to_new/{name}/{half}" for name in sets["base_to_new"] for half, t in HALVES.items()}
     found = {
-        "table-1": classified(TABLE_1), "table-2": searched(TABLE_2), "classification": classified(one),
-        "retrieval": searched(two), "base-to-new": halves,
-    }  # fmt: skip
+        "table-1": classified(TABLE_1),
+        "table-2": searched(TABLE_2),
+        "classification": classified(one),
+        "retrieval": searched(two),
+        "base-to-new": halves,
+    }
     return {table: columns for table, columns in found.items() if columns}
 
 

@@ -34,9 +34,16 @@ def error(actual: Tensor, truth: Tensor, magnitude: float = 0.0) -> float:
 
 
 def assert_close(
-    name: str, actual: Tensor, eager: Tensor, truth: Tensor, *, terms: int, exponent: float, features: torch.dtype,
+    name: str,
+    actual: Tensor,
+    eager: Tensor,
+    truth: Tensor,
+    *,
+    terms: int,
+    exponent: float,
+    features: torch.dtype,
     magnitude: float = 0.0,
-) -> None:  # fmt: skip
+) -> None:
     """Holds `actual` to the rule.
 
     truth is float64; eager is PyTorch's, in `actual`'s dtype; terms: length of the sums; exponent: largest |logit|;

@@ -98,8 +98,10 @@ def gradcache(p: Problem, parts: list[Tensor]) -> None:
 
 
 WAYS: dict[str, Callable[[Problem, list[Tensor]], None]] = {
-    "plain": plain, "accumulate": accumulate, "gradcache": gradcache,
-}  # fmt: skip
+    "plain": plain,
+    "accumulate": accumulate,
+    "gradcache": gradcache,
+}
 
 
 @dataclass(frozen=True)

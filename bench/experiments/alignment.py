@@ -142,11 +142,21 @@ def trial(
     compared = slice(TRAIN, TRAIN + KERNEL_ROWS)
     alike = probes.cka(zv[compared], zt[compared])
     return Trial(
-        depth, learnt, first_tau, beta, seed, urr, kept(zv[TRAIN:], zt[TRAIN:], data.texts[TRAIN:]),
-        tau, (zv * zt)[TRAIN:].sum(1).mean().item(), capacity(covariance(zv[TRAIN:]), NOISE).item(),
+        depth,
+        learnt,
+        first_tau,
+        beta,
+        seed,
+        urr,
+        kept(zv[TRAIN:], zt[TRAIN:], data.texts[TRAIN:]),
+        tau,
+        (zv * zt)[TRAIN:].sum(1).mean().item(),
+        capacity(covariance(zv[TRAIN:]), NOISE).item(),
         told(zv[TRAIN:], zt[TRAIN:], tau),
-        alike["biased"], alike["debiased"], probes.mutual_knn(zv[compared], zt[compared], NEIGHBOURS),
-    )  # fmt: skip
+        alike["biased"],
+        alike["debiased"],
+        probes.mutual_knn(zv[compared], zt[compared], NEIGHBOURS),
+    )
 
 
 def unique_rate(z: Tensor, labels: Tensor, values: int) -> float:
@@ -261,9 +271,11 @@ def plot(path: Path, trials: Sequence[Trial]) -> None:
     for learnt, colour in ((True, "C3"), (False, "C4")):
         own, name = swept(trials, learnt), f"tau {'learnt' if learnt else f'fixed at {FIRST_TAU}'}"
         for axis, value in (
-            (by_beta, lambda t: t.nuisance), (tau, lambda t: t.tau), (information, lambda t: t.told),
+            (by_beta, lambda t: t.nuisance),
+            (tau, lambda t: t.tau),
+            (information, lambda t: t.told),
             (nats, lambda t: t.entropy),
-        ):  # fmt: skip
+        ):
             _curve(axis, own, lambda t: t.beta, value, colour, name)
     cka.scatter([t.nuisance for t in trials], [t.cka_biased for t in trials], s=9, label="biased")
     cka.scatter([t.nuisance for t in trials], [t.cka_debiased for t in trials], s=9, label="debiased")

@@ -51,15 +51,22 @@ def claims(trials: Sequence[Any]) -> list[Claim]:
         falls("beta removes nuisance, temperature learnt (3 against 0)", learnt, "beta", (0.0, LARGEST_BETA), urr),
         falls(
             "homeostasis: the learnt temperature falls as beta grows (3 against 0)",
-            learnt, "beta", (0.0, LARGEST_BETA), Measure("tau", lambda t: t.tau),
+            learnt,
+            "beta",
+            (0.0, LARGEST_BETA),
+            Measure("tau", lambda t: t.tau),
         ),
         spared("entropy is kept", Measure("nats of spread", lambda t: t.entropy), learnt, fixed),
         spared("InfoNCE is kept", Measure("nats told", lambda t: t.told), learnt, fixed),
         falls(
             "the paper's best beta, .1, keeps what the task needs (temperature learnt)",
-            learnt, "beta", (0.0, PAPERS_BETA), Measure("kept factors told, %", lambda t: t.kept), not_at_all=True,
+            learnt,
+            "beta",
+            (0.0, PAPERS_BETA),
+            Measure("kept factors told, %", lambda t: t.kept),
+            not_at_all=True,
         ),
-    ]  # fmt: skip
+    ]
     for name, key in (("biased CKA", "cka_biased"), ("debiased CKA", "cka_debiased"), ("mutual k-NN", "mutual_knn")):
         found.append(correlates(f"nuisance goes with low alignment by {name}", plain, (learnt, fixed), key))
     return [*found, Claim("CIDEr of captions rises from 91.7 to 93.0", UNTESTED, CAPTIONS)]

@@ -32,8 +32,14 @@ from cibr.evaluate.information import information
 EACH, RHO, SIGMA = 4, 0.95, 0.35  # columns shared, and private; as in bench/experiments/toy.py
 PRIVATE, RHOS, AT = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9), (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95), 0.2
 MINE_AT, MINE_ROWS, MINE_STEPS = (0.0, 0.2, 0.5, 0.9), 4096, 300
-NAMES = {"truth": "truth", "ceb": "CEB, any q", "variance": "variance, CEB with fixed noise", "align": "align, MIB",
-         "prior": "VIB, OMIB: KL to N(0, I)", "own": "I(Z; Xv)"}  # fmt: skip
+NAMES = {
+    "truth": "truth",
+    "ceb": "CEB, any q",
+    "variance": "variance, CEB with fixed noise",
+    "align": "align, MIB",
+    "prior": "VIB, OMIB: KL to N(0, I)",
+    "own": "I(Z; Xv)",
+}
 
 
 @dataclass(frozen=True)
@@ -108,10 +114,16 @@ def run(quick: bool = False) -> Outcome:
 def missed(points: Sequence[Point], slack: float = 1e-9) -> list[str]:
     """Points at which a bound is none."""
     return [
-        f"  p = {c.p:g}, rho = {c.rho:g}" for c in points
-        if not (abs(c.ceb - c.truth) < slack and c.truth <= c.variance + slack and c.variance <= c.align + slack
-                and c.truth <= c.own + slack and c.own <= c.prior + slack)
-    ]  # fmt: skip
+        f"  p = {c.p:g}, rho = {c.rho:g}"
+        for c in points
+        if not (
+            abs(c.ceb - c.truth) < slack
+            and c.truth <= c.variance + slack
+            and c.variance <= c.align + slack
+            and c.truth <= c.own + slack
+            and c.own <= c.prior + slack
+        )
+    ]
 
 
 def table(points: Sequence[Point], key: str) -> str:
@@ -134,9 +146,13 @@ def plot(path: Path, by_p: Sequence[Point], by_rho: Sequence[Point]) -> None:
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     axes = figure.subplots(1, 2)
     styles = {
-        "truth": ("black", 3.0, "-"), "ceb": ("C0", 1.5, "--"), "variance": ("C0", 1.5, "-"),
-        "align": ("C2", 1.5, "-"), "prior": ("C3", 1.5, "-"), "own": ("C3", 1.5, ":"),
-    }  # fmt: skip
+        "truth": ("black", 3.0, "-"),
+        "ceb": ("C0", 1.5, "--"),
+        "variance": ("C0", 1.5, "-"),
+        "align": ("C2", 1.5, "-"),
+        "prior": ("C3", 1.5, "-"),
+        "own": ("C3", 1.5, ":"),
+    }
     for axis, points, key in ((axes[0], by_p, "p"), (axes[1], by_rho, "rho")):
         x = [getattr(point, key) for point in points]
         for name, (colour, width, line) in styles.items():

@@ -177,9 +177,15 @@ LEARNT: dict[str, Callable[[], Estimator]] = {
 }
 VIEWS = {"variance, two views": 2, "variance, groups of 4": 4}  # nothing to learn
 STYLES = {
-    "mine, all pairs": "o-", "mine, one shuffle": "s:", "infonce": "^--", "ceb": "D-", "score matching": "v--",
-    "align": "x-.", "variance, two views": "k-", "variance, groups of 4": "k--",
-}  # fmt: skip
+    "mine, all pairs": "o-",
+    "mine, one shuffle": "s:",
+    "infonce": "^--",
+    "ceb": "D-",
+    "score matching": "v--",
+    "align": "x-.",
+    "variance, two views": "k-",
+    "variance, groups of 4": "k--",
+}
 
 
 # ------------------------------------------------------------------------------------------------ the study
@@ -286,8 +292,10 @@ def missed(cells: Sequence[Cell], checkpoints: Sequence[int]) -> list[str]:
 def table(cells: Sequence[Cell], checkpoints: Sequence[int]) -> str:
     """A line an estimator: the mean's cosines at each checkpoint, then one draw's."""
     columns = "".join(f"{steps:>7}" for steps in checkpoints)
-    lines = [f"{'':<24}{'mean over the noise':^{len(columns)}}   {'one draw':^{len(columns)}}",
-             f"{'steps of what is learnt':<24}{columns}   {columns}"]  # fmt: skip
+    lines = [
+        f"{'':<24}{'mean over the noise':^{len(columns)}}   {'one draw':^{len(columns)}}",
+        f"{'steps of what is learnt':<24}{columns}   {columns}",
+    ]
     for name in (*LEARNT, *VIEWS):
         blocks = (
             "".join(f"{average(cells, name, steps, field):>7.2f}" for steps in checkpoints)
@@ -304,9 +312,11 @@ def plot(path: Path, cells: Sequence[Cell], checkpoints: Sequence[int]) -> None:
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axis, field, title in zip(
-        panels, ("mean", "one_draw"), ("mean over the noise, what steps add up to", "one draw, what a step sees"),
+        panels,
+        ("mean", "one_draw"),
+        ("mean over the noise, what steps add up to", "one draw, what a step sees"),
         strict=True,
-    ):  # fmt: skip
+    ):
         for name in LEARNT:
             seen = [[getattr(c, field) for c in cells if (c.estimator, c.steps) == (name, n)] for n in checkpoints]
             spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in seen]

@@ -97,16 +97,21 @@ def rows() -> list[Row]:
         out.append(Row("Gaussians, d = 20, fresh samples", f"I = {information:g}", information, ((1, job),), tolerance))
     for parameters in CHAINS:
         out += difference_rows(
-            mi_tasks.chain(*parameters), 10_000, ("I(z;xv)", "I(z;xt)", "I(xv;z,xt)", "I(xv;xt)"),
+            mi_tasks.chain(*parameters),
+            10_000,
+            ("I(z;xv)", "I(z;xt)", "I(xv;z,xt)", "I(xv;xt)"),
             [(("z",), ("xv",)), (("z",), ("xt",)), (("xv",), ("z", "xt")), (("xv",), ("xt",))],
             {"I(z;xv|xt) = I(z;xv) - I(z;xt)": (0, 1), "I(z;xv|xt) = I(xv;z,xt) - I(xv;xt)": (2, 3)},
-        )  # fmt: skip
+        )
     for letter in "FG":
         for width in CCMI_WIDTHS:
             out += difference_rows(
-                mi_tasks.ccmi(letter, width), 20_000, ("I(x;y,z)", "I(x;z)"),
-                [(("x",), ("y", "z")), (("x",), ("z",))], {"I(x;y|z) = I(x;y,z) - I(x;z)": (0, 1)},
-            )  # fmt: skip
+                mi_tasks.ccmi(letter, width),
+                20_000,
+                ("I(x;y,z)", "I(x;z)"),
+                [(("x",), ("y", "z")), (("x",), ("z",))],
+                {"I(x;y|z) = I(x;y,z) - I(x;z)": (0, 1)},
+            )
     for model in mi_tasks.bmi_models():
         job = Job(model.name, ("x",), ("z",), 0, 10_000)
         truth = model.information(job.left, job.right)
@@ -121,9 +126,12 @@ def trusted(tolerance: float, truth: float, recipe: Recipe = RECIPE) -> float | 
 
 
 def difference_rows(
-    model: Model, samples: int, names: Sequence[str], terms: Sequence[tuple[Group, Group]],
+    model: Model,
+    samples: int,
+    names: Sequence[str],
+    terms: Sequence[tuple[Group, Group]],
     differences: dict[str, tuple[int, int]],
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     """The terms of a model, then differences of two of them, all to be within 10 %."""
     jobs = [Job(model.name, left, right, 0, samples) for left, right in terms]
     truths = [model.information(left, right) for left, right in terms]
@@ -229,10 +237,12 @@ def plot(path: Path, results: Sequence[Result]) -> None:
     known.set(title="information of the chain and CCMI models", xlabel="truth, nats", ylabel="held-out DV, nats")
     known.legend(fontsize="small")
     block = [r for r in results if r.row.section == "bmi"]
-    for shift, (label, values) in enumerate({
-        "ours, last step": [r.dv for r in block],
-        "bmi MINE, best step": [r.row.peers["bmi MINE"] for r in block],
-    }.items()):  # fmt: skip
+    for shift, (label, values) in enumerate(
+        {
+            "ours, last step": [r.dv for r in block],
+            "bmi MINE, best step": [r.row.peers["bmi MINE"] for r in block],
+        }.items()
+    ):
         for k, (result, seen) in enumerate(zip(block, values, strict=True)):
             errors = [100 * (v / result.row.truth - 1) for v in seen]
             style = {"color": f"C{shift}", "label": label if k == 0 else None}
@@ -271,9 +281,11 @@ def run(quick: bool = False, workers: int | None = None) -> Outcome:
         f"{time.perf_counter() - began:.0f} s, {busy:.0f} s of work in {workers} processes",
     ]
     numbers = {
-        "recipe": asdict(RECIPE), "fresh_recipe": asdict(STAIRCASE_RECIPE), "seeds": list(used),
+        "recipe": asdict(RECIPE),
+        "fresh_recipe": asdict(STAIRCASE_RECIPE),
+        "seeds": list(used),
         "rows": [asdict(result) for result in results],
-    }  # fmt: skip
+    }
     return Outcome("\n".join(lines), numbers, not missed, lambda path: plot(path, results))
 
 

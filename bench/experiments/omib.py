@@ -93,9 +93,10 @@ def mean_se(values: Sequence[float]) -> tuple[float, float]:
 
 def of(trials: Sequence[Trial], name: str, rows: int, method: str, factor: float | None = None) -> list[Trial]:
     return [
-        t for t in trials
+        t
+        for t in trials
         if (t.name, t.rows, t.method) == (name, rows, method) and (factor is None or t.factor == factor)
-    ]  # fmt: skip
+    ]
 
 
 def by_validation(trials: Sequence[Trial]) -> list[Trial]:

@@ -233,9 +233,13 @@ def measure(rank: int, world: int, name: str, n: int, d: int, dtype: torch.dtype
     peak = _status("VmHWM") - before
     counted = sum(meter.bytes.values())
     return {
-        "forward": forward - meter.bytes["header"], "backward": wire.bytes - forward, "peak": peak,
-        "header": meter.bytes["header"], "counted": counted, "wire": wire.bytes,
-    }  # fmt: skip
+        "forward": forward - meter.bytes["header"],
+        "backward": wire.bytes - forward,
+        "peak": peak,
+        "header": meter.bytes["header"],
+        "counted": counted,
+        "wire": wire.bytes,
+    }
 
 
 def ratios(rank: int, world: int, name: str, n: int, d: int) -> dict[str, float]:

@@ -37,11 +37,21 @@ OURS = ("triton", "cpp", "tensor_maps", "waits")  # the others depend on PyTorch
 NEEDS_CUDA_CPP = ("critic_moments ", "CIBRLoss ")
 # nn.CIBRLoss has its four critics; "cpp" are kernels of CUDA C++, where they are built
 CASES = (
-    "clip_loss 1024x512", "clip_loss 8192x512", "clip_loss 32768x512", "clip_loss 65536x512", "clip_loss 65536x768",
-    "siglip_loss 1024x512", "siglip_loss 8192x512", "siglip_loss 65536x512",
-    "critic_moments 1024x512", "critic_moments-triton 1024x512", "CIBRLoss 1024x256", "CIBRLoss-triton 1024x256",
-    "open_clip.ClipLoss 1024x512", "open_clip.SigLipLoss 1024x512",
-)  # fmt: skip
+    "clip_loss 1024x512",
+    "clip_loss 8192x512",
+    "clip_loss 32768x512",
+    "clip_loss 65536x512",
+    "clip_loss 65536x768",
+    "siglip_loss 1024x512",
+    "siglip_loss 8192x512",
+    "siglip_loss 65536x512",
+    "critic_moments 1024x512",
+    "critic_moments-triton 1024x512",
+    "CIBRLoss 1024x256",
+    "CIBRLoss-triton 1024x256",
+    "open_clip.ClipLoss 1024x512",
+    "open_clip.SigLipLoss 1024x512",
+)
 # host instructions over open_clip's: what is counted, and over what
 RATIOS = {
     "clip_loss 1024x512": "open_clip.ClipLoss 1024x512",
@@ -152,9 +162,11 @@ def _client(folder: Path) -> None:
 
 def table(counts: Counts, ratios: dict[str, float]) -> str:
     """One line a case: launches and what they are, and the rest."""
-    lines = [f"{'forward and backward, bfloat16 (critics float32)':<48}{'launches':>9}" + "".join(
-        f"{name:>12}" for name in COLUMNS
-    ) + f"{'host ratio':>12}"]  # fmt: skip
+    lines = [
+        f"{'forward and backward, bfloat16 (critics float32)':<48}{'launches':>9}"
+        + "".join(f"{name:>12}" for name in COLUMNS)
+        + f"{'host ratio':>12}"
+    ]
     for case, row in counts.items():
         total = sum(row[name] for name in LAUNCHES)
         ratio = f"{ratios[case]:.2f}" if case in ratios else ""

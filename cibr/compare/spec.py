@@ -75,10 +75,14 @@ def read_spec(path: Path) -> Spec:
     base = mapping(f"base of {path}", values.get("base", {}))
     configurations = tuple(expanded(mapping(f"configurations of {path}", values["configurations"]), values["baseline"]))
     spec = Spec(
-        base, configurations, values["baseline"], seeds_of(values["seeds"]), turns_of(values.get("by_seed", {})),
+        base,
+        configurations,
+        values["baseline"],
+        seeds_of(values["seeds"]),
+        turns_of(values.get("by_seed", {})),
         {name: set_of(name, given) for name, given in mapping(f"sets of {path}", values["sets"]).items()},
         tuple(values["metrics"]) if isinstance(values["metrics"], tuple) else (values["metrics"],),
-    )  # fmt: skip
+    )
     check(spec)
     return spec
 

@@ -49,9 +49,16 @@ def compare(spec: Spec, results: Results) -> dict[str, Any]:
     steps = {name: [r["steps"][POINTS[0]] for r, _ in of.values()] for name, of in results.items()}
     options = {one.name: one.options for one in spec.configurations}
     return {
-        "baseline": spec.baseline, "metrics": list(spec.metrics), "base": spec.base, "options": options,
-        "sets": spec.sets, "by_seed": spec.by_seed, "rows": rows, "cpu_seconds": seconds, "best_steps": steps,
-    }  # fmt: skip
+        "baseline": spec.baseline,
+        "metrics": list(spec.metrics),
+        "base": spec.base,
+        "options": options,
+        "sets": spec.sets,
+        "by_seed": spec.by_seed,
+        "rows": rows,
+        "cpu_seconds": seconds,
+        "best_steps": steps,
+    }
 
 
 def row_of(name: str, against: str, metric: str, point: str, results: Results) -> dict[str, Any] | None:

@@ -34,12 +34,21 @@ TEMPLATES = {
     "eurosat": ["a centered satellite photo of {}."],
 }
 RENAMED = {
-    "AnnualCrop": "annual crop land", "Forest": "forest", "HerbaceousVegetation": "herbaceous vegetation land",
-    "Highway": "highway or road", "Industrial": "industrial buildings", "Pasture": "pasture land",
-    "PermanentCrop": "permanent crop land", "Residential": "residential buildings", "River": "river",
-    "SeaLake": "sea or lake", "Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike",
+    "AnnualCrop": "annual crop land",
+    "Forest": "forest",
+    "HerbaceousVegetation": "herbaceous vegetation land",
+    "Highway": "highway or road",
+    "Industrial": "industrial buildings",
+    "Pasture": "pasture land",
+    "PermanentCrop": "permanent crop land",
+    "Residential": "residential buildings",
+    "River": "river",
+    "SeaLake": "sea or lake",
+    "Faces": "face",
+    "Leopards": "leopard",
+    "Motorbikes": "motorbike",
     "airplanes": "airplane",
-}  # fmt: skip
+}
 
 
 def open_standard(kind: str, place: str, options: DataOptions, split: str) -> Dataset:
@@ -194,5 +203,10 @@ def eurosat(root: Path, split: str) -> Found:
 
 STANDARD = ("imagenet", "cifar100", "pets", "caltech101", "dtd", "sun397", "eurosat")
 LAYOUTS: dict[str, Callable[[Path, str], Found]] = {
-    "imagenet": imagenet, "pets": pets, "caltech101": caltech101, "dtd": dtd, "sun397": sun397, "eurosat": eurosat,
-}  # fmt: skip
+    "imagenet": imagenet,
+    "pets": pets,
+    "caltech101": caltech101,
+    "dtd": dtd,
+    "sun397": sun397,
+    "eurosat": eurosat,
+}

@@ -13,8 +13,12 @@ from cibr.errors import UsageError
 
 COLOURS = ("red", "green", "blue", "orange", "purple", "black", "gray", "pink", "cyan", "brown")
 SHAPES = ("circle", "square", "triangle", "cross")
-PLACES = {f"{v} {h}".replace("middle middle", "in the middle"): (x, y) for (y, v), (x, h) in itertools.product(
-    enumerate(("top", "middle", "bottom")), enumerate(("left", "middle", "right")))}  # fmt: skip
+PLACES = {
+    f"{v} {h}".replace("middle middle", "in the middle"): (x, y)
+    for (y, v), (x, h) in itertools.product(
+        enumerate(("top", "middle", "bottom")), enumerate(("left", "middle", "right"))
+    )
+}
 GROUNDS = ("white", "yellow", "beige", "lightblue")
 KINDS = list(itertools.product(COLOURS, SHAPES, PLACES, GROUNDS))
 SIDE = 64

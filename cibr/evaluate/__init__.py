@@ -49,7 +49,5 @@ def evaluate_run(
     loaded = checkpoint.load_run(path)
     model = loaded.model.to(device)
     own = None if zero_shot or retrieval else own_sets(loaded.config)
-    report = evaluate(
-        model, zero_shot=zero_shot, retrieval=retrieval, probe=probe, options=loaded.config.data, own=own
-    )  # fmt: skip
+    report = evaluate(model, zero_shot=zero_shot, retrieval=retrieval, probe=probe, options=loaded.config.data, own=own)
     return {"checkpoint": str(path), "step": loaded.step, "objective": loaded.config.objective.objective, **report}

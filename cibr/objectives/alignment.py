@@ -51,9 +51,14 @@ class Align(Penalised):
         both = (lam_image + lam_text) / 2  # the bound is the same both ways
         zv, zt = scaled(output.image.embedding, both), scaled(output.text.embedding, both)
         nats = ck.conditional_mutual_information(
-            zv, output.image.inputs, zt, None, estimator="align", noise_std=self.options.noise_std,
+            zv,
+            output.image.inputs,
+            zt,
+            None,
+            estimator="align",
+            noise_std=self.options.noise_std,
             process_group=self.shards,
-        )  # fmt: skip
+        )
         return 2 * nats, {"image_cmi": nats.detach(), "text_cmi": nats.detach()}
 
 
@@ -100,6 +105,11 @@ class Variance(Penalised):
             return one.embedding.new_zeros(())
         z, other_z = scaled(one.embedding, lam), scaled(other.embedding, lam)
         return ck.conditional_mutual_information(
-            z, one.inputs, other_z, None, estimator="variance", noise_std=self.options.noise_std,
+            z,
+            one.inputs,
+            other_z,
+            None,
+            estimator="variance",
+            noise_std=self.options.noise_std,
             process_group=self.shards,
-        )  # fmt: skip
+        )

@@ -82,9 +82,12 @@ class AlignmentBottleneck(Objective):
                 nats, seen = nats / s**2, (self.sample(zv, s), self.sample(zt, s))
         scale = 1 / self.tau if self.options.tau == "raw" else output.logit_scale
         contrastive = ck.clip_loss(
-            *seen, scale, group_ids=batch.get("group_ids"), one_way=self.options.direction == "image_to_text",
+            *seen,
+            scale,
+            group_ids=batch.get("group_ids"),
+            one_way=self.options.direction == "image_to_text",
             process_group=self.shards,
-        )  # fmt: skip
+        )
         bound = nats.mean() if self.shards is None else nats.mean() * self.shards.share
         parts |= {"contrastive_loss": contrastive.detach(), "bottleneck": bound.detach(), "tau": (1 / scale).detach()}
         return {"loss": contrastive + self.options.beta * bound, **parts}

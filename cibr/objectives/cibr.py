@@ -124,10 +124,16 @@ class Cibr(Conditioned):
 
     def information(self, name: str, x: Tensor, z: Tensor) -> Tensor:
         return ck.mutual_information(
-            x, z, self.critics[name], estimator=self.options.estimator, negatives=self.negatives,
-            diagonal=self.options.diagonal, ema=self.ema[name] if len(self.ema) else None, process_group=self.shards,
+            x,
+            z,
+            self.critics[name],
+            estimator=self.options.estimator,
+            negatives=self.negatives,
+            diagonal=self.options.diagonal,
+            ema=self.ema[name] if len(self.ema) else None,
+            process_group=self.shards,
             **self.estimator_options,
-        )  # fmt: skip
+        )
 
 
 def parse_negatives(text: str) -> Any:

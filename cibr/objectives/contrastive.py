@@ -93,9 +93,14 @@ class Clip(Objective):
 
     def clip(self, image: Features, text: Features, output: Output, group_ids: Tensor | None) -> Tensor:
         return ck.clip_loss(
-            image.embedding, text.embedding, output.logit_scale, output.logit_bias, group_ids=group_ids,
-            label_smoothing=self.options.label_smoothing, process_group=self.shards,
-        )  # fmt: skip
+            image.embedding,
+            text.embedding,
+            output.logit_scale,
+            output.logit_bias,
+            group_ids=group_ids,
+            label_smoothing=self.options.label_smoothing,
+            process_group=self.shards,
+        )
 
 
 class Clip2(Clip):
@@ -141,9 +146,13 @@ class SigLip(Objective):
 
     def forward(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         loss = ck.siglip_loss(
-            output.image.embedding, output.text.embedding, output.logit_scale, output.logit_bias,
-            group_ids=batch.get("group_ids"), process_group=self.shards,
-        )  # fmt: skip
+            output.image.embedding,
+            output.text.embedding,
+            output.logit_scale,
+            output.logit_bias,
+            group_ids=batch.get("group_ids"),
+            process_group=self.shards,
+        )
         return {"loss": loss, "contrastive_loss": loss.detach()}
 
 

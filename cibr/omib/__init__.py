@@ -10,6 +10,16 @@ from cibr.omib.objective import Omf, dynamic_ratio, standard_kl
 from cibr.omib.tasks import TASKS, Task
 
 __all__ = [
-    "METHODS", "TASKS", "BetaBounds", "Fusion", "Method", "Omf", "Output", "Task", "beta_bounds", "dynamic_ratio",
-    "omib_beta_bounds", "standard_kl",
-]  # fmt: skip
+    "METHODS",
+    "TASKS",
+    "BetaBounds",
+    "Fusion",
+    "Method",
+    "Omf",
+    "Output",
+    "Task",
+    "beta_bounds",
+    "dynamic_ratio",
+    "omib_beta_bounds",
+    "standard_kl",
+]

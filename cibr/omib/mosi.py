@@ -22,10 +22,12 @@ from cibr.omib.data import Data, Split
 NAMES = ("aligned_50.pkl", "unaligned_50.pkl")
 VIEWS = ("text", "audio", "vision")
 ALLOWED = {
-    ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
     *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
     *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-}  # fmt: skip
+}
 
 
 class ArraysOnly(pickle.Unpickler):

@@ -157,9 +157,14 @@ def train(options: OmibOptions) -> dict[str, Any]:
 
 def save(run: Run, path: Path) -> None:
     state = {
-        "options": asdict(run.options), "step": run.step, "log": run.log, "model": run.model.state_dict(),
-        "task": run.task.state_dict(), "optimizer": run.optimizer.state_dict(), "beta": run.objective.beta,
-    }  # fmt: skip
+        "options": asdict(run.options),
+        "step": run.step,
+        "log": run.log,
+        "model": run.model.state_dict(),
+        "task": run.task.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "beta": run.objective.beta,
+    }
     partial = path.with_name(f".{path.name}.partial")
     torch.save(state, partial)
     os.replace(partial, path)

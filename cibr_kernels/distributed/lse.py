@@ -40,9 +40,13 @@ def sharded_dot_lse(
     """`dot_lse` of this rank's rows: rows (n,), cols (n,) of its own columns ((0,) unless needed), positives (n,), and
     with need_max the largest logits (n,) and (n,) or (0,).  No checks.  A ring has no row_limits."""
     options: dict[str, Any] = {
-        "row_ids": row_ids, "col_ids": col_ids, "mask_positives": mask_positives, "need_cols": need_cols,
-        "need_max": need_max, "backend": backend,
-    }  # fmt: skip
+        "row_ids": row_ids,
+        "col_ids": col_ids,
+        "mask_positives": mask_positives,
+        "need_cols": need_cols,
+        "need_max": need_max,
+        "backend": backend,
+    }
     if strategy == "ring" and shards.world > 1:
         return ring_dot_lse(x, y, scale, shards, **options)
     rows, cols, positives, *maxima = dot_lse(

@@ -27,9 +27,18 @@ _WEIGHTLESS = 1e30  # the log-sum-exp of rows that have no gradient: exp(l - 1e3
 
 
 def ring_dot_lse(
-    x: Tensor, y: Tensor, scale: Tensor, shards: Shards, *, row_ids: Tensor | None, col_ids: Tensor | None,
-    mask_positives: bool, need_cols: bool, need_max: bool, backend: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    shards: Shards,
+    *,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    mask_positives: bool,
+    need_cols: bool,
+    need_max: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
     """As `sharded_dot_lse`, for more than one rank.  The ids of all columns are on every rank: O(total) numbers."""
     options = (mask_positives, need_cols, need_max, backend)
     outputs = _Ring.apply(x.contiguous(), y.contiguous(), scale, row_ids, col_ids, shards, options)
@@ -106,9 +115,19 @@ class _Blocks:
         return rows.double(), cols.double(), positives, row_max, col_max, stash_shift
 
     def backward(
-        self, y: Tensor, step: int, rows: Tensor, g_rows: Tensor, cols: Tensor, g_cols: Tensor, positives: Tensor,
-        g_positives: Tensor, stash_shift: Tensor, need_dx: bool, need_dy: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        self,
+        y: Tensor,
+        step: int,
+        rows: Tensor,
+        g_rows: Tensor,
+        cols: Tensor,
+        g_cols: Tensor,
+        positives: Tensor,
+        g_positives: Tensor,
+        stash_shift: Tensor,
+        need_dx: bool,
+        need_dy: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """-> dx (n, d), dy (m, d), each empty unless needed, dscale ()."""
         own, swap, none = step == 0, len(y) < len(self.x), rows.new_empty(0)
         a, b, needs = (y, self.x, (need_dy, need_dx)) if swap else (self.x, y, (need_dx, need_dy))
@@ -121,18 +140,39 @@ class _Blocks:
         if not own:
             positives = g_positives = rows.new_zeros(len(a))
         da, db, dscale = dot_lse_backward(
-            g_rows, g_cols, g_positives, a, b, self.scale, *self._ids(step, swap), None, rows, cols, positives,
-            stash_shift, none, 0, own and self.mask_positives, *needs, self.backend,
-        )  # fmt: skip
+            g_rows,
+            g_cols,
+            g_positives,
+            a,
+            b,
+            self.scale,
+            *self._ids(step, swap),
+            None,
+            rows,
+            cols,
+            positives,
+            stash_shift,
+            none,
+            0,
+            own and self.mask_positives,
+            *needs,
+            self.backend,
+        )
         return (db, da, dscale) if swap else (da, db, dscale)
 
 
 class _Ring(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, shards: Shards,
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        row_ids: Tensor | None,
+        col_ids: Tensor | None,
+        shards: Shards,
         options: tuple[bool, bool, bool, str],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """As `ring_dot_lse`; keeps the inputs, the results and a number per step."""
         blocks = _Blocks(x, scale, row_ids, col_ids, shards, *options)
         need_cols, need_max = blocks.need_cols, blocks.need_max
@@ -186,9 +226,18 @@ class _Ring(Function):
             ahead = Hop("ahead", shard, coming, shards) if step + 1 < shards.world else None
             sums, g_sums = (shard[1], shard[2]) if blocks.need_cols else (rows[:0], rows[:0])
             more_dx, more_dy, more_dscale = blocks.backward(
-                shard[0], step, rows, g_rows, sums, g_sums, positives, g_positives, stash_shifts[step],
-                need_x or not need_y, need_y,
-            )  # fmt: skip
+                shard[0],
+                step,
+                rows,
+                g_rows,
+                sums,
+                g_sums,
+                positives,
+                g_positives,
+                stash_shifts[step],
+                need_x or not need_y,
+                need_y,
+            )
             dx, dscale = more_dx.to(wide) if step == 0 else dx.add_(more_dx), dscale + more_dscale
             if need_y:
                 dy = more_dy.to(wide) if behind is None else behind.wait()[0].add_(more_dy)

@@ -42,19 +42,45 @@ def sharded_dot_softplus(
     weights = None if col_weights is None else gather(col_weights, shards)
     if strategy == "ring" and shards.world > 1:
         return _Ring.apply(
-            x.contiguous(), y.contiguous(), scale, bias, row_weights.detach(), weights, row_ids, col_ids, attract,
-            shards, backend,
-        )  # fmt: skip
+            x.contiguous(),
+            y.contiguous(),
+            scale,
+            bias,
+            row_weights.detach(),
+            weights,
+            row_ids,
+            col_ids,
+            attract,
+            shards,
+            backend,
+        )
     return dot_softplus(
-        x, gather(y, shards), scale, bias, row_weights, weights, row_ids=row_ids, col_ids=col_ids,
-        first_positive=shards.offset, attract=attract, backend=backend,
-    )  # fmt: skip
+        x,
+        gather(y, shards),
+        scale,
+        bias,
+        row_weights,
+        weights,
+        row_ids=row_ids,
+        col_ids=col_ids,
+        first_positive=shards.offset,
+        attract=attract,
+        backend=backend,
+    )
 
 
 def sharded_dot_softplus_sums(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, shards: Shards, *, row_ids: Tensor | None = None,
-    col_ids: Tensor | None = None, attract: bool = False, backend: str = "auto",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    shards: Shards,
+    *,
+    row_ids: Tensor | None = None,
+    col_ids: Tensor | None = None,
+    attract: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
     """-> rows (n,) and cols (n,) of this rank's rows and columns, over those of all ranks.  No checks."""
     rows, cols = dot_softplus_sums(
         x,
@@ -76,9 +102,19 @@ def sharded_dot_softplus_sums(
 class _Ring(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_weights: Tensor, col_weights: Tensor | None,
-        row_ids: Tensor | None, col_ids: Tensor | None, attract: bool, shards: Shards, backend: str,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        row_weights: Tensor,
+        col_weights: Tensor | None,
+        row_ids: Tensor | None,
+        col_ids: Tensor | None,
+        attract: bool,
+        shards: Shards,
+        backend: str,
+    ) -> Tensor:
         """-> total (); keeps its gradients."""
         need_x, need_y, need_scale, need_bias, *_ = ctx.needs_input_grad
         need_dx = need_x or ((need_scale or need_bias) and not need_y)
@@ -92,9 +128,19 @@ class _Ring(Function):
             ids = (None, None) if col_ids is None else (row_ids, col_ids.split(shards.rows)[owner].contiguous())
             weights = None if col_weights is None else col_weights.split(shards.rows)[owner].contiguous()
             part, _, _, more_dx, more_dy, more_dscale, more_dbias = dot_softplus_total(
-                x, shard, scale, bias, row_weights, weights, *ids, 0 if step == 0 else len(shard), attract, need_dx,
-                need_y, backend,
-            )  # fmt: skip
+                x,
+                shard,
+                scale,
+                bias,
+                row_weights,
+                weights,
+                *ids,
+                0 if step == 0 else len(shard),
+                attract,
+                need_dx,
+                need_y,
+                backend,
+            )
             total, dscale, dbias = total + part, dscale + more_dscale, dbias + more_dbias
             dx = more_dx.to(wide) if step == 0 else dx.add_(more_dx)
             if need_y:

@@ -21,9 +21,15 @@ Ema = Tensor | Callable[[Tensor], Tensor]
 
 
 def bound(
-    j: Tensor, el: Tensor, estimator: str = "mine", *, ema: Ema | None = None, a: float = math.e, rho: float = 0.1,
+    j: Tensor,
+    el: Tensor,
+    estimator: str = "mine",
+    *,
+    ema: Ema | None = None,
+    a: float = math.e,
+    rho: float = 0.1,
     c: float = 0.0,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The estimate in nats from J and L (0-d), differentiable in both.
 
     `ema` (log of the moving average of e^L, 0-d, or an `nn.LogEMA`, which takes this L in first) belongs to "mine",
@@ -44,9 +50,15 @@ def bound(
 
 
 def value(
-    j: Tensor, el: Tensor, estimator: str, *, ema: Ema | None = None, a: float = math.e, rho: float = 0.1,
+    j: Tensor,
+    el: Tensor,
+    estimator: str,
+    *,
+    ema: Ema | None = None,
+    a: float = math.e,
+    rho: float = 0.1,
     c: float = 0.0,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """`bound` of two 0-d tensors.  No checks but of what `ema` returns."""
     if estimator in ("mine", "dv"):
         if ema is None:

@@ -161,9 +161,14 @@ def _check_parts(form: str, parts: tuple[Any, ...], n: int, m: int) -> None:
 
 
 def check(
-    critic: View, x: Tensor, z: Tensor, *, arguments: int = 2, names: tuple[str, str] = ("x", "z"),
+    critic: View,
+    x: Tensor,
+    z: Tensor,
+    *,
+    arguments: int = 2,
+    names: tuple[str, str] = ("x", "z"),
     made: str = "the critic",
-) -> None:  # fmt: skip
+) -> None:
     """Raises, before any work, TypeError for what is no critic, cannot be called with so many arguments, or is float64
     beside features z that are not (or the reverse); ValueError for features of other widths than it was made for."""
     if (arguments == 1 or critic.form == "call") and not torch.compiler.is_compiling():  # signatures cannot be traced

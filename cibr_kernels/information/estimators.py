@@ -34,9 +34,17 @@ from cibr_kernels.information.negatives import Negatives
 from cibr_kernels.information.pairs import Pairs, agree
 
 __all__ = [
-    "BOUNDS", "DECOMPOSITIONS", "ESTIMATORS", "MAXIMISED", "UPPER", "Ema", "bound", "conditional_mutual_information",
-    "gaussian_log_likelihood", "mutual_information",
-]  # fmt: skip
+    "BOUNDS",
+    "DECOMPOSITIONS",
+    "ESTIMATORS",
+    "MAXIMISED",
+    "UPPER",
+    "Ema",
+    "bound",
+    "conditional_mutual_information",
+    "gaussian_log_likelihood",
+    "mutual_information",
+]
 
 MAXIMISED = (*BOUNDS, *CONTRASTS)  # what a critic maximises: the estimators that CIBR's game can be played with
 ESTIMATORS = (*MAXIMISED, "club")
@@ -91,10 +99,20 @@ def mutual_information(
     check_ema(estimator, ema)
     check_options(estimator, options)
     pairs = agree(
-        "mutual_information", x, z, critic, negatives=negatives, diagonal=diagonal, marginals=marginals,
-        process_group=process_group, strategy=strategy, backend=backend, one_argument=estimator == "club",
-        ring=estimator not in ("smile", "club"), estimator=estimator,
-    )  # fmt: skip
+        "mutual_information",
+        x,
+        z,
+        critic,
+        negatives=negatives,
+        diagonal=diagonal,
+        marginals=marginals,
+        process_group=process_group,
+        strategy=strategy,
+        backend=backend,
+        one_argument=estimator == "club",
+        ring=estimator not in ("smile", "club"),
+        estimator=estimator,
+    )
     with torch.autocast(pairs.x.device.type, enabled=False):
         value = estimate(pairs, estimator, ema, options)
     return value if unit == "nats" else value * UNITS[unit]
@@ -179,8 +197,12 @@ def conditional_mutual_information(
     if len(critics) != 2 and not (decomposition == "joint" and len(critics) == 1):
         raise ValueError(f"decomposition {decomposition!r} needs 2 critics, got {len(critics)}")
     common: dict[str, Any] = {
-        "negatives": negatives, "diagonal": diagonal, "process_group": agreement.shards, "unit": unit, **options,
-    }  # fmt: skip
+        "negatives": negatives,
+        "diagonal": diagonal,
+        "process_group": agreement.shards,
+        "unit": unit,
+        **options,
+    }
     terms = [
         mutual_information(x, y, critic, estimator=estimator, ema=e, backend=backend, **common)
         for (x, y), critic, e in zip(pairs, critics, ema, strict=False)

@@ -132,9 +132,12 @@ class _Moments(torch.autograd.Function):
         for k in range(critics):
             need_wx, need_wz, need_c, need_w, need_bias = needed[count + critics + 5 * k :][:5]
             grads += [
-                da[k].t() @ xs[k] if need_wx else None, db[k].t() @ zs[group.which[k]] if need_wz else None,
-                dc[k] if need_c else None, dw[k : k + 1] if need_w else None, dbias[k : k + 1] if need_bias else None,
-            ]  # fmt: skip
+                da[k].t() @ xs[k] if need_wx else None,
+                db[k].t() @ zs[group.which[k]] if need_wz else None,
+                dc[k] if need_c else None,
+                dw[k : k + 1] if need_w else None,
+                dbias[k : k + 1] if need_bias else None,
+            ]
         return tuple(grads)
 
 
@@ -147,9 +150,13 @@ def _composed(tensors: Sequence[Tensor], group: Group, count: int) -> tuple[Tens
     return additive_moments(
         torch.stack([F.linear(x, own.wx) for x, own in zip(xs, weights, strict=True)]),
         torch.stack([F.linear(z, own.wz, own.c) for z, own in zip(signed, weights, strict=True)]),
-        torch.cat([own.w for own in weights]), torch.cat([own.bias for own in weights]), activation=group.activation,
-        slope=group.slope, include_diagonal=group.include_diagonal, backend=group.backend,
-    )  # fmt: skip
+        torch.cat([own.w for own in weights]),
+        torch.cat([own.bias for own in weights]),
+        activation=group.activation,
+        slope=group.slope,
+        include_diagonal=group.include_diagonal,
+        backend=group.backend,
+    )
 
 
 def _differentiable(

@@ -69,9 +69,17 @@ def critic_moments(
     error is e^I / n where k shuffles have e^I / sqrt(n k).
     """
     pairs = agree(
-        "critic_moments", x, z, critic, negatives=negatives, diagonal=diagonal, marginals=marginals,
-        process_group=process_group, strategy=strategy, backend=backend,
-    )  # fmt: skip
+        "critic_moments",
+        x,
+        z,
+        critic,
+        negatives=negatives,
+        diagonal=diagonal,
+        marginals=marginals,
+        process_group=process_group,
+        strategy=strategy,
+        backend=backend,
+    )
     with torch.autocast(pairs.x.device.type, enabled=False):
         return moments(pairs)
 
@@ -99,8 +107,10 @@ def _moments(pairs: Pairs) -> tuple[Tensor, Tensor, bool]:
     if pairs.shards is not None:
         right, first_positive = pairs.all_columns(right), pairs.first_positive
     common: dict[str, Any] = {
-        "first_positive": first_positive, "include_diagonal": pairs.include, "backend": pairs.backend
-    }  # fmt: skip
+        "first_positive": first_positive,
+        "include_diagonal": pairs.include,
+        "backend": pairs.backend,
+    }
     if isinstance(scored, Additive):
         bias = scored.bias if scored.bias.dtype in WIDE else promote(scored.bias)
         j, el = additive_moments(

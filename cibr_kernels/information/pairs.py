@@ -72,10 +72,21 @@ class Pairs:
 
 
 def agree(
-    op: str, x: Tensor, z: Tensor, critic: Any, *, negatives: Negatives, diagonal: str, marginals: Tensor | None,
-    process_group: ProcessGroup | Shards | None, strategy: str, backend: str, ring: bool = True,
-    one_argument: bool = False, **facts: object,
-) -> Pairs:  # fmt: skip
+    op: str,
+    x: Tensor,
+    z: Tensor,
+    critic: Any,
+    *,
+    negatives: Negatives,
+    diagonal: str,
+    marginals: Tensor | None,
+    process_group: ProcessGroup | Shards | None,
+    strategy: str,
+    backend: str,
+    ring: bool = True,
+    one_argument: bool = False,
+    **facts: object,
+) -> Pairs:
     """Checks, and with a group agrees on, the arguments of `op`, in words of `critic_moments`.
 
     ring: whether the estimate can be had from shards that go round.  one_argument: the critic is a function of x alone.
@@ -104,9 +115,18 @@ def agree(
 
 
 def _checked(
-    x: Tensor, z: Tensor, critic: Any, negatives: Negatives, diagonal: str, marginals: Tensor | None, strategy: str,
-    backend: str, *, ring: bool, one_argument: bool,
-) -> Pairs:  # fmt: skip
+    x: Tensor,
+    z: Tensor,
+    critic: Any,
+    negatives: Negatives,
+    diagonal: str,
+    marginals: Tensor | None,
+    strategy: str,
+    backend: str,
+    *,
+    ring: bool,
+    one_argument: bool,
+) -> Pairs:
     """This rank's arguments, promoted, and what estimators see of the critic."""
     checks.matching(x=x, z=z)
     if diagonal not in DIAGONALS:

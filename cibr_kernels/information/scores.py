@@ -69,9 +69,17 @@ def additive_contrast(
 
 
 def _reference(
-    a: Tensor, b: Tensor, w: Tensor, bias: Tensor, kind: str, clamp: float | None, activation: str, slope: float,
-    first_positive: int, include: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    a: Tensor,
+    b: Tensor,
+    w: Tensor,
+    bias: Tensor,
+    kind: str,
+    clamp: float | None,
+    activation: str,
+    slope: float,
+    first_positive: int,
+    include: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """`additive_contrast` by its definition on all n x m scores, with derivatives of every order."""
     scores = additive_scores(a, b, w, activation=activation, slope=slope, backend="reference") + bias
     clamped = scores.new_empty(0) if clamp is None else log_sum_clamped(scores.detach(), first_positive, include, clamp)
@@ -85,10 +93,23 @@ def _reference(
 
 @operator(SERVES)
 def additive_contrast_forward(
-    a: Tensor, b: Tensor, w: Tensor, bias: Tensor, kind: str, clamp: float | None, activation: str, slope: float,
-    first_positive: int, include_diagonal: bool, rows: int, need_a: bool, need_b: bool, need_w: bool, need_bias: bool,
+    a: Tensor,
+    b: Tensor,
+    w: Tensor,
+    bias: Tensor,
+    kind: str,
+    clamp: float | None,
+    activation: str,
+    slope: float,
+    first_positive: int,
+    include_diagonal: bool,
+    rows: int,
+    need_a: bool,
+    need_b: bool,
+    need_w: bool,
+    need_bias: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> loss (), positives (n,), clamped (n,) or (0,), its gradients: (n, h), (m, h), (h,), or (0,) each, and ()."""
     (n, m), sums = (a.shape[0], b.shape[0]), _sums(a)
     per_row = m if include_diagonal else m - 1

@@ -39,18 +39,27 @@ __all__ = ["agree", "cibr_loss", "objective"]
 
 
 def agree(
-    op: str, process_group: ProcessGroup | Shards | None, rows: Rows, given: Players | None, options: Options,
+    op: str,
+    process_group: ProcessGroup | Shards | None,
+    rows: Rows,
+    given: Players | None,
+    options: Options,
     **more: object,
-) -> tuple[Shards | None, Mapping[str, Any]]:  # fmt: skip
+) -> tuple[Shards | None, Mapping[str, Any]]:
     """Checks what only the inputs can tell; with a group, that all ranks have inputs and options that go together.
 
     -> who has which rows, and the critics' views, or ceb's networks.
     """
     maximised = options.estimator in MAXIMISED
     facts = {
-        "negatives": options.negatives, "estimator": options.estimator, "diagonal": options.diagonal,
-        "one_way": options.one_way, "strategy": options.strategy, "noise_std": options.noise_std, **more,
-    }  # fmt: skip
+        "negatives": options.negatives,
+        "estimator": options.estimator,
+        "diagonal": options.diagonal,
+        "one_way": options.one_way,
+        "strategy": options.strategy,
+        "noise_std": options.noise_std,
+        **more,
+    }
     with Agreement(op, process_group, **facts) as agreement:
         features, data = rows.features(), _data_of(rows, options.estimator)
         checks.matching(precision=False, **features, **data)
@@ -205,23 +214,47 @@ def cibr_loss(
     if diagnostics and not return_parts:
         raise ValueError("diagnostics are among the parts: return_parts must be True")
     rows = Rows(
-        image_features, text_features, image_inputs, text_inputs, image_condition, text_condition, image_features2,
-        text_features2, group_ids,
-    )  # fmt: skip
+        image_features,
+        text_features,
+        image_inputs,
+        text_inputs,
+        image_condition,
+        text_condition,
+        image_features2,
+        text_features2,
+        group_ids,
+    )
     shards, seen = agree("cibr_loss", process_group, rows, critics, options)
     loss, parts = objective(
-        rows, logit_scale, logit_bias, options, seen, lam=checks.scalar("lam", lam, image_features), ema=ema,
-        generator=generator, shards=shards, backend=backend, diagnostics=diagnostics,
-    )  # fmt: skip
+        rows,
+        logit_scale,
+        logit_bias,
+        options,
+        seen,
+        lam=checks.scalar("lam", lam, image_features),
+        ema=ema,
+        generator=generator,
+        shards=shards,
+        backend=backend,
+        diagnostics=diagnostics,
+    )
     return (loss, parts) if return_parts else loss
 
 
 def objective(
-    rows: Rows, logit_scale: Tensor | float, logit_bias: Tensor | float | None, options: Options,
-    seen: Mapping[str, Any], *, lam: Tensor, ema: Mapping[str, Ema] | nn.ModuleDict | None = None,
-    generator: torch.Generator | None = None, shards: Shards | None = None, backend: str = "auto",
+    rows: Rows,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None,
+    options: Options,
+    seen: Mapping[str, Any],
+    *,
+    lam: Tensor,
+    ema: Mapping[str, Ema] | nn.ModuleDict | None = None,
+    generator: torch.Generator | None = None,
+    shards: Shards | None = None,
+    backend: str = "auto",
     diagnostics: bool = False,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+) -> tuple[Tensor, dict[str, Tensor]]:
     """`cibr_loss` after its checks -> the loss () and its parts."""
     contrastive = _contrastive(rows, logit_scale, logit_bias, options, shards, backend)
     with torch.autocast(rows.image_features.device.type, enabled=False):
@@ -235,16 +268,27 @@ def objective(
 
 
 def _contrastive(
-    rows: Rows, logit_scale: Tensor | float, logit_bias: Tensor | float | None, options: Options,
-    shards: Shards | None, backend: str,
-) -> Tensor:  # fmt: skip
+    rows: Rows,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None,
+    options: Options,
+    shards: Shards | None,
+    backend: str,
+) -> Tensor:
     """CLIP's loss, the mean of both views' where there are second ones."""
 
     def of(image: Tensor, text: Tensor) -> Tensor:
         return clip_loss(
-            image, text, logit_scale, logit_bias, one_way=options.one_way, group_ids=rows.group_ids,
-            process_group=shards, strategy=options.strategy, backend=backend,
-        )  # fmt: skip
+            image,
+            text,
+            logit_scale,
+            logit_bias,
+            one_way=options.one_way,
+            group_ids=rows.group_ids,
+            process_group=shards,
+            strategy=options.strategy,
+            backend=backend,
+        )
 
     first = of(rows.image_features, rows.text_features)
     image, text = rows.image_features2, rows.text_features2

@@ -131,9 +131,15 @@ def noisy(
 
 
 def penalty(
-    branch: Rows, options: Options, players: Mapping[str, Any], *, ema: Mapping[str, Ema] | nn.ModuleDict | None = None,
-    generator: torch.Generator | None = None, shards: Shards | None = None, backend: str = "auto",
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    branch: Rows,
+    options: Options,
+    players: Mapping[str, Any],
+    *,
+    ema: Mapping[str, Ema] | nn.ModuleDict | None = None,
+    generator: torch.Generator | None = None,
+    shards: Shards | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, dict[str, Tensor]]:
     """-> the surrogate (), and "image_cmi", "text_cmi" and what they are made of, detached nats.  Outside of autocast.
 
     players: views of the critics, or ceb's networks.
@@ -151,9 +157,14 @@ def penalty(
 
 
 def _by_critics(
-    branch: Rows, options: Options, critics: Mapping[str, View], ema: Mapping[str, Ema] | nn.ModuleDict | None,
-    generator: torch.Generator | None, shards: Shards | None, backend: str,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    branch: Rows,
+    options: Options,
+    critics: Mapping[str, View],
+    ema: Mapping[str, Ema] | nn.ModuleDict | None,
+    generator: torch.Generator | None,
+    shards: Shards | None,
+    backend: str,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Minus the sum of the four estimates, where Z's gradient has the other sign in `own`."""
     tensors = {
         f"{modality}_features": noisy(getattr(branch, f"{modality}_features"), options.noise_std, generator, shards)
@@ -171,25 +182,41 @@ def _by_critics(
 
 
 def _one_by_one(
-    branch: Rows, options: Options, critics: Mapping[str, View], tensors: Mapping[str, Tensor],
-    ema: Mapping[str, Ema] | nn.ModuleDict | None, shards: Shards | None, backend: str,
-) -> Tensor:  # fmt: skip
+    branch: Rows,
+    options: Options,
+    critics: Mapping[str, View],
+    tensors: Mapping[str, Tensor],
+    ema: Mapping[str, Ema] | nn.ModuleDict | None,
+    shards: Shards | None,
+    backend: str,
+) -> Tensor:
     """The estimates of any four critics, (4,), in the order of TERMS."""
     nats = []
     for name, (x, z) in TERMS.items():
         seen = tensors[z]
         pairs = Pairs(
-            _data(branch, x, seen), scale_gradient(seen, -1.0) if name.endswith("own") else seen, None,
-            critics[name], options.negatives, options.diagonal == "include", shards, "gather", backend,
-        )  # fmt: skip
+            _data(branch, x, seen),
+            scale_gradient(seen, -1.0) if name.endswith("own") else seen,
+            None,
+            critics[name],
+            options.negatives,
+            options.diagonal == "include",
+            shards,
+            "gather",
+            backend,
+        )
         nats.append(estimate(pairs, options.estimator, None if ema is None else ema[name], {}))
     return torch.stack(nats)
 
 
 def _together(
-    branch: Rows, options: Options, critics: Mapping[str, View], tensors: Mapping[str, Tensor],
-    ema: Mapping[str, Ema] | nn.ModuleDict | None, backend: str,
-) -> Tensor | None:  # fmt: skip
+    branch: Rows,
+    options: Options,
+    critics: Mapping[str, View],
+    tensors: Mapping[str, Tensor],
+    ema: Mapping[str, Ema] | nn.ModuleDict | None,
+    backend: str,
+) -> Tensor | None:
     """The same of concat critics of one shape, as one node of autograd; None where one has to be called."""
     zs = [tensors[f"{modality}_features"] for modality in MODALITIES]
     weights = weights_of_all([critics[name] for name in TERMS], *zs)

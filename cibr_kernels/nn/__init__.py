@@ -8,6 +8,14 @@ from cibr_kernels.nn.schedule import Schedule
 from cibr_kernels.nn.statistics import LogEMA, Standardize
 
 __all__ = [
-    "CIBRLoss", "ClipLoss", "ConcatCritic", "LogEMA", "MeanNetwork", "NTXentLoss", "Schedule", "SeparableCritic",
-    "SigLipLoss", "Standardize",
-]  # fmt: skip
+    "CIBRLoss",
+    "ClipLoss",
+    "ConcatCritic",
+    "LogEMA",
+    "MeanNetwork",
+    "NTXentLoss",
+    "Schedule",
+    "SeparableCritic",
+    "SigLipLoss",
+    "Standardize",
+]

@@ -63,14 +63,31 @@ class CIBRLoss(OnGroup):
     micro_step: Tensor
 
     def __init__(
-        self, embed_dim: int, image_input_dim: int | None = None, text_input_dim: int | None = None, *,
-        image_condition_dim: int | None = None, text_condition_dim: int | None = None, hidden: int = 512,
-        activation: str = "relu", lam: float = 0.5, noise_std: float = 0.25, warmup_steps: int | None = None,
-        ramp_steps: int | None = None, total_steps: int | None = None, warmup_fraction: float = 0.1,
-        ramp_fraction: float = 0.15, accumulation_steps: int = 1, estimator: str = "mine",
-        negatives: Negatives = "all", diagonal: str = "exclude", ema_decay: float | None = None,
-        one_way: bool = False, process_group: ProcessGroup | None = None, strategy: str = "gather",
-    ) -> None:  # fmt: skip
+        self,
+        embed_dim: int,
+        image_input_dim: int | None = None,
+        text_input_dim: int | None = None,
+        *,
+        image_condition_dim: int | None = None,
+        text_condition_dim: int | None = None,
+        hidden: int = 512,
+        activation: str = "relu",
+        lam: float = 0.5,
+        noise_std: float = 0.25,
+        warmup_steps: int | None = None,
+        ramp_steps: int | None = None,
+        total_steps: int | None = None,
+        warmup_fraction: float = 0.1,
+        ramp_fraction: float = 0.15,
+        accumulation_steps: int = 1,
+        estimator: str = "mine",
+        negatives: Negatives = "all",
+        diagonal: str = "exclude",
+        ema_decay: float | None = None,
+        one_way: bool = False,
+        process_group: ProcessGroup | None = None,
+        strategy: str = "gather",
+    ) -> None:
         super().__init__(process_group)
         checks.choice("estimator", estimator, PENALTIES)
         checks.choice("diagonal", diagonal, DIAGONALS)
@@ -89,16 +106,20 @@ class CIBRLoss(OnGroup):
         of_run = Schedule.of_run(lam, total_steps or 1, warmup_fraction, ramp_fraction)
         by_length = of_run if total_steps is not None else Schedule(lam)
         self.schedule = Schedule(
-            lam, by_length.warmup_steps if warmup_steps is None else warmup_steps,
-            by_length.ramp_steps if ramp_steps is None else ramp_steps, total_steps,
-        )  # fmt: skip
+            lam,
+            by_length.warmup_steps if warmup_steps is None else warmup_steps,
+            by_length.ramp_steps if ramp_steps is None else ramp_steps,
+            total_steps,
+        )
         if said := self.schedule.warning():
             warnings.warn(said, stacklevel=2)
         self.accumulation_steps = accumulation_steps
         widths = {
-            "image_inputs": image_input_dim, "text_inputs": text_input_dim,
-            "image_condition": image_condition_dim, "text_condition": text_condition_dim,
-        }  # fmt: skip
+            "image_inputs": image_input_dim,
+            "text_inputs": text_input_dim,
+            "image_condition": image_condition_dim,
+            "text_condition": text_condition_dim,
+        }
         self._build(widths, embed_dim, hidden, activation)
         self.ema = None if ema_decay is None else nn.ModuleDict({name: LogEMA(ema_decay) for name in self.critics})
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -155,12 +176,22 @@ class CIBRLoss(OnGroup):
         return bool(said)
 
     def forward(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
-        image_inputs: Tensor | None = None, text_inputs: Tensor | None = None,
-        logit_bias: Tensor | float | None = None, output_dict: bool = False, *, image_condition: Tensor | None = None,
-        text_condition: Tensor | None = None, image_features2: Tensor | None = None,
-        text_features2: Tensor | None = None, group_ids: Tensor | None = None, diagnostics: bool = False,
-    ) -> Any:  # fmt: skip
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        image_inputs: Tensor | None = None,
+        text_inputs: Tensor | None = None,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+        *,
+        image_condition: Tensor | None = None,
+        text_condition: Tensor | None = None,
+        image_features2: Tensor | None = None,
+        text_features2: Tensor | None = None,
+        group_ids: Tensor | None = None,
+        diagnostics: bool = False,
+    ) -> Any:
         """-> the loss in nats, or a dictionary of it ("loss") and its parts.
 
         image_features, text_features: (n, embed_dim) of unit norm, of one dtype; image_inputs (n, image_input_dim),
@@ -173,15 +204,29 @@ class CIBRLoss(OnGroup):
         if diagnostics and not output_dict:
             raise ValueError("diagnostics are among the parts: output_dict must be True")
         rows = Rows(
-            image_features, text_features, image_inputs, text_inputs, image_condition, text_condition, image_features2,
-            text_features2, group_ids,
-        )  # fmt: skip
+            image_features,
+            text_features,
+            image_inputs,
+            text_inputs,
+            image_condition,
+            text_condition,
+            image_features2,
+            text_features2,
+            group_ids,
+        )
         lam = self.current_lam()
         shards, seen, rows = self._ready(rows)
         loss, parts = objective(
-            rows, logit_scale, logit_bias, self.options, seen, lam=lam, ema=self.ema, shards=shards,
+            rows,
+            logit_scale,
+            logit_bias,
+            self.options,
+            seen,
+            lam=lam,
+            ema=self.ema,
+            shards=shards,
             diagnostics=diagnostics,
-        )  # fmt: skip
+        )
         if self.training:
             self._count()
             if not torch.compiler.is_compiling() and self.options.estimator in MAXIMISED and self.options.noise_std:
@@ -190,21 +235,35 @@ class CIBRLoss(OnGroup):
 
     @torch.no_grad()
     def estimates(
-        self, image_features: Tensor, text_features: Tensor, image_inputs: Tensor | None = None,
-        text_inputs: Tensor | None = None, *, image_condition: Tensor | None = None,
-        text_condition: Tensor | None = None, image_features2: Tensor | None = None,
-        text_features2: Tensor | None = None, group_ids: Tensor | None = None,
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        image_inputs: Tensor | None = None,
+        text_inputs: Tensor | None = None,
+        *,
+        image_condition: Tensor | None = None,
+        text_condition: Tensor | None = None,
+        image_features2: Tensor | None = None,
+        text_features2: Tensor | None = None,
+        group_ids: Tensor | None = None,
         generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
+    ) -> dict[str, Tensor]:
         """The penalty's parts and Z's capacities on pairs that nothing was trained on, in nats, detached.
 
         With one image a text critics can learn the pairs by heart; what they then say of others is less, and is what
         they know.  In one batch, of training's size if values are to be compared.  Nothing moves.
         """
         rows = Rows(
-            image_features, text_features, image_inputs, text_inputs, image_condition, text_condition, image_features2,
-            text_features2, group_ids,
-        )  # fmt: skip
+            image_features,
+            text_features,
+            image_inputs,
+            text_inputs,
+            image_condition,
+            text_condition,
+            image_features2,
+            text_features2,
+            group_ids,
+        )
         with self._standing_still(), torch.autocast(image_features.device.type, enabled=False):
             shards, seen, rows = self._ready(rows)
             _, parts = penalty(rows.scaled(1.0), self.options, seen, generator=generator, shards=shards)

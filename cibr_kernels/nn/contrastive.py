@@ -55,18 +55,29 @@ class ClipLoss(_OnRanks):
     """
 
     def __init__(
-        self, local_loss: bool = False, gather_with_grad: bool = False, cache_labels: bool = False, rank: int = 0,
-        world_size: int = 1, use_horovod: bool = False, *, process_group: ProcessGroup | None = None,
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        process_group: ProcessGroup | None = None,
         strategy: str = "gather",
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(rank, world_size, process_group, strategy)
         self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
         self.use_horovod = use_horovod
 
     def forward(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None, output_dict: bool = False,
-    ) -> Any:  # fmt: skip
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+    ) -> Any:
         """-> the loss, or {"contrastive_loss": loss}.  Arguments as in `cibr_kernels.clip_loss`."""
         group = self._group()
         loss = clip_loss(
@@ -87,17 +98,27 @@ class SigLipLoss(_OnRanks):
     """
 
     def __init__(
-        self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None, *,
-        process_group: ProcessGroup | None = None, strategy: str = "gather",
-    ) -> None:  # fmt: skip
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        *,
+        process_group: ProcessGroup | None = None,
+        strategy: str = "gather",
+    ) -> None:
         super().__init__(rank, world_size, process_group, strategy)
         checks.choice("dist_impl", dist_impl or "bidir", ("bidir", "shift", "reduce", "gather"))
         self.cache_labels, self.dist_impl = cache_labels, dist_impl
 
     def forward(
-        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float,
-        logit_bias: Tensor | float | None = None, output_dict: bool = False,
-    ) -> Any:  # fmt: skip
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+    ) -> Any:
         """-> the loss, or {"contrastive_loss": loss}.  Arguments as in `cibr_kernels.siglip_loss`."""
         loss = siglip_loss(
             image_features, text_features, logit_scale, logit_bias, process_group=self._group(), strategy=self.strategy
@@ -120,9 +141,13 @@ class NTXentLoss(OnGroup):
     """
 
     def __init__(
-        self, temperature: float = 0.5, *, gather_distributed: bool = False, process_group: ProcessGroup | None = None,
+        self,
+        temperature: float = 0.5,
+        *,
+        gather_distributed: bool = False,
+        process_group: ProcessGroup | None = None,
         strategy: str = "gather",
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(process_group)
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
@@ -148,6 +173,11 @@ class NTXentLoss(OnGroup):
             shards = Shards(shards.group, shards.rank, tuple(2 * rows for rows in shards.rows))
         view0, view1 = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
         return clip_loss(
-            torch.cat([view0, view1]), torch.cat([view1, view0]), 1 / self.temperature, group_ids=samples.repeat(2),
-            one_way=True, process_group=shards, strategy=self.strategy,
-        )  # fmt: skip
+            torch.cat([view0, view1]),
+            torch.cat([view1, view0]),
+            1 / self.temperature,
+            group_ids=samples.repeat(2),
+            one_way=True,
+            process_group=shards,
+            strategy=self.strategy,
+        )

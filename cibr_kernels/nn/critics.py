@@ -18,9 +18,11 @@ from cibr_kernels.numerics import WIDE, promote
 from cibr_kernels.primitives.additive.activations import ACTIVATIONS
 
 GLOBAL_HOOKS = (  # those of every module
-    hooks._global_forward_pre_hooks, hooks._global_forward_hooks, hooks._global_backward_pre_hooks,
+    hooks._global_forward_pre_hooks,
+    hooks._global_forward_hooks,
+    hooks._global_backward_pre_hooks,
     hooks._global_backward_hooks,
-)  # fmt: skip
+)
 _METHODS = ("forward", "paired", "pairwise", "score_parts", "pair_parts", "additive_parts", "dot_parts")
 
 
@@ -116,9 +118,16 @@ class ConcatCritic(_Critic):
     """
 
     def __init__(
-        self, x_dim: int, z_dim: int, hidden: int = 512, layers: int = 1, *, activation: str = "relu",
-        slope: float | None = None, storage: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        x_dim: int,
+        z_dim: int,
+        hidden: int = 512,
+        layers: int = 1,
+        *,
+        activation: str = "relu",
+        slope: float | None = None,
+        storage: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if storage not in (None, torch.float32, torch.bfloat16, torch.float16) or (storage and layers == 2):
             raise ValueError(

@@ -28,7 +28,7 @@ from cibr_kernels.primitives.dot.lse.op import (
     dot_lse_forward,
     stash_budget,
     stash_budget_on,
-)  # fmt: skip
+)
 
 FUSED_BACKWARD_BYTES = 1 << 22  # bytes of float32 logits up to which gradients are made with the loss: n = 1024
 
@@ -132,9 +132,24 @@ class _Plain(torch.autograd.Function):
         slopes = torch.sigmoid(margins) * (g / margins.numel())
         g_rows, g_cols = slopes.unbind(0) if cols.numel() else (slopes[0], cols)
         dx, dy, dscale = dot_lse_backward(
-            g_rows, g_cols, slopes.sum(0).neg_(), x, y, scale, None, None, None, rows, cols, positives, *stash, 0,
-            True, *needs, ctx.backend,
-        )  # fmt: skip
+            g_rows,
+            g_cols,
+            slopes.sum(0).neg_(),
+            x,
+            y,
+            scale,
+            None,
+            None,
+            None,
+            rows,
+            cols,
+            positives,
+            *stash,
+            0,
+            True,
+            *needs,
+            ctx.backend,
+        )
         return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, None, None
 
 

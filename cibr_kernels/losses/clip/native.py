@@ -19,7 +19,20 @@ def forward(
     dx, dy = scratch_like(x) if need_dx else None, scratch_like(y) if need_dy else None
     loss, dscale = torch.empty_like(scale), torch.empty_like(scale) if need_dx or need_dy else None
     call(
-        "clip_loss", "ClipLoss", n * n * d, x=x, y=y, dtype=DTYPES[x.dtype], n=n, m=n, d=d, scale=scale.item(),
-        dx=dx, dy=dy, dscale=dscale, one_way=one_way, loss=loss,
-    )  # fmt: skip
+        "clip_loss",
+        "ClipLoss",
+        n * n * d,
+        x=x,
+        y=y,
+        dtype=DTYPES[x.dtype],
+        n=n,
+        m=n,
+        d=d,
+        scale=scale.item(),
+        dx=dx,
+        dy=dy,
+        dscale=dscale,
+        one_way=one_way,
+        loss=loss,
+    )
     return loss, dx, dy, dscale

@@ -113,42 +113,47 @@ def clip_loss(
             loss = plain_loss(x, y, scale, one_way, backend)
             return loss if bias is None else loss + 0.0 * bias
     options = {
-        "one_way": one_way, "strategy": strategy, "group_ids": group_ids is not None and group_mode,
-        "image_negatives": image_negatives is not None, "text_negatives": text_negatives is not None,
-        "label_smoothing": label_smoothing, "weights": weights is not None, "reduction": reduction,
-        "return_metrics": return_metrics, "negatives": negatives and negatives.options(),
+        "one_way": one_way,
+        "strategy": strategy,
+        "group_ids": group_ids is not None and group_mode,
+        "image_negatives": image_negatives is not None,
+        "text_negatives": text_negatives is not None,
+        "label_smoothing": label_smoothing,
+        "weights": weights is not None,
+        "reduction": reduction,
+        "return_metrics": return_metrics,
+        "negatives": negatives and negatives.options(),
         "soft_targets": soft_targets and soft_targets.options(),
-    }  # fmt: skip
+    }
     with Agreement("clip_loss", process_group, **options) as agreement:
         x, y, scale, bias = _inputs(image_features, text_features, logit_scale, logit_bias)
         ids, weights = targets.check_ids(group_ids, x), targets.check_weights(weights, x)
-        several, ring = ids is not None and group_mode == "positives", strategy == "ring"
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+        problem = Problem(
+            image=x,
+            text=y,
+            scale=scale,
+            image_negatives=targets.check_negatives("image_negatives", image_negatives, x),
+            text_negatives=targets.check_negatives("text_negatives", text_negatives, x),
+            groups=None,
+            several_positives=ids is not None and group_mode == "positives",
+            label_smoothing=label_smoothing,
+            soft_targets=None if soft_targets is None else soft_targets.checked(x),
+            one_way=one_way,
+            metrics=return_metrics,
+            shards=None,
+            strategy=strategy,
+            backend=backend,
+        )
+        _refuse_combinations(problem, negatives, ids is not None)
         if negatives is not None:
-            refused = {
-                "one_way": one_way, "group_mode 'positives'": several, "label_smoothing": label_smoothing,
-                "soft_targets": soft_targets is not None, "return_metrics": return_metrics,
-            }  # fmt: skip
-            targets.refuse_together("negatives", refused)
-            if ring and negatives.margin is not None:
-                raise ValueError("strategy 'ring' has no margin of Negatives; use 'gather'")
-            negatives, one_way = negatives.checked(x), negatives.one_way
-        if soft_targets is not None:
-            refused = {"group_ids": ids is not None, "label_smoothing": label_smoothing, "strategy 'ring'": ring}
-            targets.refuse_together("soft_targets", refused)
-            soft_targets = soft_targets.checked(x)
-        if one_way and image_negatives is not None:
+            negatives = negatives.checked(x)
+            problem = replace(problem, one_way=negatives.one_way)
+        if problem.one_way and image_negatives is not None:
             raise ValueError("image_negatives are candidates of text -> image, the direction that one_way leaves out")
-        if ring and (several or image_negatives is not None or text_negatives is not None):
-            raise ValueError("strategy 'ring' has no extra negatives and no group_mode 'positives'; use 'gather'")
         if process_group is not None or (scale.dim() and not torch.compiler.is_compiling()):
             checks.positive("logit_scale", scale)  # dot_lse refuses one number too, while other ranks wait for this one
-        problem = Problem(
-            x, y, scale, targets.check_negatives("image_negatives", image_negatives, x),
-            targets.check_negatives("text_negatives", text_negatives, x), None, several, label_smoothing,
-            soft_targets, one_way, return_metrics, None, strategy, backend,
-        )  # fmt: skip
         agreement.options["number of logit_scales"] = "one per pair" if scale.dim() else "one"
         agreement.describe(image_features=x, text_features=y)
     shards = agreement.shards
@@ -163,6 +168,27 @@ def clip_loss(
     loss = targets.reduce(pairs, weights, reduction, shards)
     loss = loss if bias is None else loss + 0.0 * bias
     return (loss, problem.measure(ways, positives, bias)) if return_metrics else loss
+
+
+def _refuse_combinations(problem: Problem, negatives: Negatives | None, grouped: bool) -> None:
+    """Raises ValueError for options that do not go together.  grouped: there are group_ids."""
+    p, ring = problem, problem.strategy == "ring"
+    if negatives is not None:
+        others = {
+            "one_way": p.one_way,
+            "group_mode 'positives'": p.several_positives,
+            "label_smoothing": p.label_smoothing,
+            "soft_targets": p.soft_targets is not None,
+            "return_metrics": p.metrics,
+        }
+        targets.refuse_together("negatives", others)
+        if ring and negatives.margin is not None:
+            raise ValueError("strategy 'ring' has no margin of Negatives; use 'gather'")
+    if p.soft_targets is not None:
+        others = {"group_ids": grouped, "label_smoothing": p.label_smoothing, "strategy 'ring'": ring}
+        targets.refuse_together("soft_targets", others)
+    if ring and (p.several_positives or p.image_negatives is not None or p.text_negatives is not None):
+        raise ValueError("strategy 'ring' has no extra negatives and no group_mode 'positives'; use 'gather'")
 
 
 def _inputs(

@@ -27,9 +27,14 @@ def clip_loss(x: Tensor, y: Tensor, scale: Tensor, first_positive: int = 0, one_
 
 
 def direction(
-    x: Tensor, y: Tensor, scale: Tensor, extra: Tensor | None = None, ids: Tensor | None = None,
-    several_positives: bool = False, label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    extra: Tensor | None = None,
+    ids: Tensor | None = None,
+    several_positives: bool = False,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """One direction with everything that clip_loss knows: anchors x (n, d), candidates y (n, d) and extra (k, d), scale
     () or (n,), ids (n,) -> losses (n,), the largest logit beside the positive (n,)."""
     n, columns = len(x), y if extra is None else torch.cat([y, extra])

@@ -58,12 +58,36 @@ def _beside(guide: Tensor, width: int) -> Tensor:
 
 
 def _slopes(
-    x: Tensor, y: Tensor, scale: Tensor, rows: Tensor, positives: Tensor, shift: Tensor, first_positive: int,
-    of_rows: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    rows: Tensor,
+    positives: Tensor,
+    shift: Tensor,
+    first_positive: int,
+    of_rows: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the sum of all rows' log-sum-exps in x, or in y."""
     none = rows.new_empty(0)
     return dot_lse_backward(
-        torch.ones_like(rows), none, torch.zeros_like(rows), x, y, scale, None, None, None, rows, none, positives,
-        shift, none, first_positive, False, of_rows, not of_rows, backend,
-    )  # fmt: skip
+        torch.ones_like(rows),
+        none,
+        torch.zeros_like(rows),
+        x,
+        y,
+        scale,
+        None,
+        None,
+        None,
+        rows,
+        none,
+        positives,
+        shift,
+        none,
+        first_positive,
+        False,
+        of_rows,
+        not of_rows,
+        backend,
+    )

@@ -15,9 +15,20 @@ from cibr_kernels.primitives.dot.problem import LseProblem
 from cibr_kernels.primitives.dot.triton_parts import pitch, total
 
 FOLDED = (  # what ends_kernel takes of the arguments of fold_kernel
-    "mode", "shift_log2", "part_row_max", "part_row_sum", "part_col_max", "part_col_sum", "row_max", "col_max",
-    "positives", "n", "panel", "strips", "col_tiles",
-)  # fmt: skip
+    "mode",
+    "shift_log2",
+    "part_row_max",
+    "part_row_sum",
+    "part_col_max",
+    "part_col_sum",
+    "row_max",
+    "col_max",
+    "positives",
+    "n",
+    "panel",
+    "strips",
+    "col_tiles",
+)
 
 
 def unsupported(*tensors: Tensor) -> str | None:
@@ -44,9 +55,15 @@ def known(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, budget: int) -> Pl
 
 
 def backward(
-    g: Tensor, x: Tensor, y: Tensor, scale: Tensor, kept: tuple[Tensor, ...], one_way: bool, need_dx: bool,
+    g: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    kept: tuple[Tensor, ...],
+    one_way: bool,
+    need_dx: bool,
     need_dy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """-> dx (n, d), dy (n, d), each empty unless needed, dscale ()."""
 
     def direction(g: Tensor, x: Tensor, y: Tensor, scale: Tensor, room: Tensor, *stash: Tensor) -> tuple[Tensor, ...]:
@@ -79,12 +96,24 @@ def _forward(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, budget: int, gr
 
     def ends(folded: dict[str, Any], fold: bool) -> None:
         triton_call.launch(
-            kernels.ends_kernel, (programs,),
-            {**{name: folded[name] for name in FOLDED}, "rows": folded["row_sum"], "cols": folded["col_sum"], **kept,
-             "losses": losses, "share": 1 / (n if one_way else 2 * n)},
-            {"FOLD": fold, "COLS": not one_way, "GRADIENT": gradient, "BLOCK_T": dot_lse.BLOCK_T,
-             "BLOCK_L": dot_lse.BLOCK_F},
-        )  # fmt: skip
+            kernels.ends_kernel,
+            (programs,),
+            {
+                **{name: folded[name] for name in FOLDED},
+                "rows": folded["row_sum"],
+                "cols": folded["col_sum"],
+                **kept,
+                "losses": losses,
+                "share": 1 / (n if one_way else 2 * n),
+            },
+            {
+                "FOLD": fold,
+                "COLS": not one_way,
+                "GRADIENT": gradient,
+                "BLOCK_T": dot_lse.BLOCK_T,
+                "BLOCK_L": dot_lse.BLOCK_F,
+            },
+        )
 
     dot_lse.forward(LseProblem(x, y, scale, None, None, 0, True), not one_way, False, stash, ends)
     loss = total(losses)

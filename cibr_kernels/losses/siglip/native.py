@@ -23,7 +23,22 @@ def forward(
     loss = torch.empty_like(scale)
     dscale, dbias = (torch.empty_like(scale), torch.empty_like(bias)) if need_dx or need_dy else (None, None)
     call(
-        "siglip_loss", "SiglipLoss", n * n * d, x=x, y=y, dtype=DTYPES[x.dtype], n=n, m=n, d=d, scale=scale.item(),
-        bias=bias.item(), share=share, dx=dx, dy=dy, dscale=dscale, loss=loss, dbias=dbias,
-    )  # fmt: skip
+        "siglip_loss",
+        "SiglipLoss",
+        n * n * d,
+        x=x,
+        y=y,
+        dtype=DTYPES[x.dtype],
+        n=n,
+        m=n,
+        d=d,
+        scale=scale.item(),
+        bias=bias.item(),
+        share=share,
+        dx=dx,
+        dy=dy,
+        dscale=dscale,
+        loss=loss,
+        dbias=dbias,
+    )
     return loss, dx, dy, dscale, dbias

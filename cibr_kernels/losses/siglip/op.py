@@ -80,10 +80,14 @@ def siglip_loss(
         if fused is not None:
             return plain_loss(x, y, scale, bias, 1 / x.shape[0] if reduction == "mean" else 1.0, fused)
     options = {
-        "strategy": strategy, "group_ids": group_ids is not None and group_mode,
-        "image_negatives": image_negatives is not None, "text_negatives": text_negatives is not None,
-        "weights": weights is not None, "reduction": reduction, "return_metrics": return_metrics,
-    }  # fmt: skip
+        "strategy": strategy,
+        "group_ids": group_ids is not None and group_mode,
+        "image_negatives": image_negatives is not None,
+        "text_negatives": text_negatives is not None,
+        "weights": weights is not None,
+        "reduction": reduction,
+        "return_metrics": return_metrics,
+    }
     with Agreement("siglip_loss", process_group, **options) as agreement:
         x, y, scale, bias = _inputs(image_features, text_features, logit_scale, logit_bias)
         ids, weights = targets.check_ids(group_ids, x), targets.check_weights(weights, x)

@@ -13,9 +13,15 @@ from cibr_kernels.numerics import promote, softplus
 
 
 def siglip_loss(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, ids: Tensor | None = None, several_positives: bool = False,
-    x_negatives: Tensor | None = None, y_negatives: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    ids: Tensor | None = None,
+    several_positives: bool = False,
+    x_negatives: Tensor | None = None,
+    y_negatives: Tensor | None = None,
+) -> Tensor:
     """x, y (n, d), scale (), bias (), ids (n,), negatives (k, d) -> losses (n,), differentiable.
 
     Their mean is SigLIP's loss (2303.15343, equation 1).
