@@ -79,6 +79,7 @@ class FeatureSet(Dataset):
         }
 
     def take(self, rows: np.ndarray) -> FeatureSet:
+        """The features and captions of these `rows` (m,) int64, in their order."""
         chosen = torch.from_numpy(rows)
         first, count = self.starts[chosen], self.starts[chosen + 1] - self.starts[chosen]
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), count.cumsum(0)])

@@ -220,6 +220,7 @@ class Maple(Prompted):
         return PromptTexts(simple_tokenizer(self.base), phrase=self.options.phrase, places=self.options.context_tokens)
 
     def encode_image(self, images: Tensor) -> Features:
+        """images (n, 3, height, width) -> what enters the projection (n, width) and the embeddings (n, d), prompted."""
         visual, places = self.base.clip.visual, len(self.context)
         x = visual._embeds(images.to(visual.conv1.weight.dtype))  # (n, 1 + patches, width), after ln_pre
 

@@ -68,6 +68,7 @@ class AlignmentBottleneck(Objective):
             self.tau = nn.Parameter(torch.tensor(FIRST_TAU))
 
     def forward(self, output: Output, batch: Batch) -> dict[str, Tensor]:
+        """-> "loss" and its parts in nats, and the standard deviations or tau where they are learnt."""
         zv, zt = output.image.embedding, output.text.embedding
         parts: dict[str, Tensor] = {}
         if self.options.bottleneck == "learned":
