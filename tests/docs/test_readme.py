@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from readme import BLOCKS
 
 import cibr_kernels as ck
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.DOTALL)
 
 
 def test_the_snippet_takes_a_training_step():

@@ -5,7 +5,6 @@ Each function runs on every rank and returns plain numbers; sharded.py has the l
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -283,24 +282,6 @@ def compiled(group: Group) -> list[str]:
     torch.testing.assert_close(torch.compile(loss, backend="eager")(x), loss(x))
     torch.compiler.reset()
     return [said(lambda: torch.compile(loss, backend="eager", fullgraph=True)(x))]
-
-
-def readme(group: Group, code: str) -> Errors:
-    """Errors of the gradients that the README's script for several ranks leaves, which all have other rows."""
-    torch.manual_seed(dist.get_rank())
-    names: dict[str, Any] = {}
-    exec(code.replace("dist.init_process_group()", ""), names)  # these ranks have done it
-    inputs = [names["images"], names["texts"]]
-    parts = [[torch.empty_like(t) for _ in range(dist.get_world_size())] for t in inputs]
-    for part, t in zip(parts, inputs, strict=True):
-        dist.all_gather(part, t)
-    towers = copy.deepcopy(names["model"].module).double()
-    towers.zero_grad()
-    images, texts = (torch.cat(part).double() for part in parts)
-    x, y = F.normalize(towers.image(images), dim=1), F.normalize(towers.text(texts), dim=1)
-    ck.clip_loss(x, y, towers.log_scale.exp()).backward()
-    actual = dict(names["model"].module.named_parameters())
-    return {name: (error(actual[name].grad, p.grad), 0.0) for name, p in towers.named_parameters()}
 
 
 # ------------------------------------------------------------------------------------------------ errors
