@@ -149,14 +149,15 @@ class CIBRLoss(OnGroup):
 
     @classmethod
     def recommended(cls, embed_dim: int, *, total_steps: int, **options: Any) -> CIBRLoss:
-        """What we would take instead of the paper's: estimator "variance" at lambda 0.4, scheduled by the run's length.
+        """What we would take instead of the paper's: estimator "variance" at lambda 0.02, on a schedule of the run's.
 
         It needs two views of each concept, or group_ids, and has nothing to train.  The ideal penalty's gradient is
         (z - E[z | concept]) / noise_std^2; two views give it without bias, where four critics first have to learn it.
-        lambda 0.4 is a starting point.  Whether it helps depends on the data: docs/cibr_loss.md, docs/evidence.md.
+        lambda 0.02 is where to begin: on one set 0.4 helped, on another it cost ten points and 0.02 nothing.  Whether
+        it helps is a question of data, which docs/evidence.md answers for four sets.
         options: of the constructor.
         """
-        return cls(embed_dim, **{"estimator": "variance", "lam": 0.4, "total_steps": total_steps, **options})
+        return cls(embed_dim, **{"estimator": "variance", "lam": 0.02, "total_steps": total_steps, **options})
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
