@@ -27,6 +27,7 @@ from typing import Any
 
 from bench import report
 from bench.guards import RESULTS
+from bench.processes import leave
 
 ROOT = RESULTS.parents[1]
 RECORD = RESULTS / "host.json"
@@ -317,3 +318,4 @@ def _instructions(cases: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     {"--counts": _counts, "--instructions": _instructions}[sys.argv[1]](sys.argv[2:])
+    leave()

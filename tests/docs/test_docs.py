@@ -28,6 +28,7 @@ import torch
 from shown import assert_printed
 
 import cibr_kernels as ck
+from bench.processes import LEAVE
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -100,7 +101,7 @@ def test_the_blocks_of_a_page_run(
 @pytest.mark.parametrize("script", SCRIPTS, ids=[f"{block.page}:{block.line}" for block in SCRIPTS])
 def test_a_script_for_several_ranks_runs(script: Block, tmp_path: Path) -> None:
     path = tmp_path / "script.py"
-    path.write_text(script.code)
+    path.write_text(script.code + LEAVE)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

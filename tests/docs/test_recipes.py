@@ -14,6 +14,7 @@ from shown import assert_printed
 from test_docs import BLOCK, here
 
 import cibr_kernels as ck
+from bench.processes import LEAVE
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -37,7 +38,7 @@ def output(page: str) -> str:
 def run(code: str, folder: Path, ranks: int) -> str:
     """What the script prints, on both streams."""
     path = folder / "recipe.py"
-    path.write_text(code)
+    path.write_text(code + LEAVE)
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if "torchrun" in code else []
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *launch, str(path)]

@@ -12,6 +12,7 @@ import fake_device
 import pytest
 
 from bench.guards import host
+from bench.processes import LEAVE
 
 UPDATE = "python bench/ gpu --host --update"
 KNOWN = """
@@ -91,7 +92,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_launches_maps_copies_and_waits_are_counted(device: Path, tmp_path: Path) -> None:
     (tmp_path / "triton_program.py").write_text(KERNEL)
     environment = fake_device.environment(device) | {"PYTHONPATH": f"{host.ROOT}:{host.FAKE_DEVICE}:{tmp_path}"}
-    done = subprocess.run([sys.executable, "-c", KNOWN], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", KNOWN + LEAVE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
         "add": {"aten": 1},
@@ -108,7 +109,7 @@ def test_launches_maps_copies_and_waits_are_counted(device: Path, tmp_path: Path
 
 def test_objectives_their_warnings_and_diagnostics_wait_for_nothing(device: Path) -> None:
     environment = fake_device.environment(device) | {"PYTHONPATH": f"{host.ROOT}:{host.FAKE_DEVICE}"}
-    done = subprocess.run([sys.executable, "-c", OBJECTIVES], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", OBJECTIVES + LEAVE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert len(found) == 9 and not any(found.values()), found

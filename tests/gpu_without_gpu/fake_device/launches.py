@@ -19,6 +19,7 @@ import torch
 
 import cibr_kernels as ck
 from bench.guards import host
+from bench.processes import leave
 from cibr_kernels.dispatch import backends, plans, triton_relaunch
 from fake_device.counters import Counters
 
@@ -96,3 +97,4 @@ def hooked(step: Callable[[], Any]) -> int:
 if __name__ == "__main__":
     with plans.disabled():  # replays.py has them
         main()
+    leave()

@@ -22,6 +22,7 @@ import torch
 from triton import knobs
 
 import cibr_kernels as ck
+from bench.processes import leave
 from cibr_kernels.dispatch import plan, plans
 from fake_device.counters import Counters
 from fake_device.launches import passed
@@ -136,3 +137,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

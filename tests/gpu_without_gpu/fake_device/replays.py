@@ -17,6 +17,7 @@ import torch
 import triton
 
 from bench.guards import host
+from bench.processes import leave
 from cibr_kernels.dispatch import plan, plans, triton_recording, triton_relaunch
 from fake_device.counters import Counters
 from fake_device.launches import passed, register
@@ -109,3 +110,4 @@ def same_names(counters: Counters, case: str) -> bool:
 
 if __name__ == "__main__":
     main()
+    leave()
