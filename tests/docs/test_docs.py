@@ -180,18 +180,19 @@ def test_a_signature_on_a_page_is_that_of_the_code(name: str) -> None:
         assert shown == actual
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}.md" for page in PAGES)])
 def test_links_lead_somewhere(page: str) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+    prose = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
         if target.startswith(("http://", "https://")):
             continue
         file, _, anchor = target.partition("#")
-        path = (ROOT / "docs" / file).resolve() if file else ROOT / "docs" / f"{page}.md"
-        assert path.exists(), f"{page}.md links to {target}"
+        path = ((ROOT / page).parent / file).resolve() if file else ROOT / page
+        assert path.exists(), f"{page} links to {target}"
         if anchor:
             titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
             anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
-            assert anchor in anchors, f"{page}.md links to {target}, which has {anchors}"
+            assert anchor in anchors, f"{page} links to {target}, which has {anchors}"
 
 
 def test_every_page_can_be_reached_from_the_index() -> None:
