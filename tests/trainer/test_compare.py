@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -249,3 +250,37 @@ FILES = sorted((ROOT / "bench" / "evidence").glob("*.yaml"))
 def test_the_files_of_the_evidence_are_comparisons(file: Path) -> None:
     made = read_spec(file)
     assert len(made.configurations) > 1 and len(made.seeds) > 1
+
+
+RESULTS = ROOT / "bench" / "results" / "evidence"
+TABLE = re.compile(r"^(`?)(\w+/[\w@]+)\1[^\n|]*per cent:?\n\n((?:\|[^\n]*\n)+)", re.MULTILINE)
+LINE = re.compile(r"\| (.+?) \| (\d+) \| (\S+) \(\S+\) \| (?:(\S+) \((\S+)\) to (.+?))? \|")
+
+
+def tables(text: str) -> list[tuple[str, str]]:
+    """(metric, the lines of its table) of each."""
+    return [(metric, lines.strip()) for _, metric, lines in TABLE.findall(text)]
+
+
+def test_the_tables_of_the_evidence_are_those_that_were_printed() -> None:
+    printed = {table for file in RESULTS.glob("*.md") for table in tables(file.read_text())}
+    shown = tables((ROOT / "docs" / "evidence.md").read_text())
+    assert len(shown) > 10
+    assert [table for table in shown if table not in printed] == []
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.md")), ids=lambda file: file.stem)
+def test_the_tables_are_of_the_runs_that_were_logged(file: Path) -> None:
+    runs = [json.loads(line) for line in file.with_suffix(".jsonl").read_text().splitlines()]
+    scores = {(run["configuration"], run["seed"]): run["scores"]["best"] for run in runs}
+    found = tables(file.read_text())
+    assert found
+    for metric, table in found:
+        rows = LINE.findall(table)
+        assert len(rows) == table.count("\n") - 1
+        for name, seeds, mean, difference, se, against in rows:
+            ours = {seed: found[metric] for (of, seed), found in scores.items() if of == name}
+            assert len(ours) == int(seeds) and f"{np.mean(list(ours.values())):.1f}" == mean
+            if against:
+                d = np.array([ours[seed] - scores[against, seed][metric] for seed in ours])
+                assert f"{d.mean():+.1f}" == difference and f"{d.std(ddof=1) / len(d) ** 0.5:.1f}" == se
