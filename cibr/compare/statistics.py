@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+ROUNDING = 1e-9  # of per cents that are sums of float64
+
 
 @dataclass(frozen=True)
 class Paired:
@@ -32,8 +34,8 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
     if seeds < 2:
         return Paired(mean, float("nan"), float("nan"))
     se = float(difference.std(ddof=1) / np.sqrt(seeds))
-    if se == 0:
-        return Paired(mean, 0.0, 1.0 if mean == 0 else float("nan"))  # equal differences: too coarse to tell noise by
+    if se <= ROUNDING * max(1.0, abs(mean)):  # equal differences: too coarse to tell noise by
+        return Paired(mean, 0.0, 1.0 if abs(mean) <= ROUNDING else float("nan"))
     return Paired(mean, se, float(2 * stats.t.sf(abs(mean) / se, seeds - 1)))
 
 
