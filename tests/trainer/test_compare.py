@@ -100,6 +100,7 @@ def test_paired_is_the_t_test_of_related_samples() -> None:
     assert found.mean / found.se == pytest.approx(expected.statistic)
     assert np.isnan(paired([1.0], [2.0]).p) and paired([1.0, 2.0], [1.0, 2.0]).p == 1
     assert np.isnan(paired([1.0, 2.0], [3.0, 4.0]).p)
+    assert np.isnan(paired([34.1, 27.4], [41.4, 34.7]).p)  # equal but for rounding
 
 
 def test_the_bootstrap_has_the_width_of_its_units() -> None:
