@@ -43,11 +43,13 @@ def whole(t: Tensor) -> Tensor:
 
 
 def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor spread as `parameter` is, on its device."""
+    """A whole tensor spread as `parameter` is, on its device and in its memory format, as a fused update wants it."""
     value = value.to(parameter.device)
-    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+    if value.shape != parameter.shape:
+        return value
+    if isinstance(parameter, DTensor):
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    return value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def gradient_norm(module: nn.Module) -> Tensor:

@@ -65,11 +65,11 @@ def accumulate(
 
 
 def _at_features(loss: Callable[..., Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and its gradients with respect to the tensors; zeros where it does not depend on one."""
+    """The loss, and its gradients with respect to the tensors; a stride-0 zero where it does not depend on one."""
     leaves = [t.detach().requires_grad_() for t in tensors]
     value = loss(*leaves)
     value.backward()
-    return value.detach(), [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
+    return value.detach(), [t.new_zeros(()).expand_as(t) if t.grad is None else t.grad for t in leaves]
 
 
 def _backward(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
