@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from runs import TINY_CLIP, config, log_of, require_same_state, state, tiny_clip
 from torch import nn
 
@@ -15,6 +17,7 @@ from cibr.config import OptimOptions, read_options
 from cibr.errors import UsageError
 from cibr.models.open_clip import OpenClipOptions
 from cibr.rates import make_optimizer, progress, rate, tower_factors
+from cibr.run.sharding import like
 from cibr.stages import Stage, StageOptions, stage_at, stages_of
 from cibr.train import train
 
@@ -78,6 +81,24 @@ def test_groups(clip: models.Model) -> None:
         assert placed[name]["peak_lr"] == (2e-3 if name.startswith("objective.") else 1e-3)
     small = make_optimizer(OptimOptions(steps=1, lr=1e-5), clip, objective).param_groups
     assert {group["peak_lr"] for group in small} == {1e-5, 1e-4}
+
+
+def test_a_fused_update_is_the_plain_one_in_any_memory_format(clip: models.Model) -> None:
+    """Also where the states come from a checkpoint, which keeps them in the plain order."""
+    ours = nn.Conv2d(3, 8, 3, bias=False).to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(ours).to(memory_format=torch.contiguous_format)
+    optimizer = make_optimizer(OptimOptions(steps=1, lr=1e-2, critic_lr=1e-2), clip, ours)
+    expected = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.1, foreach=False, fused=False)
+    assert all(group["fused"] for group in optimizer.param_groups)
+    for seed in range(4):
+        images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        for conv, moves in ((ours, optimizer), (plain, expected)):
+            moves.zero_grad()
+            conv(images).square().sum().backward()
+            moves.step()
+        kept = {name: t.contiguous().clone() for name, t in optimizer.state[ours.weight].items()}
+        optimizer.state[ours.weight] = {name: t if name == "step" else like(t, ours.weight) for name, t in kept.items()}
+    torch.testing.assert_close(ours.weight, plain.weight)
 
 
 def stages(tmp_path: Path, *texts: str, **options: Any) -> list[StageOptions]:
