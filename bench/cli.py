@@ -25,12 +25,13 @@ EXPERIMENTS = {
     "alignment": "the information bottleneck on alignment, on drawings of known factors",
     "family": "what CEB, align, OMIB and CIBR price, beside the truth",
     "omib": "fusion through bottlenecks, where the best accuracy is known",
+    "omib_choice": "which options of omib validation prefers, on seeds of its own",
     "heads": "what the trainer adds to the loss and two matmuls of a head's step",
     "accumulate": "memory and time of a batch in parts, beside the plain step and GradCache",
     "scale": "bytes and gradients on real ranks, and what many GPUs would do",
 }
 PICTURES = ("mi", "variance", "gradient", "curve", "omib", "alignment", "family")
-FILES = ("toy", "accumulate", *PICTURES)  # with --json
+FILES = ("toy", "accumulate", "omib_choice", *PICTURES)  # with --json
 
 
 def parser() -> argparse.ArgumentParser:

@@ -125,8 +125,8 @@ class Fusion(nn.Module):
         """Noise is drawn in training mode alone; otherwise a code is its mean, and e of the warm-up is 0."""
         z = [encode(batch[f"view_{i}"]) for i, encode in enumerate(self.encoders)]
         if warm_up:
-            e = torch.randn_like if self.training else torch.zeros_like
-            return Output(None, self.branch(z, e(z[0][:, : self.latent])), ())
+            e = z[0].new_zeros(len(z[0]), self.latent)
+            return Output(None, self.branch(z, torch.randn_like(e) if self.training else e), ())
         cut = [layer(t).split(self.latent, 1) for layer, t in zip(self.to_code, z, strict=True)]
         each = self.method.bottleneck == "each"
         codes = tuple(Code(parts[0], FIRST_LOG_STD + parts[1]) for parts in cut) if each else ()

@@ -23,9 +23,11 @@ class OmibOptions:
         "of_means", "rho: the ratio of means, or the mean of the rows' ratios"
     )
     warm_up_steps: int = option(100, "steps of the task-relevance branches alone", least=0)
-    steps: int = option(600, "steps of the main stage; a larger number extends a run", least=1)
+    steps: int = option(600, "steps of the main stage; with --schedule constant a larger number extends a run", least=1)
     batch_size: int = option(128, "rows a step", least=2)
-    lr: float = option(1e-3, "Adam's", above=0)
+    lr: float = option(1e-3, "AdamW's, in the warm-up and at the start of the main stage", above=0)
+    schedule: Literal["cosine", "constant"] = option("cosine", "of the learning rate in the main stage; cosine: to 0")
+    weight_decay: float = option(0.0, "AdamW's", least=0)
     hidden: int = option(64, "units of every hidden layer", least=1)
     latent: int = option(16, "width of every code", least=1)
     tokens: int = option(4, "of a code, for the cross-attention", least=1)

@@ -65,7 +65,7 @@ def start(options: OmibOptions, data: Data | None = None) -> Run:
         model.eval()
         seen = model(data.train.batch())
         task.start([seen.fused, *seen.branches])
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=options.weight_decay)
     return Run(options, data, task, model, objective, optimizer, bounds)
 
 
@@ -90,13 +90,32 @@ def warming(run: Run, step: int) -> bool:
     return run.model.method.branches and step < run.options.warm_up_steps
 
 
+def rate(run: Run, step: int) -> float:
+    """The learning rate of a step, counted from 0: constant in the warm-up, then by `--schedule`."""
+    into = step - run.options.warm_up_steps * run.model.method.branches
+    if into < 0 or run.options.schedule == "constant":
+        return run.options.lr
+    return run.options.lr * (1 + math.cos(math.pi * into / run.options.steps)) / 2
+
+
+def step_seed(run: Run, step: int) -> int:
+    """Of a step's rows and noise."""
+    return run.options.seed * 1_000_003 + step
+
+
+def rows_of(run: Run, step: int) -> Tensor:
+    """The training rows of a step's batch -> (batch_size,) int64."""
+    generator = torch.Generator().manual_seed(step_seed(run, step))
+    return torch.randint(len(run.data.train), (run.options.batch_size,), generator=generator)
+
+
 def take_step(run: Run) -> dict[str, Tensor]:
     """One update -> the parts of the loss."""
-    seed = run.options.seed * 1_000_003 + run.step
-    rows = torch.randint(len(run.data.train), (run.options.batch_size,), generator=torch.Generator().manual_seed(seed))
-    batch = run.data.train.batch(rows)
+    batch = run.data.train.batch(rows_of(run, run.step))
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate(run, run.step)
     with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
+        torch.manual_seed(step_seed(run, run.step))
         run.model.train()
         parts = run.objective(run.model(batch, warm_up=warming(run, run.step)), batch)
     run.optimizer.zero_grad()
@@ -171,12 +190,12 @@ def save(run: Run, path: Path) -> None:
 
 
 def load(run: Run, path: Path) -> None:
-    """Raises UsageError for a checkpoint of other options; more --steps extend a run."""
+    """Raises UsageError for a checkpoint of other options; with a constant schedule more --steps extend a run."""
     try:
         state = torch.load(path, weights_only=True)
     except Exception as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
-    free = ("out", "steps", "save_every")
+    free = ("out", "save_every", *(("steps",) if run.options.schedule == "constant" else ()))
     changed = {
         name: old for name, old in state["options"].items() if name not in free and getattr(run.options, name) != old
     }

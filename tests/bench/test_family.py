@@ -5,15 +5,21 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench.experiments import alignment, alignment_claims, family, omib, sprites, toy
+import bench
+from bench.experiments import alignment, alignment_claims, family, omib, omib_choice, sprites, toy
 from bench.experiments.alignment_claims import NO, UNTESTED, YES
 from bench.experiments.frame import conduct
-from cibr.omib import entropy
+from bench.experiments.omib_stack import Stack
+from cibr.omib import entropy, train
+from cibr.omib.options import OmibOptions
+
+RESULTS = Path(bench.__file__).parent / "results"
 
 
 @pytest.fixture(autouse=True)
@@ -151,15 +157,64 @@ def test_alignment_runs(tmp_path, monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------------------- omib
-def test_the_best_beta_is_found_by_paired_seeds():
-    def cell(factor: float, values: list[float]) -> list[omib.Trial]:
-        return [omib.Trial("III", 1, "omib", factor, seed, v, v, 1 - v, (), ()) for seed, v in enumerate(values)]
+def trials(factor: float, values: list[float], name: str = "III", method: str = "omib") -> list[omib.Trial]:
+    return [omib.Trial(name, omib.ROWS, method, factor, seed, v, v, (1.0,), (0.5,)) for seed, v in enumerate(values)]
 
-    trials = [*cell(0.1, [0.8, 0.9]), *cell(1.0, [0.85, 0.91]), *cell(10.0, [0.6, 0.7])]
-    best, differences = omib.peak(trials, lambda t: t.chosen)
+
+def test_the_best_beta_is_found_by_paired_seeds():
+    best, differences = omib.peak([*trials(0.1, [0.8, 0.9]), *trials(1.0, [0.85, 0.91]), *trials(10.0, [0.6, 0.7])])
     assert best == 1.0
     assert differences[10.0] == pytest.approx((-0.23, 0.02))
-    assert [t.factor for t in omib.by_validation(trials)] == [10.0, 10.0]  # validation here prefers the worst
+
+
+def test_a_mean_below_the_papers_is_missed():
+    both = [*trials(1.0, [0.895, 0.892], "I"), *trials(1.0, [0.8, 0.95]), *trials(0.1, [0.99, 0.99])]
+    assert omib.missed(both) == ["III"]
+    lines = omib._targets(both)
+    assert lines[0].endswith("PASS") and "+0.15 from the target" in lines[0]
+    assert lines[1].endswith("FAIL") and "87.50 ± 7.50, -1.50 from the target, -3.30 from the best" in lines[1]
+
+
+def test_what_validation_chose_is_what_is_run():
+    chosen = json.loads((RESULTS / "omib-choice.json").read_text())
+    assert {method: asdict(setting) for method, setting in omib.SETTINGS.items()} == chosen["settings"]
+    assert chosen["factors"] == omib.CHOSEN_FACTORS
+    assert not set(omib.SEEDS) & set(omib_choice.SEEDS)
+
+
+@pytest.mark.parametrize("method", ["fusion", "omib"])
+def test_a_stack_trains_each_run_as_cibr_omib_does(method, monkeypatch):
+    """Without noise: data, batches, learning rates, weight decay and beta of each run are its own."""
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    words = {"out": "-", "method": method, "hidden": 12, "latent": 8, "tokens": 2, "train_rows": 300,
+             "test_rows": 100, "warm_up_steps": 3, "steps": 6}  # fmt: skip
+    free = (("I", 1, 1e-3, 0.0, 0.1), ("III", 2, 1e-2, 1.0, 0.0), ("I", 2, 1e-3, 0.0, 1.0), ("III", 1, 1e-2, 1.0, 0.2))
+    runs = [
+        OmibOptions(data=f"sim:{name}", seed=seed, lr=lr, weight_decay=decay, beta=beta, **words)
+        for name, seed, lr, decay, beta in free
+    ]
+    stack = Stack(runs, omib_choice.opened)
+    log = stack.trained(2)
+    for k, (run, measured) in enumerate(zip(stack.runs, stack.measured("val"), strict=True)):
+        alone = train.start(run.options)
+        train.advance(alone)
+        assert log[-1]["loss"][k].item() == pytest.approx(alone.log[-1]["loss"], rel=1e-4)
+        assert measured["task_loss"] == pytest.approx(train.evaluate(alone, alone.data.val)["task_loss"], rel=1e-4)
+    assert len({run.options for run in stack.runs}) == 4
+
+
+def test_the_choice_is_the_best_mean_of_each_method(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(omib_choice, "SCHEDULE", {"warm_up_steps": 1, "steps": 2, "test_rows": 50})
+    monkeypatch.setattr(omib_choice, "ROWS", 60)
+    monkeypatch.setattr(omib_choice, "GRID", (omib_choice.Setting(8, 1e-3, 0.0), omib_choice.Setting(8, 3e-3, 1.0)))
+    monkeypatch.setattr(omib_choice, "FACTORS", (0.1, 1.0))
+    assert conduct(omib_choice.run, True, tmp_path / "c.json", None) == 0
+    found = json.loads((tmp_path / "c.json").read_text())
+    for method, setting in found["settings"].items():
+        accuracy = {json.dumps(t["setting"]): t["accuracy"] for t in found["grid"] if t["method"] == method}
+        assert len(accuracy) == 2 and accuracy[json.dumps(setting)] == max(accuracy.values())
+    assert found["factors"].keys() == {"vib", "fixed", "omib"}
+    assert capsys.readouterr().out.count("<- chosen") == 5 + 3
 
 
 def test_bounds_depend_on_units(monkeypatch):
@@ -170,18 +225,21 @@ def test_bounds_depend_on_units(monkeypatch):
     assert "the sum of entropies is -" in str(found["gaussian, columns times 0.1"])
 
 
-def test_omib_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(omib, "SCHEDULE", {"warm_up_steps": 1, "steps": 2, "eval_every": 1, "test_rows": 50})
+@pytest.mark.parametrize(("target", "status"), [(0.999, 1), (0.0, 0)])
+def test_omib_runs(tmp_path, monkeypatch, capsys, target, status):
+    schedule = {"warm_up_steps": 1, "steps": 2, "test_rows": 50, "latent": 8, "tokens": 2}
+    monkeypatch.setattr(omib_choice, "SCHEDULE", schedule)
     for name, value in (
         ("ROWS", 60),
         ("FEW", 40),
         ("FACTORS", (1.0, 10.0)),
         ("FEW_FACTORS", (1.0,)),
-        ("VIB_FACTORS", (1.0,)),
+        ("SEEDS", (0, 1)),
+        ("TARGETS", {"I": target, "III": target}),
     ):
         monkeypatch.setattr(omib, name, value)
     monkeypatch.setattr(omib, "bounds_by_estimator", lambda: {"gaussian": 1.0})
-    assert conduct(omib.run, True, tmp_path / "o.json", tmp_path / "o.png") == 0
-    assert "FAIL" in capsys.readouterr().out
+    assert conduct(omib.run, False, tmp_path / "o.json", tmp_path / "o.png") == status
+    assert capsys.readouterr().out.count("FAIL") == 2 * status
     methods = {t["method"] for t in json.loads((tmp_path / "o.json").read_text())["trials"]}
     assert methods == {"omib", "fixed", "vib", "branches", "fusion"} and (tmp_path / "o.png").stat().st_size > 1000

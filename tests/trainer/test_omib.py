@@ -253,6 +253,47 @@ def test_a_run_goes_on_where_it_was(tmp_path, capsys):
         train.train(replace(part, lr=0.1))
 
 
+def test_the_rate_is_constant_in_the_warm_up_and_then_falls_to_nothing(tmp_path):
+    run = train.start(options(lr=0.01))
+    rates = [train.rate(run, step) for step in range(12 + 36 + 1)]
+    assert rates[:13] == [0.01] * 13
+    assert rates[12 + 18] == pytest.approx(0.005) and rates[-1] == pytest.approx(0)
+    constant = train.start(options(lr=0.01, schedule="constant"))
+    assert {train.rate(constant, step) for step in range(60)} == {0.01}
+    assert train.rate(train.start(options(method="fusion", lr=0.01)), 18) == pytest.approx(0.005)  # no warm-up
+    train.advance(run, 13)
+    assert run.optimizer.param_groups[0]["lr"] == 0.01
+    train.advance(run)
+    assert 0 < run.optimizer.param_groups[0]["lr"] < 1e-4
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_more_steps_extend_a_run_of_a_constant_rate_alone(tmp_path, schedule):
+    short = options(tmp_path / "run", schedule=schedule)
+    train.train(short)
+    if schedule == "cosine":
+        with pytest.raises(UsageError, match="steps = 36"):
+            train.train(replace(short, steps=48))
+    else:
+        train.train(replace(short, steps=48))
+        assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 12 + 48
+
+
+def test_weight_decay_is_adamws():
+    weights = [sum(p.square().sum() for p in decayed(decay).model.parameters()) for decay in (0.0, 3.0)]
+    assert weights[1] < 0.95 * weights[0]
+
+
+def decayed(weight_decay: float) -> train.Run:
+    run = train.start(options(weight_decay=weight_decay, lr=1e-2))
+    train.advance(run)
+    return run
+
+
+def test_codes_may_be_wider_than_the_encoders():
+    train.advance(train.start(options(hidden=6, latent=8)), 14)
+
+
 def test_the_command(tmp_path, capsys):
     small = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     with pytest.raises(SystemExit) as end:
