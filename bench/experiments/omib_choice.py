@@ -86,7 +86,7 @@ def validated(runs: Sequence[OmibOptions]) -> dict[OmibOptions, dict[str, float]
     """Trained, and read on validation rows."""
     from tqdm import tqdm
 
-    found = {}
+    found: dict[OmibOptions, dict[str, float]] = {}
     for group in tqdm(in_stacks(runs), leave=False, file=sys.stderr):
         stack = Stack(group, opened)
         stack.trained()

@@ -31,8 +31,8 @@ class Stack:
 
     def __init__(self, options: Sequence[OmibOptions], opened: Opened) -> None:
         options = sorted(options, key=rates)
-        data = {(o.data, o.seed): o for o in options}
-        data = {key: opened(o) for key, o in data.items()}
+        first = {(o.data, o.seed): o for o in options}
+        data = {key: opened(o) for key, o in first.items()}
         self.runs = [train.start(o, data[o.data, o.seed]) for o in options]
         places = {key: k for k, key in enumerate(data)}
         self.of = torch.tensor([places[o.data, o.seed] for o in options])  # the data of each run
