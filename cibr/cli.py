@@ -174,8 +174,6 @@ def data_cache(arguments: Sequence[str]) -> int:
 
     from cibr.cache import towers, write_cache
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     model = towers(options.model).to(options.device)
     with torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "amp_bf16"):
         found = write_cache(options.model, model, data, Path(options.out), options.split, corrupted=options.corrupted)
@@ -215,13 +213,9 @@ def evaluate(arguments: Sequence[str]) -> int:
     options = made(EvaluateOptions, arguments, "evaluate", required=("checkpoint",))
     if options.json is not None and not Path(options.json).parent.is_dir():
         raise UsageError(f"--json {options.json}: there is no folder {Path(options.json).parent}")
-    import torch
-
     from cibr.evaluate import evaluate_run, named, table
     from cibr.run.atomic import write_text
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     sets = {"zero_shot": named(options.zero_shot, "--zero-shot"), "retrieval": named(options.retrieval, "--retrieval")}
     found = evaluate_run(Path(options.checkpoint), **sets, probe=options.probe, device=options.device)
     print(table(found))
@@ -282,12 +276,8 @@ class DemoOptions:
 
 def demo(arguments: Sequence[str]) -> int:
     options = made(DemoOptions, arguments, "demo", required=("out",))
-    import torch
-
     from cibr.demo import demo
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     written = demo(Path(options.out), tarballs=options.tarballs and Path(options.tarballs), steps=options.steps)
     print("\n".join(map(str, written)))
     return 0
@@ -345,12 +335,8 @@ def prompts(arguments: Sequence[str]) -> int:
     model, options, data = (of_kind(kind, values) for kind in kinds)
     for one, required in ((model, ("model",)), (options, ("out",)), (data, ("data",))):
         checked(one, required)
-    import torch
-
     from cibr.evaluate import table
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     found = run(options, data, dataclasses.asdict(model))
     print(table(found))
     for name, score in found.get("base_to_new", {}).items():
@@ -373,11 +359,16 @@ def made_with_data(kind: type, arguments: Sequence[str], command: str, *, requir
 
 
 def checked(options: Any, required: Sequence[str]) -> Any:
+    """`options`, with their number of threads set.  Raises UsageError for what makes no sense, or is missing."""
     check(options)
     for name in required:
         if not getattr(options, name):
             text = next(field.metadata["help"] for field in dataclasses.fields(options) if field.name == name)
             raise UsageError(f"{flag(name)} is missing: {text}")
+    if getattr(options, "threads", None) is not None:
+        import torch
+
+        torch.set_num_threads(options.threads)
     return options
 
 
@@ -389,7 +380,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "compare": (compare, "run configurations on seeds and say what their differences are worth"),
     "plot": (plot, "draw curves, recall and embeddings of several runs"),
     "demo": (demo, "emoji, two runs, a table and pictures, in one go"),
-    "data emoji": (data_emoji, "build the set of emoji as eleven artists drew them"),
+    "data emoji": (data_emoji, "build the set of emoji: eleven styles of six vendors"),
     "data cache": (data_cache, "compute the features of frozen towers once, to train heads on"),
     "data check": (data_check, "read a whole data set and say what is there, what is skipped, and why"),
     "export": (export, "write a run's model as a folder that open_clip loads"),

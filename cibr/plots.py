@@ -24,6 +24,7 @@ import numpy as np
 
 from cibr.errors import UsageError, missing_extra
 from cibr.evaluate.report import TITLES
+from cibr.run.journal import flat as flat
 from cibr.run.journal import read_log
 
 # Okabe and Ito's colours in an order of falling darkness, so that a grey print keeps them apart; lines and marks do too
@@ -31,25 +32,9 @@ COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7")
 LINES = ("-", "--", "-.", ":")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p")
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++")  # one more than colours, so that thirty bars differ
-NOT_COMPARED = {
-    "seed",
-    "out",
-    "split_seed",
-    "threads",
-    "device",
-    "save_every",
-    "log_every",
-    "eval_every",
-    "keep",
-    "workers",
-    "wandb",
-}
-NAMES = {
-    "lam": "λ",
-    "batch_size": "batch",
-    "noise_std": "noise σ",
-    "hold_out": "held out:",
-}
+NOT_COMPARED = {"seed", "split_seed", "out", "threads", "device", "workers", "wandb"}
+NOT_COMPARED |= {"save_every", "log_every", "eval_every", "keep"}
+NAMES = {"lam": "λ", "batch_size": "batch", "noise_std": "noise σ", "hold_out": "held out:"}
 PARTS = {
     "contrastive_loss": "contrastive loss (nats)",
     "image_cmi": "I(Zv; Xv | Xt), estimated (nats)",
@@ -94,17 +79,6 @@ def read_run(path: Path) -> Run:
         final = flat(json.loads((path / "evaluation.json").read_text()))
     training = [entry for entry in entries if "eval" not in entry]
     return Run(path, json.loads((path / "config.json").read_text()), training, evaluations, final)
-
-
-def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """{"zero_shot": {"pets": {"top1": 5.0}}} -> {"zero_shot/pets/top1": 5.0}; what is no number is left out."""
-    found: dict[str, float] = {}
-    for name, value in nested.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[prefix + name] = value
-    return found
 
 
 @dataclass(frozen=True)

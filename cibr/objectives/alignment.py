@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-import cibr_kernels as ck
 from cibr.config import option
 from cibr.models import Features, Model, Output
 from cibr.needs import Needs
@@ -50,15 +49,7 @@ class Align(Penalised):
     def penalty(self, output: Output, lam_image: Tensor, lam_text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         both = (lam_image + lam_text) / 2  # the bound is the same both ways
         zv, zt = scaled(output.image.embedding, both), scaled(output.text.embedding, both)
-        nats = ck.conditional_mutual_information(
-            zv,
-            output.image.inputs,
-            zt,
-            None,
-            estimator="align",
-            noise_std=self.options.noise_std,
-            process_group=self.shards,
-        )
+        nats = self.bound("align", zv, output.image.inputs, zt)
         return 2 * nats, {"image_cmi": nats.detach(), "text_cmi": nats.detach()}
 
 
@@ -76,14 +67,9 @@ class Ceb(Conditioned):
 
     def penalty(self, output: Output, lam_image: Tensor, lam_text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         xv, xt, captions = self.inputs(output)
-        image = self.bound(scaled(output.image.embedding, lam_image), xv, captions, self.image_mean)
-        text = self.bound(scaled(output.text.embedding, lam_text), xt, xv, self.text_mean)
+        image = self.bound("ceb", scaled(output.image.embedding, lam_image), xv, captions, self.image_mean)
+        text = self.bound("ceb", scaled(output.text.embedding, lam_text), xt, xv, self.text_mean)
         return torch.add(image, text), {"image_cmi": image.detach(), "text_cmi": text.detach()}
-
-    def bound(self, z: Tensor, own: Tensor, other: Tensor, mean: nn.Module) -> Tensor:
-        return ck.conditional_mutual_information(
-            z, own, other, mean, estimator="ceb", noise_std=self.options.noise_std, process_group=self.shards
-        )
 
 
 class Variance(Penalised):
@@ -104,12 +90,4 @@ class Variance(Penalised):
         if other is None:
             return one.embedding.new_zeros(())
         z, other_z = scaled(one.embedding, lam), scaled(other.embedding, lam)
-        return ck.conditional_mutual_information(
-            z,
-            one.inputs,
-            other_z,
-            None,
-            estimator="variance",
-            noise_std=self.options.noise_std,
-            process_group=self.shards,
-        )
+        return self.bound("variance", z, one.inputs, other_z)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cibr_kernels as ck
@@ -93,6 +93,13 @@ class Penalised(Objective):
             "lam": lam_image,
             **parts,
         }
+
+    def bound(self, estimator: str, z: Tensor, own: Tensor, other: Tensor, mean: nn.Module | None = None) -> Tensor:
+        """An upper bound without an adversary (`cibr_kernels.conditional_mutual_information`), 0-d nats."""
+        std = self.options.noise_std
+        return ck.conditional_mutual_information(
+            z, own, other, mean, estimator=estimator, noise_std=std, process_group=self.shards
+        )
 
     def noised(self, output: Output) -> Output:
         """What the contrastive loss sees: with `noise_enters` "both", in training, normalize(z + noise) for each z."""

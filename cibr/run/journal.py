@@ -121,12 +121,15 @@ class Journal(Silent):
             self.bar.set_postfix(shown, refresh=False)
 
 
-def flat(entry: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """`{"eval": {"loss": 1}}` -> `{"eval/loss": 1}`."""
-    numbers: dict[str, float] = {}
-    for name, value in entry.items():
-        numbers |= flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return numbers
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """{"zero_shot": {"pets": {"top1": 5.0}}} -> {"zero_shot/pets/top1": 5.0}; what is no number is left out."""
+    found: dict[str, float] = {}
+    for name, value in nested.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[prefix + name] = value
+    return found
 
 
 def open_wandb(project: str, run: Path, about: dict[str, Any]) -> Any:
