@@ -20,7 +20,7 @@ from cibr.run.atomic import write_text
 from cibr.train import train
 
 HELD_OUT = "openmoji"  # the largest gap of style
-OBJECTIVES = ("clip", "cibr")
+MORE: dict[str, dict[str, Any]] = {"clip": {}, "cibr": {}}  # options of each run besides the defaults
 
 
 def demo(out: Path, *, tarballs: Path | None = None, steps: int = 200) -> list[Path]:
@@ -31,18 +31,18 @@ def demo(out: Path, *, tarballs: Path | None = None, steps: int = 200) -> list[P
     say(f"1/4  emoji of six vendors to {out / 'emoji'}, rendered from npm packages")
     built = emoji_build.build(out / "emoji", tarballs=tarballs)
     say(f"     {built['images']} drawings of {built['concepts']} concepts{'' if built['built'] else ', there already'}")
-    for objective in OBJECTIVES:
+    for objective in MORE:
         say(f"2/4  {steps} steps of {objective} to {out / objective}; {HELD_OUT} is held out")
         train_run(out / objective, out / "emoji", objective, steps)
     report = {}
-    for objective in OBJECTIVES:
+    for objective in MORE:
         say(f"3/4  evaluation of {objective}")
         report[objective] = evaluated(out / objective)
     text = "\n\n".join(f"{objective}\n{table(found)}" for objective, found in report.items())
     write_text(out / "table.txt", text + "\n")
     print(f"\n{text}\n")
     say(f"4/4  pictures to {out / 'pictures'}")
-    return plot([out / objective for objective in OBJECTIVES], out / "pictures")
+    return plot([out / objective for objective in MORE], out / "pictures")
 
 
 def say(text: str) -> None:
@@ -62,6 +62,7 @@ def train_run(run: Path, data: Path, objective: str, steps: int) -> None:
         "out": str(run),
         "steps": steps,
         **quarter,
+        **MORE[objective],
     }
     found = checkpoint.find(run)
     if found is not None and (there := checkpoint.read_about(found)["step"]) >= steps:
