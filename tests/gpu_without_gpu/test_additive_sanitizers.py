@@ -17,7 +17,12 @@ MOMENTS = """
 int main() {
   const int n = 20, m = 70, h = 19, first_positive = 17;
   float j = 0, el = 0;
-  for (int activation : {0, 1, 4}) {  // ReLU, leaky ReLU, SiLU
+#ifdef EMU_THREADS
+  const std::vector<int> activations = {0, 4};  // ReLU, SiLU
+#else
+  const std::vector<int> activations = {0, 1, 4};  // and leaky ReLU, whose steps are ReLU's
+#endif
+  for (int activation : activations) {
     std::vector<float> a(n * h), b(m * h), w(h), da(n * h), db(m * h), dw(h);
     for (size_t i = 0; i < a.size(); i++) a[i] = std::sin(1.7 * i);
     for (size_t i = 0; i < b.size(); i++) b[i] = std::cos(2.3 * i);

@@ -23,7 +23,12 @@
 #include <memory>
 #include <vector>
 #ifdef EMU_THREADS
-#include <barrier>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include <atomic>
+#include <climits>
+#include <mutex>
 #include <thread>
 #else
 #include <ucontext.h>
@@ -78,15 +83,50 @@ T* dynamic_shared() {
 
 inline thread_local Thread* current = nullptr;
 
+// std::barrier yields before it sleeps; with hundreds of threads on two cores that is most of the time.
+class Barrier {
+ public:
+  explicit Barrier(int n) : expected_(n) {}
+
+  void arrive_and_wait() {
+    uint32_t before;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      before = generation_.load(std::memory_order_relaxed);
+      if (++arrived_ == expected_) return release();
+    }
+    while (generation_.load(std::memory_order_acquire) == before) futex(FUTEX_WAIT_PRIVATE, before);
+  }
+
+  void arrive_and_drop() {  // as on a GPU: a barrier counts the threads that still run
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (--expected_ == arrived_ && arrived_) release();
+  }
+
+ private:
+  void release() {
+    arrived_ = 0;
+    generation_.fetch_add(1, std::memory_order_release);
+    futex(FUTEX_WAKE_PRIVATE, INT_MAX);
+  }
+  void futex(int what, uint32_t value) {
+    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&generation_), what, value, nullptr, nullptr, 0);
+  }
+
+  std::mutex mutex_;
+  int expected_, arrived_ = 0;
+  std::atomic<uint32_t> generation_{0};
+};
+
 struct Block {
   int threads;
   std::vector<Warp> warps;
-  std::barrier<> barrier;
-  std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
+  Barrier barrier;
+  std::vector<std::unique_ptr<Barrier>> warp_barriers;
 
   explicit Block(int n) : threads(n), warps((n + 31) / 32), barrier(n) {
     for (int w = 0; w < (n + 31) / 32; ++w)
-      warp_barriers.emplace_back(std::make_unique<std::barrier<>>(std::min(32, n - 32 * w)));
+      warp_barriers.emplace_back(std::make_unique<Barrier>(std::min(32, n - 32 * w)));
   }
 };
 
@@ -100,7 +140,7 @@ inline void run_block(Block& b, std::vector<Thread>& threads, const std::functio
     running.emplace_back([&, i] {
       current = &threads[i];
       kernel();
-      b.barrier.arrive_and_drop();  // as on a GPU: a barrier counts the threads that still run
+      b.barrier.arrive_and_drop();
       b.warp_barriers[i / 32]->arrive_and_drop();
     });
   for (auto& t : running) t.join();

@@ -18,6 +18,7 @@ the emulated device has.  Keep problems small: a thousand threads with a dozen b
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -59,7 +60,7 @@ def missing() -> str | None:
 
 def check(
     source: Path, driver: str, sanitizer: Literal["thread", "address"], include: Sequence[Path] = (),
-    defines: Sequence[str] = (), timeout: float = 120,
+    defines: Sequence[str] = (), timeout: float = 600,
 ) -> Report:  # fmt: skip
     """Compiles `source` and the C++ text `driver` (which has main) with g++, runs it and returns the report.
 
@@ -89,7 +90,8 @@ def check(
 
 
 def _run(command: list[str], timeout: float) -> Report:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout)
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}  # one finding is enough, and the run takes a minute
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout, env=environment)
     return Report(done.returncode, done.stdout + done.stderr)
 
 
