@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cibr_kernels.dispatch import backends, pointers
+from cibr_kernels.dispatch import backends, pointers, triton_recording
 from cibr_kernels.dispatch.native_call import fill
 from cibr_kernels.dispatch.triton_call import Gpu, Target
 
@@ -98,3 +98,11 @@ def call(kernel: str, struct: str, **fields: Any) -> None:
     workspace = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)
     params.workspace = workspace.data_ptr()
     _executor.launch(kernel, params, [*tensors, workspace])
+    recorder = triton_recording.active()
+    if recorder is not None:
+        recorder.called(kernel, struct, {**fields, "workspace": workspace})
+
+
+def again(kernel: str, struct: str, fields: dict[str, Any], like: Tensor) -> None:
+    """A call that was made before, with addresses in the place of tensors, on the device of `like`."""
+    _executor.launch(kernel, fill(getattr(backends.compiled(), struct)(), fields), [like])

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cibr_kernels.dispatch.triton_recording import Gemm, Launch, Map, Matrix, Pointer, Recorder, Unknown
+from cibr_kernels.dispatch import cuda_call
+from cibr_kernels.dispatch.triton_recording import Call, Gemm, Launch, Map, Matrix, Pointer, Recorder, Unknown
 
 ALIGNMENT = 512  # of a temporary in its workspace: that of PyTorch's allocator
 LARGE = 4 << 20  # bytes of a temporary whose memory outputs may take
@@ -58,10 +59,11 @@ class Plan:
     def __init__(self, seen: Recorder, outputs: Sequence[Tensor], device: torch.device, native: Any) -> None:
         """native: the module _plans.  Raises Unknown where an output is no tensor of its own."""
         self.device, self.index = device, device.index
-        self.last_use = 0
+        self.last_use, self.kept = 0, True
+        self.after: dict[Any, Plan] = {}  # of directions that follow this one: `plans.run_after`
         self.settings: Any = None  # PyTorch's, that its matmuls depend on
         self.kernels = [command.compiled for command in seen.commands if isinstance(command, Launch)]
-        self.multiplies = len(self.kernels) < len(seen.commands)
+        self.multiplies = any(isinstance(command, Gemm) for command in seen.commands)
         rooms, at = _output_rooms(seen, outputs)
         self._outputs = [room.slot for room in rooms]
         self._slots = len(seen.inputs) + len(rooms) + 2
@@ -176,7 +178,7 @@ def _round_up(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _steps(commands: Sequence[Launch | Gemm], at: dict[int, Place], slots: int, native: Any) -> list[Step]:
+def _steps(commands: Sequence[Launch | Gemm | Call], at: dict[int, Place], slots: int, native: Any) -> list[Step]:
     """Launches and matmuls in as few calls of C++ as possible; matmuls that it has not are PyTorch's."""
     steps: list[Step] = []
     plan: Any = None
@@ -187,8 +189,8 @@ def _steps(commands: Sequence[Launch | Gemm], at: dict[int, Place], slots: int, 
 
     for command in commands:
         mode = _math_mode(command, native) if isinstance(command, Gemm) else 0
-        if isinstance(command, Gemm) and mode is None:
-            steps.append(_gemm_of_torch(command, place))
+        if isinstance(command, Call) or (isinstance(command, Gemm) and mode is None):
+            steps.append(_call(command, place) if isinstance(command, Call) else _gemm_of_torch(command, place))
             plan = None
             continue
         if plan is None:
@@ -200,7 +202,7 @@ def _steps(commands: Sequence[Launch | Gemm], at: dict[int, Place], slots: int, 
             a, b, out = command.a, command.b, command.out
             plan.gemm(
                 place(a.at), place(b.at), place(out.at), (out.rows, out.cols, a.cols), (a.pitch, b.pitch, out.pitch),
-                a.transposed, b.transposed, command.accumulate, CUDA_TYPES[a.dtype], mode,
+                a.transposed, b.transposed, command.accumulate, command.alpha, CUDA_TYPES[a.dtype], mode,
             )  # fmt: skip
     return steps
 
@@ -208,6 +210,17 @@ def _steps(commands: Sequence[Launch | Gemm], at: dict[int, Place], slots: int, 
 def _native(plan: Any) -> Step:
     run = plan.run
     return lambda device, stream, handle, tensors, addresses: run(device, stream, handle, addresses)
+
+
+def _call(call: Call, place: Callable[[Pointer], Place]) -> Step:
+    places = {name: place(pointer) for name, pointer in call.pointers.items()}
+    kernel, struct, numbers = call.kernel, call.struct, call.numbers
+
+    def run(device: int, stream: int, handle: int, tensors: list[Any], addresses: list[int]) -> None:
+        here = {name: addresses[slot] + offset for name, (slot, offset) in places.items()}
+        cuda_call.again(kernel, struct, numbers | here, tensors[0])
+
+    return run
 
 
 def _add_launch(plan: Any, launch: Launch, place: Callable[[Pointer], Place]) -> None:
@@ -249,11 +262,13 @@ def _gemm_of_torch(gemm: Gemm, place: Callable[[Pointer], Place]) -> Step:
 
     def run(device: int, stream: int, handle: int, tensors: list[Any], addresses: list[int]) -> None:
         a, b, out = (view(tensors, m) for m in (gemm.a, gemm.b, gemm.out))
-        if a.dtype == out.dtype:
-            torch.addmm(out, a, b, out=out) if gemm.accumulate else torch.mm(a, b, out=out)
-        elif gemm.accumulate:
-            torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+        same, plain = a.dtype == out.dtype, not gemm.accumulate and gemm.alpha == 1
+        how: dict[str, Any] = {"beta": int(gemm.accumulate), "alpha": gemm.alpha, "out": out}
+        if plain:
+            torch.mm(a, b, out=out) if same else torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+        elif same:
+            torch.addmm(out, a, b, **how)
         else:
-            torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+            torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, **how)
 
     return run

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from cibr_kernels.dispatch import triton_call, triton_relaunch
 from cibr_kernels.dispatch.plan import Plan
-from cibr_kernels.dispatch.triton_recording import Recorder, Unknown, overlap
+from cibr_kernels.dispatch.triton_recording import Recorder, Unknown, active, overlap
 
 MOST = 64  # plans that are kept: the least recently used goes first
 SWITCH = "CIBR_KERNELS_PLANS"  # 0: off; 1: with any Triton; unset: with those whose launches tests compare
@@ -54,6 +54,9 @@ def disabled() -> Iterator[None]:
 def clear() -> None:
     """Forgets every plan."""
     with _lock:
+        for plan in _plans.values():
+            if isinstance(plan, Plan):
+                plan.kept = False
         _plans.clear()
 
 
@@ -73,6 +76,31 @@ def find(key: tuple[Hashable, ...], inputs: Sequence[Tensor]) -> Plan | None:
     return plan  # type: ignore[return-value]
 
 
+def origin(plan: Plan | None) -> Plan | None:
+    """For `run_after`: the plan, unless somebody's hooks may give back other tensors than are saved for a backward."""
+    return plan if torch._C._autograd._top_saved_tensors_default_hooks(True) is None else None
+
+
+def run_after(
+    first: Plan | None, key: tuple[Hashable, ...], direction: Callable[..., Outputs], inputs: Sequence[Tensor], new: int
+) -> Outputs:
+    """`run` of a direction after `first`, the plan of another: but for the first `new` all of `inputs` are inputs or
+    outputs of its replay.  So what they are need not be asked again."""
+    if first is None:
+        return run(key, direction, inputs)
+    told = _whole(key, inputs[:new])
+    plan = first.after.get(told)
+    lives = plan is not None and plan.kept and _enabled and plan.settings in (None, _settings())
+    if plan is not None and lives and not triton_relaunch.watched():
+        plan.last_use = next(_clock)
+        return replay(plan, inputs)
+    outputs = run(key, direction, inputs)
+    found = _plans.get(_whole(key, inputs))
+    if isinstance(found, Plan):
+        first.after[told] = found
+    return outputs
+
+
 def replay(plan: Plan, inputs: Sequence[Tensor]) -> Outputs:
     """What the plan that was found for these inputs gives."""
     if plan.index == torch._C._cuda_getDevice():
@@ -83,6 +111,8 @@ def replay(plan: Plan, inputs: Sequence[Tensor]) -> Outputs:
 
 def run(key: tuple[Hashable, ...], direction: Callable[..., Outputs], inputs: Sequence[Tensor]) -> Outputs:
     """direction(*inputs), replayed where it is known.  key: the direction's name and all else that it depends on."""
+    if active() is not None:  # part of what is recorded
+        return direction(*inputs)
     plan = find(key, inputs)
     if plan is not None:
         return replay(plan, inputs)
@@ -127,7 +157,9 @@ def _record(whole: Hashable, direction: Callable[..., Outputs], inputs: Sequence
     with _lock:
         _plans[whole] = plan
         while len(_plans) > MOST:
-            del _plans[min(_plans, key=_last_use)]
+            gone = _plans.pop(min(_plans, key=_last_use))
+            if isinstance(gone, Plan):
+                gone.kept = False
     return outputs
 
 

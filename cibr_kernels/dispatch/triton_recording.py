@@ -4,8 +4,8 @@
         outputs = direction(*inputs)
     seen.refusal or seen.commands
 
-A launch comes from `triton_call`, everything else from PyTorch's dispatcher: allocations, views, and the matmuls that
-cuBLAS runs are understood; whatever else happens is the reason why it cannot be replayed.
+A launch comes from `triton_call` or `cuda_call`, everything else from PyTorch's dispatcher: allocations, views, and the
+matmuls that cuBLAS runs are understood; whatever else happens is the reason why it cannot be replayed.
 """
 
 from __future__ import annotations
@@ -91,16 +91,31 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Gemm:
-    """out = a b, or out += a b, in float32."""
+    """out = alpha a b, or out += alpha a b, in float32."""
 
     a: Matrix
     b: Matrix
     out: Matrix
     accumulate: bool
+    alpha: float = 1.0
 
     @property
     def places(self) -> list[Pointer]:
         return [self.a.at, self.b.at, self.out.at]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a CUDA C++ kernel: `cuda_call` fills its parameter struct with numbers and addresses."""
+
+    kernel: str
+    struct: str
+    numbers: dict[str, Any]
+    pointers: dict[str, Pointer]
+
+    @property
+    def places(self) -> list[Pointer]:
+        return list(self.pointers.values())
 
 
 @dataclass
@@ -120,7 +135,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        self.commands: list[Launch | Gemm] = []
+        self.commands: list[Launch | Gemm | Call] = []
         self.refusal: str | None = None
         self.storages: dict[int, Storage] = {}
         self.inputs = [(t.data_ptr(), t.nbytes) for t in inputs]
@@ -158,7 +173,11 @@ class Recorder(TorchDispatchMode):
             out = kwargs["out"]
             if args[0].data_ptr() != out.data_ptr() or args[0].shape != out.shape:
                 raise Unknown("a matmul that is added to something else")
-            self.commands.append(Gemm(self._matrix(args[1]), self._matrix(args[2]), self._matrix(out), True))
+            beta, alpha = kwargs.get("beta", 1), float(kwargs.get("alpha", 1))
+            if beta not in (0, 1):
+                raise Unknown("a matmul that is added to a multiple of its output")
+            operands = self._matrix(args[1]), self._matrix(args[2]), self._matrix(out)
+            self.commands.append(Gemm(*operands, beta == 1, alpha))
         elif not _is_view(func) and not (func is aten.zero_.default and args[0].numel() == 0):
             raise Unknown(f"{func} is neither a launch of Triton's nor a matmul")
 
@@ -170,6 +189,17 @@ class Recorder(TorchDispatchMode):
                 self.commands.append(Launch(compiled, (x, y, z), self._parameters(compiled, kernel, values)))
             except Unknown as reason:
                 self.refusal = f"{kernel.__name__}: {reason}"
+
+    def called(self, kernel: str, struct: str, fields: dict[str, Any]) -> None:
+        """A call of a CUDA C++ kernel that has been made, its workspace among the fields."""
+        if self.refusal is not None:
+            return
+        try:
+            tensors = {name: self.place(t) for name, t in fields.items() if isinstance(t, Tensor) and t.numel()}
+            numbers = {name: v for name, v in fields.items() if v is not None and not isinstance(v, Tensor)}
+            self.commands.append(Call(kernel, struct, numbers, tensors))
+        except Unknown as reason:
+            self.refusal = f"{kernel}: {reason}"
 
     def place(self, t: Tensor) -> Pointer:
         """Where t starts.  Raises Unknown for memory that is neither an input's nor allocated meanwhile."""

@@ -17,11 +17,13 @@ from torch.distributed import ProcessGroup
 
 from cibr_kernels.distributed import merge
 from cibr_kernels.distributed.shards import Shards
+from cibr_kernels.information import group_device
 from cibr_kernels.information.critics import Additive, Dot
 from cibr_kernels.information.dot_moments.op import dot_moments, sharded_dot_moments
+from cibr_kernels.information.group import Group, grouped_moments, known_moments, weights_of_all
 from cibr_kernels.information.negatives import Negatives, derangement, permutation, shifts
 from cibr_kernels.information.negatives import Shifts as Shifts
-from cibr_kernels.information.pairs import Pairs, agree
+from cibr_kernels.information.pairs import DIAGONALS, Pairs, agree
 from cibr_kernels.information.panels import general_sums
 from cibr_kernels.information.sampled import sampled_scores
 from cibr_kernels.numerics import WIDE, log_count, promote
@@ -68,6 +70,11 @@ def critic_moments(
     Source: MINE (1801.04062), equation 5; all n^2 - n pairs make its second term a degenerate U-statistic, whose
     error is e^I / n where k shuffles have e^I / sqrt(n k).
     """
+    alone = process_group is None and marginals is None and negatives == "all" and strategy == "gather"
+    if alone and diagonal in DIAGONALS:
+        known = known_moments(x, z, critic, diagonal == "include", backend)
+        if known is not None:
+            return known
     pairs = agree(
         "critic_moments",
         x,
@@ -102,6 +109,9 @@ def _moments(pairs: Pairs) -> tuple[Tensor, Tensor, bool]:
     if pairs.negatives != "all":
         scores = sampled_scores(pairs)
         return scores[0].mean(), log_mean_exp(scores[1:], backend=pairs.backend), False
+    together = _of_one_node(pairs)
+    if together is not None:
+        return *together, True
     scored = pairs.scored()
     right, first_positive = scored.right, 0
     if pairs.shards is not None:
@@ -121,6 +131,21 @@ def _moments(pairs: Pairs) -> tuple[Tensor, Tensor, bool]:
         return *dot_moments(scored.left, right, **common), False
     positives, rows, _ = general_sums(scored, right, "lse", first_positive=first_positive, include=pairs.include)
     return positives.mean(), log_mean_exp_of_rows(rows, pairs), False
+
+
+def _of_one_node(pairs: Pairs) -> tuple[Tensor, Tensor] | None:
+    """(J, L) of a concat critic on a GPU whose parameters are all there is to it; None for any other."""
+    x, z, critic = pairs.x, pairs.z, pairs.critic
+    if pairs.shards is not None or pairs.marginals is not None or not group_device.serves(x, pairs.backend):
+        return None
+    weights = weights_of_all([critic], x, z)
+    if weights is None or z.shape[0] != x.shape[0]:
+        return None
+    inner = critic.inner
+    return grouped_moments(
+        [x.contiguous()], [z.contiguous()], weights,
+        Group((0,), (1.0,), inner.activation, inner.slope, pairs.include, pairs.backend, alone=True),
+    )  # fmt: skip
 
 
 def log_mean_exp_of_rows(rows: Tensor, pairs: Pairs) -> Tensor:

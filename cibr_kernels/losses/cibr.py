@@ -31,6 +31,7 @@ from cibr_kernels.information.negatives import Negatives, check_negatives, check
 from cibr_kernels.information.pairs import DIAGONALS
 from cibr_kernels.information.wrappers import dtype_for
 from cibr_kernels.losses import diagnostics as diagnose
+from cibr_kernels.losses import game
 from cibr_kernels.losses.clip.op import clip_loss
 from cibr_kernels.losses.penalty import PENALTIES, Options, Players, Rows, penalty, players
 from cibr_kernels.losses.targets import check_ids
@@ -254,10 +255,16 @@ def objective(
     shards: Shards | None = None,
     backend: str = "auto",
     diagnostics: bool = False,
+    contrastive: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`cibr_loss` after its checks -> the loss () and its parts."""
-    contrastive = _contrastive(rows, logit_scale, logit_bias, options, shards, backend)
+    """`cibr_loss` after its checks -> the loss () and its parts.  contrastive: CLIP's part, where it is there already."""
+    if contrastive is None:
+        contrastive = _contrastive(rows, logit_scale, logit_bias, options, shards, backend)
     with torch.autocast(rows.image_features.device.type, enabled=False):
+        if shards is None and ema is None and not diagnostics and options.negatives == "all":
+            played = game.play(rows, options, seen, lam, contrastive, generator, backend)
+            if played is not None:
+                return played[0], parts_of(contrastive, played[1])
         branch = rows.scaled(lam)
         surrogate, parts = penalty(branch, options, seen, ema=ema, generator=generator, shards=shards, backend=backend)
         if diagnostics:
@@ -265,6 +272,12 @@ def objective(
             parts |= diagnose.compare_gradients(contrastive, rows, surrogate, branch, shards)
         loss = contrastive + lam * (parts["image_cmi"] + parts["text_cmi"]) + (surrogate - surrogate.detach())
     return loss, {"contrastive_loss": contrastive.detach(), **parts}
+
+
+def parts_of(contrastive: Tensor, played: Tensor) -> dict[str, Tensor]:
+    """played: what `game` gives besides the loss."""
+    named = zip(game.PARTS, played.unbind(0), strict=True)
+    return {"contrastive_loss": contrastive.detach(), **dict(named)}
 
 
 def _contrastive(

@@ -153,7 +153,7 @@ class ConcatCritic(_Critic):
         """How estimators get at this critic: the first of `information.critics.FORMS` to miss nothing, or "call"."""
         if self._called_only():
             return "call"
-        if not self.overridden.isdisjoint(("paired", "pairwise")):
+        if type(self) is not ConcatCritic and not self.overridden.isdisjoint(("paired", "pairwise")):
             return "pairwise"
         shown = self.inner is None and isinstance(self.out, _Scores) and not hooked(self.out)
         return "additive_parts" if shown and "score_parts" not in self.overridden else "pair_parts"
@@ -181,21 +181,38 @@ class ConcatCritic(_Critic):
     def plain_weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
         """Wx, Wz, c, w (1, hidden), c2 (1,) where a call does nothing but multiply with them.
 
-        None where hooks, parametrizations, FSDP or `storage` are in the way.  For the form "additive_parts" only.
+        None where another form, hooks, parametrizations, FSDP or `storage` are in the way.  Asked at every step: it
+        looks into the modules' dictionaries, because their attributes take a call of Python each.
         """
-        layers = self.x_proj, self.z_proj, self.out
+        layers = self._modules
+        x_proj, z_proj, out = layers["x_proj"], layers["z_proj"], layers["out"]
         if (
-            self.storage is not None
-            or tuple(map(type, layers)) != (_PartOfLinear, _PartOfLinear, _Scores)
-            or _have_hooks(self, *layers)
+            type(x_proj) is not _PartOfLinear
+            or type(z_proj) is not _PartOfLinear
+            or type(out) is not _Scores
+            or self.storage is not None
+            or _have_hooks(self, x_proj, z_proj, out)
             or any(GLOBAL_HOOKS)
-            or hasattr(type(self), "set_requires_gradient_sync")
+            or (type(self) is not ConcatCritic and hasattr(type(self), "set_requires_gradient_sync"))
+            or self.form != "additive_parts"
         ):
             return None
-        c, c2 = self.z_proj.bias, self.out.bias
-        found = self.x_proj.weight, self.z_proj.weight, c, self.out.weight, c2
-        plain = all(type(p) is nn.Parameter and p.dtype == c.dtype and p.device == c.device for p in found)
-        return found if plain and c.dtype in WIDE else None
+        of_z, of_out = z_proj._parameters, out._parameters
+        found = (
+            x_proj._parameters.get("weight"),
+            of_z.get("weight"),
+            of_z.get("bias"),
+            of_out.get("weight"),
+            of_out.get("bias"),
+        )
+        c = found[2]
+        if c is None or c.dtype not in WIDE:
+            return None
+        dtype, device = c.dtype, c.device
+        for p in found:
+            if type(p) is not nn.Parameter or p.dtype != dtype or p.device != device:
+                return None
+        return found  # type: ignore[return-value]
 
     def _out_weights(self) -> tuple[Tensor, Tensor]:
         """w (hidden,), c2 (), float32 (float64): the layer's own where nobody makes or takes them around a call.

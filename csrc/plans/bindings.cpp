@@ -28,12 +28,12 @@ PYBIND11_MODULE(_plans, m) {
           "gemm",
           [](Plan& p, std::pair<int, uint64_t> a, std::pair<int, uint64_t> b, std::pair<int, uint64_t> c,
              std::array<int, 3> sizes, std::array<int, 3> pitches, bool transposed_a, bool transposed_b, bool accumulate,
-             int dtype, int math_mode) {
+             float alpha, int dtype, int math_mode) {
             p.gemm({{a.first, a.second}, {b.first, b.second}, {c.first, c.second}, sizes[0], sizes[1], sizes[2],
-                    pitches[0], pitches[1], pitches[2], transposed_a, transposed_b, accumulate, dtype, math_mode});
+                    pitches[0], pitches[1], pitches[2], transposed_a, transposed_b, accumulate, alpha, dtype, math_mode});
           },
           py::arg("a"), py::arg("b"), py::arg("c"), py::arg("sizes"), py::arg("pitches"), py::arg("transposed_a"),
-          py::arg("transposed_b"), py::arg("accumulate"), py::arg("dtype"), py::arg("math_mode"))
+          py::arg("transposed_b"), py::arg("accumulate"), py::arg("alpha"), py::arg("dtype"), py::arg("math_mode"))
       .def_property_readonly("multiplies", &Plan::multiplies)
       .def("run", &Plan::run, py::arg("device"), py::arg("stream"), py::arg("handle"), py::arg("addresses"),
            py::call_guard<py::gil_scoped_release>());

@@ -103,17 +103,17 @@ void Plan::encode(size_t i, uint64_t address) {
 
 // cuBLAS is column-major: c^T (cols, rows) = b^T a^T.
 void Plan::multiply(const Gemm& g, void* handle, const std::vector<uint64_t>& addresses) const {
-  const float one = 1, beta = g.accumulate;
+  const float alpha = g.alpha, beta = g.accumulate;
   const auto at = [&](Place p) { return reinterpret_cast<void*>(addresses[p.slot] + p.offset); };
   const int op_a = g.transposed_a, op_b = g.transposed_b;
   if (g.dtype == kFloat32) {
-    check_blas(blas().sgemm(handle, op_b, op_a, g.cols, g.rows, g.inner, &one, static_cast<const float*>(at(g.b)), g.ldb,
+    check_blas(blas().sgemm(handle, op_b, op_a, g.cols, g.rows, g.inner, &alpha, static_cast<const float*>(at(g.b)), g.ldb,
                             static_cast<const float*>(at(g.a)), g.lda, &beta, static_cast<float*>(at(g.c)), g.ldc),
                "cublasSgemm");
     return;
   }
   check_blas(blas().set_math_mode(handle, g.math_mode), "cublasSetMathMode");
-  const int status = blas().gemm_ex(handle, op_b, op_a, g.cols, g.rows, g.inner, &one, at(g.b), g.dtype, g.ldb, at(g.a),
+  const int status = blas().gemm_ex(handle, op_b, op_a, g.cols, g.rows, g.inner, &alpha, at(g.b), g.dtype, g.ldb, at(g.a),
                                     g.dtype, g.lda, &beta, at(g.c), kFloat32, g.ldc, kComputeFloat32, kDefaultTensorOp);
   check_blas(blas().set_math_mode(handle, 0), "cublasSetMathMode");
   check_blas(status, "cublasGemmEx");

@@ -31,12 +31,13 @@ struct MapLayout {
   int element_bytes;
 };
 
-// c (rows, cols) float32 = a b, or c += a b, all row-major; a "transposed" operand lies as its transpose does.
+// c (rows, cols) float32 = alpha a b, or c += alpha a b, all row-major; a "transposed" operand lies as its transpose does.
 struct Gemm {
   Place a, b, c;
   int rows, cols, inner;
   int lda, ldb, ldc;  // numbers from a row to the next, as they lie
   bool transposed_a, transposed_b, accumulate;
+  float alpha;
   int dtype;      // cudaDataType of a and b: 0 float32, 2 float16, 14 bfloat16
   int math_mode;  // cublasMath_t around half precision, as PyTorch sets it
 };
