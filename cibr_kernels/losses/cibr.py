@@ -257,7 +257,7 @@ def objective(
     diagnostics: bool = False,
     contrastive: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`cibr_loss` after its checks -> the loss () and its parts.  contrastive: CLIP's part, where it is there already."""
+    """`cibr_loss` after its checks -> the loss () and its parts.  contrastive: CLIP's part where it is there."""
     if contrastive is None:
         contrastive = _contrastive(rows, logit_scale, logit_bias, options, shards, backend)
     with torch.autocast(rows.image_features.device.type, enabled=False):
