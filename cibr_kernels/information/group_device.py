@@ -214,9 +214,9 @@ def unique(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], list[Tensor]]:
 
 
 def _kernels() -> ModuleType:
-    from cibr_kernels.information import group_kernels
+    from cibr_kernels.information import triton_group
 
-    return group_kernels
+    return triton_group
 
 
 def _sums() -> ModuleType:

@@ -262,6 +262,6 @@ def _differentiable(
 
 
 def _kernels() -> ModuleType:
-    from cibr_kernels.losses import game_kernels
+    from cibr_kernels.losses import triton_game
 
-    return game_kernels
+    return triton_game

@@ -64,6 +64,6 @@ def _train(x: Tensor, mean: Tensor, var: Tensor, started: Tensor, momentum: floa
 
 
 def _kernels() -> ModuleType:
-    from cibr_kernels.nn import statistics_kernels
+    from cibr_kernels.nn import triton_statistics
 
-    return statistics_kernels
+    return triton_statistics

@@ -154,7 +154,7 @@ def test_a_launch_around_tritons_own_path_passes_the_same_bytes_and_compiles_no_
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["different"] == [] and found["launches"] > 30
-    assert found["seen"] == 10, "hooks are told of every launch"
+    assert found["seen"] == 13, "hooks are told of every launch"
     assert found["compiled"][-1] <= 22, found
     assert found["compiled"][1:8] == [found["compiled"][1]] * 7, f"a new number of rows compiles: {found}"
     assert found["warm"][0] == found["warm"][1], "after a warmup nothing compiles"
