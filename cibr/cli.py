@@ -178,7 +178,8 @@ def data_cache(arguments: Sequence[str]) -> int:
     with torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "amp_bf16"):
         found = write_cache(options.model, model, data, Path(options.out), options.split, corrupted=options.corrupted)
     print(f"{found['images']} images and {found['captions']} captions in {options.out}; {found['skipped']} skipped")
-    print(f"next: cibr train --model heads --data features:{options.out}")
+    size = min(found["images"], 512)
+    print(f"next: cibr train --model heads --data features:{options.out} --batch-size {size} --steps 300 --out RUN")
     return 0
 
 

@@ -136,7 +136,12 @@ def test_the_commands(pairs: DataOptions, tmp_path: Path, capsys: pytest.Capture
     spec, out = tiny_clip(tmp_path), str(tmp_path / "features.safetensors")
     with pytest.raises(SystemExit) as ended:
         main(["data", "cache", "--model", spec, "--data", pairs.data, "--out", out, "--workers", "0"])
-    assert ended.value.code == 0 and "7 images and 13 captions in" in capsys.readouterr().out
+    report, following = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0 and "7 images and 13 captions in" in report
+    arguments = following.removeprefix("next: cibr ").replace("--steps 300", "--steps 2").split()
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path / "run") if word == "RUN" else word for word in arguments])
+    assert ended.value.code == 0 and "2 steps in" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
         main(["data", "check", "--data", pairs.data, "--workers", "0"])
     assert ended.value.code == 0
