@@ -128,10 +128,8 @@ def forward_backward(players: Players, stage: Stage, batch: Batch, step: int, tu
         return players.scaler.scale(parts["loss"])
 
     with contextlib.ExitStack() as meanwhile:
-        if len(pieces) > 1:
-            meanwhile.enter_context(unsynchronised(players.called))
-        ck.accumulate(encode_part, range(len(pieces)), loss, buffers=players.model.buffers())
-    players.ranks.average(left_to_average(players, parted=len(pieces) > 1))
+        ck.accumulate(encode_part, range(len(pieces)), loss, model=players.called)
+    players.ranks.average(left_to_average(players))
     return parts
 
 
@@ -157,16 +155,10 @@ def cut(batch: Batch, count: int) -> list[Batch]:
     return [{name: t[part] for name, t in batch.items()} for part in slices(rows, min(count, rows))]
 
 
-def unsynchronised(called: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """Several backward passes that add up, without a message each."""
-    return called.no_sync() if isinstance(called, DistributedDataParallel) else contextlib.nullcontext()
-
-
-def left_to_average(players: Players, *, parted: bool) -> Iterator[nn.Parameter]:
-    """Parameters whose gradients are still this rank's: critics', scalars under FSDP, all of a batch in parts."""
+def left_to_average(players: Players) -> Iterator[nn.Parameter]:
+    """Parameters whose gradients are still this rank's: critics', and scalars under FSDP."""
     yield from players.critics.parameters()
-    sharded = any(is_sharded(p) for p in players.model.parameters())
-    if sharded or parted:
+    if any(is_sharded(p) for p in players.model.parameters()):
         yield from (p for p in players.model.parameters() if not is_sharded(p))
 
 

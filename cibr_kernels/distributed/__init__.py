@@ -12,6 +12,7 @@ that reaches a rank's own features is world-size times that of the whole batch's
     lse.py          dot_lse over ranks: one tower is gathered, the columns' log-sum-exps are exchanged
     ring.py         the same in O(local rows) memory: shards travel, the next one while this one is multiplied
     softplus.py     dot_softplus over ranks, by both strategies
+    once.py         several backwards of DDP and FSDP2 that send their gradients once
 
 Only collectives that NCCL has are used, on the features' device, without a host synchronisation (the header: see
 `set_header_check`).  torch.compile runs them eagerly, in a graph break; with fullgraph=True it refuses.

@@ -9,81 +9,154 @@ Adding up the gradients of the parts' own losses is another thing: there, a row'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-P = TypeVar("P")
+from cibr_kernels.distributed.once import broadcast_buffers_again, unsynchronised
+from cibr_kernels.losses.parts import Encoded, Parts
+
+DEVIATION = 0.02  # of features that were encoded twice, relative: above what kernels in another order of sums do
+_OTHERS = (
+    "part {} was encoded to other tensors the second time ({}), so the gradients in .grad are not those of the loss: "
+    "parts must be the same both times, random numbers torch's own, and 0-d tensors the same for all parts"
+)
 
 
 def accumulate(
-    encode: Callable[[P], Sequence[Tensor]],
-    parts: Iterable[P],
+    encode: Callable[[Any], Tensor | Sequence[Tensor] | Mapping[str, Tensor]],
+    parts: Any,
     loss: Callable[..., Tensor],
     *,
-    buffers: Iterable[Tensor] = (),
+    rows: int | None = None,
+    model: nn.Module | Iterable[nn.Module] = (),
+    check: bool = True,
 ) -> Tensor:
     """Leaves in `.grad` what `loss(*encode(batch)).backward()` would of the whole batch; returns the loss, detached.
 
     Args:
-        encode: a part of the batch -> tensors.  Those of one and more dimensions have a row for each sample and are
-            concatenated over parts; 0-d ones, a temperature say, are the same for all parts.
-        parts: of the batch, in order, of any sizes.  One part is encoded once, with its graph.
-        loss: called once with the tensors of the whole batch -> 0-d.  Its own parameters, critics say, get their
-            gradients too; its random numbers follow those of the encoding.
-        buffers: put back before the second encoding, so that running statistics count each row once.
+        encode: a part of the batch -> a tensor, or several in a sequence or by name.  Those of one and more dimensions
+            have a row for each sample and are concatenated over parts; 0-d ones, a temperature say, are the same for
+            all parts.  Integers, group ids say, have no gradient.
+        parts: of the batch, in order, of any sizes: an iterable that can be gone through twice (a list, a DataLoader,
+            shuffled or not), or a function without arguments that returns one.  One part is in memory at a time.
+        loss: called once with the tensors of the whole batch (by name where they have names) -> 0-d.  Its own
+            parameters, critics say, get their gradients too; its random numbers follow those of the encoding.
+        rows: where given, `parts` is the batch, a tensor or a dictionary, tuple or list of tensors, and is cut into
+            parts of so many rows, the last one with what is left.
+        model: the module or modules that `encode` calls.  Their buffers are put back before the second encoding, so
+            that running statistics count each row once.  Those in DistributedDataParallel or fully_shard (FSDP2) send
+            their gradients once, with the last part; others of FSDP2 send those of every part.
+        check: that the second encoding gives what the first gave.  On a GPU that waits for the device once, at the end.
 
-    The memory is that of one part and all features.  Batch norm sees a part at a time.  Under DDP call this within
-    `no_sync()` and average the gradients afterwards; FSDP2 reduces those of every part.
+    Encode and loss run under the caller's autocast, every backward outside of it.  A list of one part is encoded once,
+    with its graph.  The memory is that of one part and all features; batch norm sees a part at a time.
+
+    Raises:
+        TypeError: parts that can be gone through once only, or are a tensor or dictionary without `rows`; no tensors
+            where there should be some.
+        ValueError: no parts, parts that are others the second time, a scale of shape (1,) beside several rows, a loss
+            that is not 0-d.
+    Source: Gao et al. 2021 (2101.06983), section 3.2.
     """
-    parts = list(parts)
-    if len(parts) == 1:
-        tensors = list(encode(parts[0]))
-        value, gradients = _at_features(loss, tensors)
-        _backward(tensors, gradients)
+    source = Parts.of(parts, rows)
+    modules = _all_modules(model)
+    only = source.only()
+    if only is not None:
+        encoded = Encoded.of(encode(only[0]))
+        value, gradients = _at_features(loss, encoded)
+        _backward(encoded.tensors, gradients)
         return value
-    kept = [(buffer, buffer.clone()) for buffer in buffers]
-    states, outputs = [], []
-    with torch.no_grad():
-        for part in parts:
-            states.append(_random_state())
-            outputs.append([t.clone() for t in encode(part)])  # a pooled feature may be a view that keeps all tokens
-    value, gradients = _at_features(loss, [torch.cat(ts) if ts[0].ndim else ts[0] for ts in zip(*outputs, strict=True)])
-    after = _random_state()
-    for buffer, before in kept:
-        buffer.copy_(before)
-    rows = [[len(t) for t in tensors if t.ndim] for tensors in outputs]
-    of_parts = [g.split([r[k] for r in rows]) for k, g in enumerate(g for g in gradients if g.ndim)]
-    for k, (part, state) in enumerate(zip(parts, states, strict=True)):
-        _set_random_state(state)
-        own = (pieces[k] for pieces in of_parts)
-        _backward(encode(part), [next(own) if g.ndim else g / len(parts) for g in gradients])
-    _set_random_state(after)
+    buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers(recurse=False)]
+    outputs: list[Encoded] = []
+    with ExitStack() as quiet:
+        quiet.enter_context(unsynchronised(modules))
+        with torch.no_grad():
+            source.first(lambda part: outputs.append(Encoded.of(encode(part)).kept()))
+        torch.clear_autocast_cache()  # of weights in half precision, which were made without a graph
+        whole = Encoded.concatenated(outputs)
+        value, gradients = _at_features(loss, whole)
+        shared = [g if g.ndim else g / len(outputs) for g in gradients]  # a share of a 0-d tensor's to every part
+        pieces = whole.split(shared, outputs)
+        seen = whole.split(whole.tensors, outputs)
+        names = whole.names
+        outputs.clear()
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        broadcast_buffers_again(modules)
+        deviations: list[Tensor] = []
+
+        def again(k: int, part: Any) -> None:
+            if k + 1 == len(pieces):
+                quiet.close()  # the last one sends
+            encoded = Encoded.of(encode(part))
+            encoded.like(names, seen[k])
+            if any(len(t) != len(b) for t, b in zip(encoded.tensors, seen[k], strict=True) if t.ndim):
+                raise ValueError(_OTHERS.format(k, "other numbers of rows"))
+            if check:
+                deviations.append(_deviation(encoded.tensors, seen[k]))
+            _backward(encoded.tensors, pieces[k])
+
+        source.second(again)
+    _refuse_other_features(deviations)
     return value
 
 
-def _at_features(loss: Callable[..., Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _all_modules(model: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
+    """All modules inside, each once."""
+    given = [model] if isinstance(model, nn.Module) else list(model)
+    for module in given:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"model must be a module or several, got {type(module).__name__}")
+    return list(dict.fromkeys(inner for module in given for inner in module.modules()))
+
+
+def _at_features(loss: Callable[..., Tensor], encoded: Encoded) -> tuple[Tensor, list[Tensor]]:
     """The loss, and its gradients with respect to the tensors; a stride-0 zero where it does not depend on one."""
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    value = loss(*leaves)
-    value.backward()
+    leaves = [t.detach().requires_grad_() if t.is_floating_point() else t.detach() for t in encoded.tensors]
+    value = loss(*leaves) if encoded.names is None else loss(**dict(zip(encoded.names, leaves, strict=True)))
+    if not isinstance(value, Tensor) or value.ndim:
+        raise ValueError(f"loss must return a 0-d tensor, got {_shape(value)}")
+    with _no_autocast([value]):
+        value.backward()
     return value.detach(), [t.new_zeros(()).expand_as(t) if t.grad is None else t.grad for t in leaves]
+
+
+def _shape(value: Any) -> str:
+    return f"one of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _backward(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     needed = [(t, g) for t, g in zip(tensors, gradients, strict=True) if t.requires_grad]
     if needed:
-        torch.autograd.backward([t for t, _ in needed], [g for _, g in needed])
+        with _no_autocast(tensors):
+            torch.autograd.backward([t for t, _ in needed], [g for _, g in needed])
 
 
-def _random_state() -> tuple[Tensor, Tensor | None]:
-    """Of the CPU and of the current CUDA device, where there is one."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+def _no_autocast(tensors: Sequence[Tensor]) -> ExitStack:
+    """A backward's products have the types of the forward's, whatever the region it is called in."""
+    stack = ExitStack()
+    for device in {t.device.type for t in tensors}:
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
-def _set_random_state(state: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1])
+@torch.no_grad()
+def _deviation(tensors: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
+    """(): the largest relative difference |a - b| / |b| among the tensors, in the Euclidean norm."""
+    found = []
+    for a, b in zip(tensors, before, strict=True):
+        a, b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (a, b))
+        difference = torch.linalg.vector_norm(a - b)
+        found.append(torch.where(difference == 0, difference, difference / torch.linalg.vector_norm(b)).float())
+    return torch.stack(found).max()
+
+
+def _refuse_other_features(deviations: list[Tensor]) -> None:
+    for k, found in enumerate(torch.stack(deviations).tolist() if deviations else []):
+        if found > DEVIATION:  # NaN is not
+            raise ValueError(_OTHERS.format(k, f"relative difference {found:.2g}; check=False leaves this test out"))
