@@ -5,7 +5,8 @@ each of a process of its own, which warms up on a few rows and runs one step.  T
 the plain step, the ways taking turns in one process.  All ways must have the plain step's gradients.
 
 `gradcache` is a re-implementation of Gao et al. 2021 (2101.06983), section 3.2, with the surrogate of its authors' code
-(luyug/GradCache), the dot product of features and cached gradients.  Its loss is open_clip's, on N x N logits.
+(luyug/GradCache), the dot product of features and cached gradients.  As theirs it encodes one tower at a time, where
+`accumulate` has a part of both in memory.  Its loss is open_clip's, on N x N logits.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from bench.peers import gigabytes
 
 WIDTH, TOKENS, LAYERS = 128, 50, 3
 ROWS, QUICK_ROWS = 256, 64
-PARTS = (4, 16)
+PARTS = (4, 8, 16)
 ROUNDS, QUICK_ROUNDS = 3, 1
 HEADER = f"{'way':<12}{'parts':>6}{'memory':>10}{'of plain':>10}{'time':>8}{'|gradient|':>14}"
 AGREE = 1e-4  # of the gradients' norms, relative to the plain step's: float32 sums in other orders
@@ -80,21 +81,20 @@ def plain(p: Problem, parts: list[Tensor]) -> None:
 
 
 def accumulate(p: Problem, parts: list[Tensor]) -> None:
-    ck.accumulate(p.encode, parts, ck.clip_loss)
+    ck.accumulate(p.encode, parts, ck.clip_loss, model=p.towers)
 
 
 def gradcache(p: Problem, parts: list[Tensor]) -> None:
-    """Features without a graph; the loss's gradients at them; every part again, through the dot of both."""
+    """Features without a graph; the loss's gradients at them; every part of either tower again, by the dot of both."""
+    sides = list(zip(p.towers, p.batch, strict=True))
     with torch.no_grad():
-        features = [torch.cat(t) for t in zip(*(p.encode(rows)[:2] for rows in parts), strict=True)]
-    cache = [t.requires_grad_() for t in features]
-    eager_loss(cache[0], cache[1], p.log_scale.exp()).backward()
-    gradients = zip(*(t.grad.split([len(r) for r in parts]) for t in cache if t.grad is not None), strict=True)
-    for rows, cached in zip(parts, gradients, strict=True):
-        surrogate = sum(
-            (x.flatten() @ g.flatten() for x, g in zip(p.encode(rows), cached, strict=False)), torch.zeros(())
-        )
-        surrogate.backward()
+        cache = [torch.cat([tower(side[rows]) for rows in parts]) for tower, side in sides]
+    x, y = (t.requires_grad_() for t in cache)
+    eager_loss(x, y, p.log_scale.exp()).backward()
+    for (tower, side), t in zip(sides, (x, y), strict=True):
+        assert t.grad is not None
+        for rows, cached in zip(parts, t.grad.split([len(r) for r in parts]), strict=True):
+            (tower(side[rows]).flatten() @ cached.flatten()).backward()
 
 
 WAYS: dict[str, Callable[[Problem, list[Tensor]], None]] = {

@@ -15,6 +15,7 @@ from cibr_kernels.distributed import merge
 from cibr_kernels.distributed.lse import STRATEGIES
 from cibr_kernels.distributed.shards import Agreement, Shards
 from cibr_kernels.losses.clip.op import clip_loss
+from cibr_kernels.losses.clip.options import Negatives, SoftTargets
 from cibr_kernels.losses.siglip.op import siglip_loss
 from cibr_kernels.nn.groups import OnGroup
 
@@ -51,6 +52,7 @@ class ClipLoss(_OnRanks):
     local_loss: return this rank's part, whose mean over ranks is the loss, instead of the loss of all rows (one more
     all-gather of a number, without gradient).  The gradients are the same, exact under DDP's averaging, either way and
     with or without `gather_with_grad`, which is accepted like `cache_labels` and `use_horovod` and changes nothing.
+    negatives: `cibr_kernels.Negatives` for every call; one given to a call, with that batch's tensors, takes its place.
     Raises ValueError at the call where rank and world_size are not those of the default group.
     """
 
@@ -63,10 +65,12 @@ class ClipLoss(_OnRanks):
         world_size: int = 1,
         use_horovod: bool = False,
         *,
+        negatives: Negatives | None = None,
         process_group: ProcessGroup | None = None,
         strategy: str = "gather",
     ) -> None:
         super().__init__(rank, world_size, process_group, strategy)
+        self.negatives = negatives
         self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
         self.use_horovod = use_horovod
 
@@ -77,11 +81,27 @@ class ClipLoss(_OnRanks):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
+        *,
+        group_ids: Tensor | None = None,
+        image_negatives: Tensor | None = None,
+        text_negatives: Tensor | None = None,
+        negatives: Negatives | None = None,
+        soft_targets: SoftTargets | None = None,
     ) -> Any:
         """-> the loss, or {"contrastive_loss": loss}.  Arguments as in `cibr_kernels.clip_loss`."""
         group = self._group()
         loss = clip_loss(
-            image_features, text_features, logit_scale, logit_bias, process_group=group, strategy=self.strategy
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            group_ids=group_ids,
+            image_negatives=image_negatives,
+            text_negatives=text_negatives,
+            negatives=self.negatives if negatives is None else negatives,
+            soft_targets=soft_targets,
+            process_group=group,
+            strategy=self.strategy,
         )
         if group is not None and not self.local_loss:
             loss = loss + (merge.mean_of_ranks(loss.detach(), group) - loss.detach())
@@ -93,7 +113,7 @@ class SigLipLoss(_OnRanks):
 
     rank, world_size, process_group, strategy: as in `ClipLoss`; on several ranks the result is this rank's part, whose
     mean over ranks is the loss, as open_clip's.  cache_labels and dist_impl are accepted and change nothing: the sum
-    does not depend on the order in which texts arrive.
+    does not depend on the order in which texts arrive.  negatives: as in `ClipLoss`.
     Raises ValueError for an unknown dist_impl, and at the call where rank and world_size are not the default group's.
     """
 
@@ -104,10 +124,12 @@ class SigLipLoss(_OnRanks):
         world_size: int = 1,
         dist_impl: str | None = None,
         *,
+        negatives: Negatives | None = None,
         process_group: ProcessGroup | None = None,
         strategy: str = "gather",
     ) -> None:
         super().__init__(rank, world_size, process_group, strategy)
+        self.negatives = negatives
         checks.choice("dist_impl", dist_impl or "bidir", ("bidir", "shift", "reduce", "gather"))
         self.cache_labels, self.dist_impl = cache_labels, dist_impl
 
@@ -118,10 +140,24 @@ class SigLipLoss(_OnRanks):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
+        *,
+        group_ids: Tensor | None = None,
+        image_negatives: Tensor | None = None,
+        text_negatives: Tensor | None = None,
+        negatives: Negatives | None = None,
     ) -> Any:
         """-> the loss, or {"contrastive_loss": loss}.  Arguments as in `cibr_kernels.siglip_loss`."""
         loss = siglip_loss(
-            image_features, text_features, logit_scale, logit_bias, process_group=self._group(), strategy=self.strategy
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            group_ids=group_ids,
+            image_negatives=image_negatives,
+            text_negatives=text_negatives,
+            negatives=self.negatives if negatives is None else negatives,
+            process_group=self._group(),
+            strategy=self.strategy,
         )
         return {"contrastive_loss": loss} if output_dict else loss
 

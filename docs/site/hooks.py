@@ -15,7 +15,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"\[([^\]\n]+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
-TITLE = re.compile(r"^# ([a-z_]+(?:, [a-z_]+)*)\n")
+TITLE = re.compile(r"^# (\w+(?:, \w+)*)\n")
 MODULES = {"nn": ["cibr_kernels.nn"], "distributed": ["cibr_kernels.distributed"]}
 
 

@@ -20,6 +20,7 @@ from sharded import F32, F64, check
 import cibr_kernels as ck
 from bench.experiments import scale
 from bench.experiments import sharded as measured
+from cibr_kernels.losses.clip.options import DIRECTIONS
 
 # rows of each rank
 EVEN = [(6,), (5, 5), (4, 4, 4), (6, 6, 6, 6)]
@@ -46,6 +47,7 @@ def test_clip_loss_of_frozen_towers(ranks, frozen, strategy):
     check(ranks.run(sharded.clip, 3, (3, 8, 1), F32, frozen=frozen, strategy=strategy), F32)
 
 
+ALL_SIDES = ck.Negatives(directions=DIRECTIONS)
 CONTRASTIVE: list[tuple[str, dict]] = [
     ("clip_loss", {"groups": 5}),
     ("clip_loss", {"groups": 5, "one_way": True}),
@@ -60,18 +62,18 @@ CONTRASTIVE: list[tuple[str, dict]] = [
     ("siglip_loss", {"groups": 5, "group_mode": "positives", "weighted": True}),
     ("siglip_loss", {"reduction": "sum", "weighted": True, "queues": ["text_negatives", "image_negatives"]}),
     ("siglip_loss", {"reduction": "none", "groups": 4}),
+    ("siglip_loss", {"negatives": ALL_SIDES, "groups": 4, "weighted": True}),
+    ("siglip_loss", {"negatives": ALL_SIDES, "reduction": "none"}),
 ]
-
-
-ALL_SIDES = ("image_to_text", "text_to_image", "image_to_image", "text_to_text")
 
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 @pytest.mark.parametrize(
     "options",
     [
-        {"directions": ALL_SIDES, "joint": True, "own": True, "groups": 5},
-        {"directions": ALL_SIDES, "hardness": 3.0, "strategy": "ring"},
+        {"directions": DIRECTIONS, "joint": True, "own": True, "groups": 5},
+        {"directions": DIRECTIONS, "hardness": 3.0, "strategy": "ring"},
+        {"directions": DIRECTIONS, "margin": 0.1},
         {"guided": True},
     ],
 )

@@ -226,6 +226,9 @@ REFUSED = {
     "soft_targets and group_ids": lambda: loss(soft_targets=soft(X), group_ids=torch.arange(4)),
     "soft_targets and label_smoothing": lambda: loss(soft_targets=soft(X), label_smoothing=0.1),
     "guide has 3 rows but image_features has 4": lambda: loss(soft_targets=soft(X[:3])),
+    "strategy 'ring' has no margin of Negatives: where shards are uneven": lambda: loss(
+        negatives=ck.Negatives(margin=0.1), strategy="ring"
+    ),
     "scale of SoftTargets must be positive": lambda: ck.SoftTargets(guide=X, scale=0.0, share=0.5),
     "share of SoftTargets must lie in": lambda: ck.SoftTargets(guide=X, scale=1.0, share=1.5),
 }

@@ -183,7 +183,10 @@ def _refuse_combinations(problem: Problem, negatives: Negatives | None, grouped:
         }
         targets.refuse_together("negatives", others)
         if ring and negatives.margin is not None:
-            raise ValueError("strategy 'ring' has no margin of Negatives; use 'gather'")
+            raise ValueError(
+                "strategy 'ring' has no margin of Negatives: where shards are uneven its blocks exchange rows and "
+                "columns, and only rows have limits; use 'gather'"
+            )
     if p.soft_targets is not None:
         others = {"group_ids": grouped, "label_smoothing": p.label_smoothing, "strategy 'ring'": ring}
         targets.refuse_together("soft_targets", others)

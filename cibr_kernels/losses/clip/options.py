@@ -1,4 +1,4 @@
-"""What `clip_loss` can be told about its denominators and its targets: an object for each of the two questions."""
+"""What the losses can be told about their negatives and their targets: an object for each of the two questions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HARDNESS_ON = ("all", "in_batch", "own")
 
 @dataclass(frozen=True, kw_only=True)
 class Negatives:
-    """What stands in the denominators of `clip_loss`, and with which weight.
+    """What stands in the denominators of `clip_loss`, and with which weight; the negative pairs of `siglip_loss`.
 
     directions: which similarities, "image_to_text" among them, which holds the positive.  "image_to_image" and
         "text_to_text" are the same-side negatives: the anchor against the other rows of its own side, itself left out.

@@ -21,6 +21,8 @@ from cibr_kernels.distributed.lse import STRATEGIES
 from cibr_kernels.distributed.shards import Agreement, Shards
 from cibr_kernels.distributed.softplus import sharded_dot_softplus, sharded_dot_softplus_sums
 from cibr_kernels.losses import targets
+from cibr_kernels.losses.clip.options import Negatives
+from cibr_kernels.losses.siglip import negatives as more_pairs
 from cibr_kernels.losses.siglip.fast_path import known_loss, plain_loss
 from cibr_kernels.numerics import promote, softplus
 from cibr_kernels.primitives.dot.softplus.op import dot_softplus, dot_softplus_sums
@@ -36,6 +38,7 @@ def siglip_loss(
     group_mode: str = "mask",
     image_negatives: Tensor | None = None,
     text_negatives: Tensor | None = None,
+    negatives: Negatives | None = None,
     weights: Tensor | None = None,
     reduction: str = "mean",
     return_metrics: bool = False,
@@ -56,6 +59,9 @@ def siglip_loss(
         group_ids: (n,) integers; pairs of one group are no negatives.
         group_mode: "mask" leaves pairs of one group out; "positives" counts them as positives.
         image_negatives, text_negatives: (k, d), more negatives of each text, of each image; of this rank's rows.
+        negatives: `cibr_kernels.Negatives`: pairs of one side (images with images, texts with texts) and each anchor's
+            own hard negatives, as pairs with the label -1, each once.  Not with joint, hardness, margin, fewer than the
+            two directions between the sides, or group_mode "positives".
         weights: (n,) weights of the pairs, not negative; pair (i, j) has the mean of the weights of i and j.
         reduction: "mean" (by weight), "sum", or "none" for (n,) losses, loss_i half the sum of row i and column i (its
             backward computes the logits again: 1 + 3 passes).
@@ -69,7 +75,7 @@ def siglip_loss(
     checks.choice("strategy", strategy, STRATEGIES)
     checks.choice("reduction", reduction, targets.REDUCTIONS)
     checks.choice("group_mode", group_mode, targets.GROUP_MODES)
-    given = any(t is not None for t in (group_ids, image_negatives, text_negatives, weights, process_group))
+    given = any(t is not None for t in (group_ids, image_negatives, text_negatives, negatives, weights, process_group))
     plain = not (given or return_metrics) and reduction != "none"
     if plain and library.only_autograd_looks_on(image_features, text_features, logit_scale, logit_bias):
         loss = known_loss(image_features, text_features, logit_scale, logit_bias, reduction == "mean", backend)
@@ -87,6 +93,7 @@ def siglip_loss(
         "weights": weights is not None,
         "reduction": reduction,
         "return_metrics": return_metrics,
+        "negatives": negatives and negatives.options(),
     }
     with Agreement("siglip_loss", process_group, **options) as agreement:
         x, y, scale, bias = _inputs(image_features, text_features, logit_scale, logit_bias)
@@ -95,6 +102,9 @@ def siglip_loss(
             (x, targets.check_negatives("text_negatives", text_negatives, x)),
             (y, targets.check_negatives("image_negatives", image_negatives, x)),
         )
+        if negatives is not None:
+            more_pairs.refuse(negatives, group_mode if group_ids is not None else "mask")
+            negatives = negatives.checked(x)
         if strategy == "ring" and reduction == "none":
             raise ValueError("strategy 'ring' gives a mean or a sum, not reduction 'none'; use 'gather'")
         if strategy == "ring" and weights is not None and weights.requires_grad:
@@ -114,12 +124,14 @@ def siglip_loss(
         else:
             rows, cols = sharded_dot_softplus_sums(x, y, scale, bias, shards, **common)
         losses = (rows + cols) / 2 + softplus(-positives)
-        for anchors, negatives in extra:
-            if negatives is not None:
+        for anchors, queue in extra:
+            if queue is not None:
                 more, _ = dot_softplus_sums(
-                    anchors, negatives, scale, bias, first_positive=negatives.shape[0], need_cols=False, backend=backend
+                    anchors, queue, scale, bias, first_positive=queue.shape[0], need_cols=False, backend=backend
                 )
                 losses = losses + more
+        if negatives is not None:
+            losses = losses + more_pairs.per_pair(x, y, scale, bias, negatives, shards, **common)
         loss = losses if weights is None else losses * weights
     else:
         c = targets.pair_weights(positives, weights, reduction, shards)
@@ -129,11 +141,14 @@ def siglip_loss(
         else:
             loss = sharded_dot_softplus(x, y, scale, bias, u, v, shards, strategy=strategy, **common)
         loss = loss + (c * softplus(-positives)).sum()
-        for anchors, negatives in extra:
-            if negatives is not None:
+        for anchors, queue in extra:
+            if queue is not None:
                 loss = loss + dot_softplus(
-                    anchors, negatives, scale, bias, c, first_positive=negatives.shape[0], backend=backend
+                    anchors, queue, scale, bias, c, first_positive=queue.shape[0], backend=backend
                 )
+        if negatives is not None:
+            weighted = weights is not None
+            loss = loss + more_pairs.total(x, y, scale, bias, negatives, c, weighted, shards, strategy, **common)
     return (loss, _measure(x, y, scale, bias, positives, shards)) if return_metrics else loss
 
 
