@@ -76,6 +76,7 @@ def prepare(config: RunConfig, found: Path | None, ranks: Ranks) -> Session:
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
+    say(f"data       opening {config.data.data}")  # which takes long where a set is decoded or listed once
     started = time.perf_counter()
     dataset = open_dataset(config.data)
     size = "a stream" if isinstance(dataset, Stream) else f"{len(dataset):,} samples"
