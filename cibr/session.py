@@ -249,6 +249,10 @@ def description(config: RunConfig, players: Players, batches: Batches, counters:
     batch = f"batches of {config.optim.batch_size}{epoch}"
     start = f", from step {counters.step} on" if counters.step else ""
     yield f"run        {config.run.out}: {length}, {batch}{start}"
+    growth = getattr(players.stages[-1].objective, "growth", None)
+    if growth is not None and config.optim.steps is not None and growth.warning(config.optim.steps):
+        share = growth.at(config.optim.steps - 1).item()
+        yield f"           --lam only grows to {share:.0%} in these steps: lower --lam-warmup-steps, --lam-ramp-steps"
     if config.optim.update == "alternating":
         yield f"           critics move in {config.optim.n_critic} turns a step, a batch each, encoders in the last one"
     if config.optim.accumulate > 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):

@@ -48,6 +48,7 @@ class Penalised(Objective):
         super().__init__(options, model)
         self.contrastive = contrastive(options, model)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.growth = ck.nn.Schedule(1.0, options.lam_warmup_steps, options.lam_ramp_steps)
 
     @classmethod
     def sigmoid(cls, options: Any) -> bool:
@@ -59,10 +60,8 @@ class Penalised(Objective):
 
     def lams(self) -> tuple[Tensor, Tensor]:
         """Weights of the image's and the text's term, 0-d: 0 in the warm-up, then linear growth to the options'."""
-        options = self.options
-        grown = (self.step - options.lam_warmup_steps + 1).clamp(min=0) / (options.lam_ramp_steps + 1)
-        text = options.lam if options.lam_text is None else options.lam_text
-        return options.lam * grown.clamp(max=1.0), text * grown.clamp(max=1.0)
+        grown, lam, lam_text = self.growth.at(self.step), self.options.lam, self.options.lam_text
+        return lam * grown, (lam if lam_text is None else lam_text) * grown
 
     def penalty(self, output: Output, lam_image: Tensor, lam_text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What players descend on, 0-d, and the log's entries, detached: "image_cmi", "text_cmi" (nats) and others."""

@@ -180,7 +180,8 @@ def _sliced(batch: Any, part: slice) -> Any:
     if isinstance(batch, Mapping):
         return {name: _sliced(value, part) for name, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(_sliced(value, part) for value in batch)
+        made = [_sliced(value, part) for value in batch]
+        return type(batch)(*made) if hasattr(batch, "_fields") else type(batch)(made)  # a named tuple takes each alone
     return batch
 
 

@@ -10,7 +10,7 @@ import itertools
 import re
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -155,6 +155,11 @@ def pairs() -> Iterator[tuple[Tensor, Tensor]]:
     yield from zip(IMAGES.split(7), TEXTS.split(7), strict=True)
 
 
+class Pair(NamedTuple):
+    images: Tensor
+    texts: Tensor
+
+
 def test_parts_of_every_kind(model: Towers, truth: list[Tensor]) -> None:
     data = torch.utils.data.TensorDataset(IMAGES, TEXTS)
     named = {"images": IMAGES, "texts": TEXTS, "flag": True}
@@ -167,6 +172,7 @@ def test_parts_of_every_kind(model: Towers, truth: list[Tensor]) -> None:
         in_parts(model, list(pairs())),
         in_parts(model, pairs),  # a function that returns an iterator
         in_parts(model, (IMAGES, TEXTS), rows=7),
+        in_parts(model, Pair(IMAGES, TEXTS), lambda pair: model(pair.images, pair.texts)[:3], rows=7),
         in_parts(model, named, by_name, rows=7),  # results by name as well
         in_parts(model, torch.cat([IMAGES, TEXTS], 1), lambda t: model(t[:, :12], t[:, 12:])[:3], rows=4),
         in_parts(model, torch.utils.data.DataLoader(data, batch_size=7)),

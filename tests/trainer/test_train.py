@@ -74,6 +74,14 @@ def test_cibr_follows_its_warm_up(tmp_path: Path) -> None:
         assert entry["loss"] == pytest.approx(entry["contrastive_loss"] + entry["lam"] * penalty, rel=1e-4)
 
 
+@pytest.mark.parametrize(("steps", "said"), [(4, True), (5, False)])
+def test_a_run_too_short_for_its_weight_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: int, said: bool
+) -> None:
+    train(config(tmp_path / "run", steps=steps, **CIBR))
+    assert ("--lam only grows to 67% in these steps" in capsys.readouterr().out) == said
+
+
 class NotFinite(Clip):
     """CLIP's loss, but NaN at some calls."""
 
