@@ -34,7 +34,6 @@ from bench.disassembly import Unreadable
 from bench.inputs import HIDDEN, TERMS
 from bench.peers import fused_clip_passes
 from cibr_kernels.dispatch import backends
-from cibr_kernels.dispatch.native_call import fill
 
 ISSUE_ITERATIONS = 500_000  # 6 million vector instructions a thread, 1 to 2 ms: short enough to find both cores free
 DOT_FAMILY = ("clip_loss", "siglip_loss")
@@ -149,7 +148,8 @@ def issue_rate() -> Gauge:
     """csrc/issue_rate on all torch threads."""
     module, issued = backends.compiled(), torch.zeros(1, dtype=torch.int64)
     threads = torch.get_num_threads()
-    params = fill(module.IssueRate(), {"iterations": ISSUE_ITERATIONS, "threads": threads, "issued": issued})
+    params = module.IssueRate()
+    params.fill({"iterations": ISSUE_ITERATIONS, "threads": threads, "issued": issued})
     module.issue_rate(params)
     return Gauge(float(issued.item()) * threads, lambda: (module.issue_rate(params), issued), "issue")
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from cibr_kernels.dispatch import backends, pointers, triton_recording
-from cibr_kernels.dispatch.native_call import fill
 from cibr_kernels.dispatch.triton_call import Gpu, Target
 
 
@@ -93,7 +92,8 @@ def call(kernel: str, struct: str, **fields: Any) -> None:
     module = backends.compiled()
     tensors = [v for v in fields.values() if isinstance(v, Tensor) and v.numel()]
     pointers.check(kernel, tensors[0].device, fields)
-    params = fill(getattr(module, struct)(), fields)
+    params = getattr(module, struct)()
+    params.fill(fields)
     size = getattr(module, f"{kernel}_cuda_workspace")(params)
     workspace = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)
     params.workspace = workspace.data_ptr()
@@ -105,4 +105,6 @@ def call(kernel: str, struct: str, **fields: Any) -> None:
 
 def again(kernel: str, struct: str, fields: dict[str, Any], like: Tensor) -> None:
     """A call that was made before, with addresses in the place of tensors, on the device of `like`."""
-    _executor.launch(kernel, fill(getattr(backends.compiled(), struct)(), fields), [like])
+    params = getattr(backends.compiled(), struct)()
+    params.fill(fields)
+    _executor.launch(kernel, params, [like])

@@ -17,15 +17,10 @@ GRAIN = 1 << 21  # multiply-adds that are worth a thread: 20 to 40 us of one cor
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
 
 
-def fill(params: Any, fields: dict[str, Any]) -> Any:
-    """Sets the fields of a new parameter struct; None and empty tensors stay null pointers (csrc/common/fields.h)."""
-    params.fill(fields)
-    return params
-
-
 def call(kernel: str, struct: str, work: int, **fields: Any) -> None:
     """Fills `struct`'s fields and runs `kernel` on torch's number of threads, or fewer where there is little to do.
 
+    None and empty tensors stay null pointers (csrc/common/fields.h).
     work: about how many multiply-adds it is; results do not depend on the number of threads.
     """
     module = backends.compiled()
@@ -33,7 +28,9 @@ def call(kernel: str, struct: str, work: int, **fields: Any) -> None:
         if type(value) not in NUMBERS and not value.is_cpu:  # a tenth of the time of looking at each by name
             pointers.check(kernel, CPU, fields)
     fields["threads"] = max(1, min(torch.get_num_threads(), work // GRAIN))
-    getattr(module, kernel)(fill(getattr(module, struct)(), fields))
+    params = getattr(module, struct)()
+    params.fill(fields)
+    getattr(module, kernel)(params)
 
 
 def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -156,15 +156,15 @@ def test_the_backward_makes_nothing_of_the_size_of_the_stash():
 def test_what_is_no_field_of_a_kernel_is_refused():
     params = backends.compiled().ClipLoss()
     x = torch.randn(3, 4)
-    native_call.fill(params, {"x": x, "y": None, "dx": x[:0], "n": 3, "one_way": True, "scale": 2})
+    params.fill({"x": x, "y": None, "dx": x[:0], "n": 3, "one_way": True, "scale": 2})
     assert (params.x, params.y, params.dx) == (x.data_ptr(), 0, 0)
     assert (params.n, params.one_way, params.scale) == (3, 1, 2.0)
     with pytest.raises(TypeError, match="no field 'z'"):
-        native_call.fill(params, {"z": x})
+        params.fill({"z": x})
     with pytest.raises(ValueError, match="dx: a tensor that is not contiguous"):
-        native_call.fill(params, {"dx": x.T})
+        params.fill({"dx": x.T})
     with pytest.raises(ValueError, match=r"n: .*cast"):
-        native_call.fill(params, {"n": "3"})
+        params.fill({"n": "3"})
 
 
 def test_scratch_is_kept_within_its_limit_and_used_again():

@@ -5,18 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cibr_kernels.dispatch.native_call import DTYPES, call, scratch_like
-from cibr_kernels.numerics import early_dtype
+from cibr_kernels.dispatch.native_call import DTYPES, call
+from cibr_kernels.losses.at_once import with_gradients
 
 
 def forward(
     x: Tensor, y: Tensor, scale: Tensor, one_way: bool, need_dx: bool, need_dy: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """-> loss (), dx (n, d), dy (n, d), each None unless needed, dscale () with them; float32 for float16."""
-    if (need_dx or need_dy) and (made := early_dtype(x.dtype)) != x.dtype:
-        x, y = x.to(made), y.to(made)
+    x, y, dx, dy = with_gradients(x, y, need_dx, need_dy)
     n, d = x.shape
-    dx, dy = scratch_like(x) if need_dx else None, scratch_like(y) if need_dy else None
     loss, dscale = torch.empty_like(scale), torch.empty_like(scale) if need_dx or need_dy else None
     call(
         "clip_loss",
