@@ -195,6 +195,13 @@ def test_links_lead_somewhere(page: str) -> None:
             assert anchor in anchors, f"{page} links to {target}, which has {anchors}"
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)
+def test_a_dot_product_in_words_is_code(page: Path) -> None:
+    """A browser takes <x_i, y_j> for a tag and shows nothing."""
+    words = re.sub(r"^```.*?^```$|^ {4}.*?$|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert not re.findall(r"<[A-Za-z][^>\n]*,[^>\n]*>", words)
+
+
 def test_every_page_can_be_reached_from_the_index() -> None:
     linked = re.findall(r"\]\((\w+)\.md[)#]", PAGES["index"])
     assert set(PAGES) - {"index"} == set(linked) - {"index"}
