@@ -98,6 +98,7 @@ def _critic_cases() -> list[Case]:
         Case("critic_moments", 4096, 256, baselines=("eager",)),
         Case("cibr_loss", 256, 512, baselines=("eager",), quick=True),
         Case("cibr_loss", 512, 512, baselines=("eager",)),
+        Case("cibr_loss", 1024, 512, baselines=("eager",)),
         Case("cibr_loss", 2048, 512, baselines=("eager",)),
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -32,6 +33,10 @@ EXPERIMENTS = {
 }
 PICTURES = ("mi", "variance", "gradient", "curve", "omib", "alignment", "family")
 FILES = ("toy", "accumulate", "omib_choice", *PICTURES)  # with --json
+VENDOR = {  # what holds torch's and its libraries' code back to the kernels' instruction set
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "generic": {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     cases.add_argument("--all", action="store_true", help="the extra cases too: every width and tier, slow peers")
     cases.add_argument("--quick", action="store_true", help="a few cases, at most 60 s")
     cases.add_argument("--list", action="store_true", help="print the names and stop")
+    cases.add_argument("--fused", action="store_true", help="no baselines: the fused ops and their floors")
+    cases.add_argument("--isa", metavar="NAME", help="the kernels' instruction set, and torch's where it is less")
     _files(cases, plot="draw time and memory against N")
 
     gpu = sub.add_parser("gpu", help="the same on the GPU of this machine, or without one")
@@ -112,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _cases(args: argparse.Namespace, top: argparse.ArgumentParser, commands: Sequence[str], began: float) -> int:
+    if args.isa:
+        os.environ |= {"CIBR_KERNELS_ISA": args.isa, **VENDOR.get(args.isa, {})}
     if not args.list:
         processes.start_server()
 
@@ -130,6 +139,8 @@ def _cases(args: argparse.Namespace, top: argparse.ArgumentParser, commands: Seq
     if args.quick:
         cases = [replace(c, baselines=tuple(b for b in c.baselines if b not in SLOW_TO_START)) for c in cases]
         cases.sort(key=lambda case: case.n)  # what is left out for time is large
+    if args.fused:
+        cases = [replace(c, baselines=(), target=None) for c in cases]
     if not cases:
         top.error(f"--quick has none of {', '.join(args.names)}")
     return run(cases, args, began)
@@ -140,7 +151,12 @@ def run(cases: Sequence[Any], args: argparse.Namespace, began: float) -> int:
     from tqdm import tqdm
 
     from bench import machine, measure, report
+    from cibr_kernels.dispatch import backends
 
+    known = backends.compiled().supported_isas() if backends.native_available() else []
+    if args.isa and args.isa not in known:
+        print(f"--isa must be one of {', '.join(known)}, got {args.isa!r}", file=sys.stderr)
+        return 2
     if args.plot:
         try:
             report.require_matplotlib()

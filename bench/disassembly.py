@@ -30,9 +30,10 @@ class Instruction:
 
     @property
     def arithmetic(self) -> bool:
-        """True for packed floats on the vector ports; loads, stores and broadcasts from memory are none."""
-        moves = self.mnemonic.startswith(("mov", "vmov", "vbroadcast"))
-        return self.mnemonic.endswith("ps") and self.floats > 0 and not moves
+        """True for what computes with vectors, of floats or bits; loads, stores and broadcasts from memory do not."""
+        name = self.mnemonic.removeprefix("v")
+        bits = name.startswith(("pcmp", "pand", "por", "pxor"))
+        return self.floats > 0 and (bits or (name.endswith("ps") and not name.startswith(("mov", "broadcast"))))
 
 
 Loop = tuple[Instruction, ...]

@@ -5,25 +5,29 @@
                                                dtype or in float32, whichever is faster here
     critic family   c N^2 H / v / rate         c: instructions per vector of v pair-units (critic_code.py), one sweep
                                                rate: vector instructions a second on all torch threads (csrc/issue_rate)
-    cibr_loss       of its clip_loss and of its four critics, one after another
+                    + sum of 2 N D H / rate    over a critic's matmuls, a = X Wx^T and b = Z Wz^T and their gradients, D
+                                               the width of X or Z, each at the vendor's rate for it
+    cibr_loss       of its clip_loss and of its four critics, one after another; X is data and gets no gradient
 
 The products of a gradient take the vendor longer than the logits (3 to 20 % on a Xeon with AVX-512, N >= 1024).
 Each is timed in whichever of two arrangements is faster there: G Y or (Y^T G^T)^T, G^T X or (X^T G)^T.
 
 The issue rate is that of independent multiply-adds, maxima and additions on full registers.  On Intel's server cores
 it is two a cycle: 512-bit vectors go to ports 0 (with 1 fused into it) and 5, comparisons into a mask to 5 alone; on
-a Zen 4 too, one that multiplies or compares into a mask and one that adds or takes a maximum.  c counts loads,
+a Zen 4 too, one that multiplies or compares into a mask and one that adds or takes a maximum.  Of AVX2's vectors a
+Zen 2 to 4 issues four a cycle, a Zen 1 and an Intel core two.  c counts loads,
 broadcasts and the loop's own instructions at the same price, because they are issued, although other ports take them:
 a loop that overlapped them perfectly would go past this floor.  So the line below a table also has the time of the
-instructions that compute alone, which nothing can go past.  Left out: the front end, the caches, the exponentials
-(N^2, not N^2 H), packing and merging (N H), the critics' projections (N H times the width of the inputs).
+instructions that compute alone, which nothing can go past, and the percent of the sweeps without the critics' matmuls.
+Left out: the front end, the caches, the exponentials (N^2, not N^2 H), packing and merging (N H), noise.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +35,7 @@ from torch import Tensor
 from bench.cases import Case, Passes
 from bench.critic_code import Sweep, chosen_sweep
 from bench.disassembly import Unreadable
-from bench.inputs import HIDDEN, TERMS
+from bench.inputs import HIDDEN, TERMS, make_inputs
 from bench.peers import fused_clip_passes
 from cibr_kernels.dispatch import backends
 
@@ -67,13 +71,24 @@ class Together:
     """Work of several kinds, one after another; `rate` is how often a second all of it could be done."""
 
     parts: tuple[tuple[Gauge, float], ...]  # and how much of its work
-    what: str
 
     def rate(self) -> float:
-        return 1 / sum(work / gauge.rate() for gauge, work in self.parts)
+        """Runs each kind once."""
+        rates = {gauge: gauge.rate() for gauge in dict.fromkeys(gauge for gauge, _ in self.parts)}
+        return 1 / sum(work / rates[gauge] for gauge, work in self.parts)
 
-    def rates(self) -> tuple[float, ...]:
-        return (self.rate(),)
+
+@dataclass(frozen=True)
+class Critics:
+    """What critics take: sweeps over pairs, beside the matmuls of a loss where there is one, and their own matmuls."""
+
+    sweeps: Gauge | Together
+    projections: Together
+    what: str
+
+    def rates(self) -> tuple[float, float]:
+        """Runs each once -> instructions or floors a second of the sweeps; how often a second the projections."""
+        return self.sweeps.rate(), self.projections.rate()
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,7 @@ class Vendor:
         return tuple(product.rate() for product in self.products)
 
 
-Unit = Gauge | Together | Vendor
+Unit = Gauge | Critics | Vendor
 
 
 def gauge(case: Case) -> Unit | None:
@@ -98,7 +113,7 @@ def gauge(case: Case) -> Unit | None:
     if not backends.native_available():
         return None
     if case.op == "critic_moments":
-        return issue_rate()
+        return Critics(issue_rate(), projections(case), "issue")
     try:
         sweeps = len(TERMS) * sweep_seconds(chosen_sweep("relu"), case.n, case.n, HIDDEN, case.backward, rate=1.0)
     except Unreadable:
@@ -106,10 +121,31 @@ def gauge(case: Case) -> Unit | None:
     passes = fused_clip_passes(case)
     counts = (passes.logits, passes.gradients / 2, passes.gradients / 2)
     matmuls = zip(vendor(case).products, counts, strict=False)
-    return Together(
-        (*((one, count * 2 * case.n**2 * case.width) for one, count in matmuls), (issue_rate(), sweeps)),
-        f"{passes.total} matmuls at the vendor's rates and {len(TERMS)} critics as critic_moments",
-    )
+    parts = [(one, count * 2 * case.n**2 * case.width) for one, count in matmuls]
+    what = f"{passes.total} matmuls at the vendor's rates and {len(TERMS)} critics as critic_moments"
+    return Critics(Together((*parts, (issue_rate(), sweeps))), projections(case), what)
+
+
+def projections(case: Case) -> Together:
+    """The matmuls of a case's critics, a panel of rows as torch.mm into memory that is there, warmed up."""
+    gauges: dict[tuple[str, int], Gauge] = {}
+    parts = []
+    critics: Iterable[Any] = make_inputs(replace(case, n=1)).critics.values()
+    for critic in critics:
+        for width, data in ((critic.x_dim, case.op == "cibr_loss"), (critic.z_dim, False)):
+            kinds = ("forward", "weight", "input") if case.backward else ("forward",)
+            for kind in kinds[:2] if data else kinds:
+                if (kind, width) not in gauges:
+                    gauges[kind, width] = _projection(kind, case.n, width, critic.hidden)
+                parts.append((gauges[kind, width], gauges[kind, width].work))
+    return Together(tuple(parts))
+
+
+def _projection(kind: str, n: int, width: int, hidden: int) -> Gauge:
+    """Of x (n, width), w (hidden, width) and g (n, hidden): x w^T, g^T x or g w, in the faster of two arrangements."""
+    x, w, g = torch.randn(n, width), torch.randn(hidden, width), torch.randn(n, hidden)
+    left, right = {"forward": (x, w.T), "weight": (g.T, x), "input": (g, w)}[kind]
+    return max((_mm(left, right), _mm(right.T, left.T)), key=_best)
 
 
 def panel(case: Case) -> tuple[int, int, int]:
@@ -170,10 +206,10 @@ def sweep_seconds(sweep: Sweep, n: int, m: int, h: int, backward: bool, rate: fl
 
 @dataclass(frozen=True)
 class Floor:
-    """Of critic_moments: seconds, those of the arithmetic alone, and what the table says of them."""
+    """Of sweeps: seconds, those of the arithmetic alone where known, and what the table says of them."""
 
     seconds: float
-    arithmetic: float
+    arithmetic: float | None
     note: str
 
 

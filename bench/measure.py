@@ -19,7 +19,7 @@ from bench import processes
 from bench.cases import Case, Passes
 from bench.devices import Cpu, Device
 from bench.disassembly import Unreadable
-from bench.floor import DOT_FAMILY, critic_floor, floor_seconds
+from bench.floor import DOT_FAMILY, Floor, critic_floor, floor_seconds
 from bench.inputs import Inputs, make_inputs
 from bench.peers import IMPLEMENTATIONS, Loss, gigabytes
 
@@ -61,7 +61,7 @@ class Row:
 @dataclass
 class Result:
     """A measured case; the best `rates` of its floor's unit: flop/s of the vendor's X Y^T, G Y and G^T X, or the vector
-    instructions or floors of a second.
+    instructions or floors of a second and how often a second it could do the critics' matmuls.
     """
 
     case: Case
@@ -132,23 +132,21 @@ def add_floor(result: Result) -> None:
             strict = floor_seconds(Passes(fused.passes.total, 0), *size, result.rates) / fused.best
             result.floor_note = f"with every matmul at the rate of X Y^T: {100 * strict:.0f} %"
         return
-    (rate,) = result.rates
-    if case.op == "cibr_loss":
-        result.floor_note = f"floor: {result.unit}: {1e3 / rate:.3g} ms"
-        if fused.best:
-            fused.floor_percent = 100 / rate / fused.best
-        return
+    rate, of_projections = result.rates
+    floor = Floor(1 / rate, None, f"floor: {result.unit}")
     try:
-        floor = critic_floor(case, rate)
+        floor = critic_floor(case, rate) if case.op == "critic_moments" else floor
     except Unreadable as error:
         result.floor_note = f"no floor: {error}"
         return
-    result.floor_note = f"{floor.note}: {1e3 * floor.seconds:.3g} ms"
+    projections = 1 / of_projections
+    result.floor_note = f"{floor.note}: {1e3 * floor.seconds:.3g} ms, the critics' matmuls {1e3 * projections:.3g} ms"
     if fused.best:
-        fused.floor_percent = 100 * floor.seconds / fused.best
-        result.floor_note += (
-            f"; what computes alone: {1e3 * floor.arithmetic:.3g} ms, {100 * floor.arithmetic / fused.best:.0f} %"
-        )
+        fused.floor_percent = 100 * (floor.seconds + projections) / fused.best
+        result.floor_note += f"; without those {100 * floor.seconds / fused.best:.0f} %"
+        if floor.arithmetic:
+            strict = floor.arithmetic + projections
+            result.floor_note += f"; what computes alone: {1e3 * strict:.3g} ms, {100 * strict / fused.best:.0f} %"
 
 
 def agrees(case: Case, row: Row) -> bool:

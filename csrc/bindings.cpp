@@ -108,6 +108,7 @@ PYBIND11_MODULE(_C, m) {
   bind_struct<DotSoftplus>(m, "DotSoftplus");
   bind_struct<SiglipLoss>(m, "SiglipLoss");
   bind_struct<AdditiveMoments>(m, "AdditiveMoments");
+  bind_struct<AdditiveMomentsBackward>(m, "AdditiveMomentsBackward");
   bind_struct<AdditiveScores>(m, "AdditiveScores");
   bind_struct<AdditiveShifts>(m, "AdditiveShifts");
   bind_struct<LogMeanExp>(m, "LogMeanExp");

@@ -17,10 +17,11 @@
   kernel(dot_lse_forward, DotForward) kernel(dot_lse_backward, DotBackward) kernel(clip_loss, ClipLoss) \
       kernel(dot_softplus, DotSoftplus) kernel(siglip_loss, SiglipLoss)
 #define CK_FLOAT_KERNELS(kernel)                                                                       \
-  kernel(additive_moments, AdditiveMoments) kernel(additive_scores_forward, AdditiveScores)            \
-      kernel(additive_scores_backward, AdditiveScores) kernel(additive_shifts_forward, AdditiveShifts) \
-          kernel(additive_shifts_backward, AdditiveShifts) kernel(log_mean_exp_forward, LogMeanExp)    \
-              kernel(log_mean_exp_backward, LogMeanExp) kernel(issue_rate, IssueRate)
+  kernel(additive_moments, AdditiveMoments) kernel(additive_moments_backward, AdditiveMomentsBackward)         \
+      kernel(additive_scores_forward, AdditiveScores) kernel(additive_scores_backward, AdditiveScores)         \
+          kernel(additive_shifts_forward, AdditiveShifts) kernel(additive_shifts_backward, AdditiveShifts)     \
+              kernel(log_mean_exp_forward, LogMeanExp) kernel(log_mean_exp_backward, LogMeanExp)               \
+                  kernel(issue_rate, IssueRate)
 
 namespace ck {
 
@@ -89,6 +90,15 @@ void each_field(Of<AdditiveMoments>, const Visit& visit) {
       CK_FIELD(first_positive), CK_FIELD(include_diagonal), CK_FIELD(activation), CK_FIELD(slope), CK_FIELD(need_a),
       CK_FIELD(need_b), CK_FIELD(need_w), CK_FIELD(features_dtype), CK_FIELD(threads), CK_FIELD(j), CK_FIELD(el),
       CK_FIELD(da), CK_FIELD(db), CK_FIELD(dw);
+}
+
+template <typename Visit>
+void each_field(Of<AdditiveMomentsBackward>, const Visit& visit) {
+  using P = AdditiveMomentsBackward;
+  CK_FIELD(a), CK_FIELD(b), CK_FIELD(w), CK_FIELD(n), CK_FIELD(m), CK_FIELD(h), CK_FIELD(first_positive),
+      CK_FIELD(groups), CK_FIELD(activation), CK_FIELD(slope), CK_FIELD(features_dtype), CK_FIELD(threads),
+      CK_FIELD(g_j), CK_FIELD(g_l), CK_FIELD(da_of_l), CK_FIELD(db_of_l), CK_FIELD(dw_of_l), CK_FIELD(da),
+      CK_FIELD(db), CK_FIELD(dw);
 }
 
 template <typename Visit>

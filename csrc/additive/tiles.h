@@ -5,7 +5,8 @@
 //   S_ij = (1-s) [ sum_h w_h max(a_ih, -b_jh) + sum_h w_h b_jh ] + s [ sum_h w_h a_ih + sum_h w_h b_jh ]
 // takes two instructions per vector of products (max, fma), and phi' = s + (1-s) [b_jh > -a_ih] three (compare to a mask, add
 // e_ij under the mask to the row's sum and to the column's).  The scores run with columns in the lanes, and need no sum over
-// lanes; the gradients run with h in the lanes, for the same reason.  phi = t phi' gives dw for nothing:
+// lanes; the gradients run with h in the lanes, for the same reason, and compare integers of the same order, which take any
+// port of a Zen where floats take the two that add.  phi = t phi' gives dw for nothing:
 //   dw_h = sum_i a_ih U_ih + sum_j b_jh V_jh,    U_ih = sum_j e_ij phi'(t_ijh),  V_jh = sum_i e_ij phi'(t_ijh)
 // max(a, -b) + b loses digits where a and b are large together (a unit dead behind a large bias), so a + centre_h and
 // b - centre_h stand in their place, with centre_h = -max(a, -b) for an a and a b typical of unit h.
@@ -55,6 +56,7 @@ void add_rows(const float* panel, int64_t count, int64_t h, int64_t rows, float*
 typedef __mmask16 mask;
 inline bool any(mask m) { return m; }
 inline mask greater(vf x, vf y) { return _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ); }
+inline mask greater(vi x, vi y) { return _mm512_cmpgt_epi32_mask(reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(y)); }
 // max(*x, y): a vector of its own for *x would take an instruction's place in a Zen 4's pipes.
 inline vf max_with(const float* x, vf y) {
   vf z;
@@ -77,9 +79,26 @@ inline bool any(mask m) {
 #endif
 }
 inline mask greater(vf x, vf y) { return x > y; }
+inline mask greater(vi x, vi y) { return x > y; }
 inline vf max_with(const float* x, vf y) { return vmax(broadcast(*x), y); }
 inline vf add_where(mask m, vf sum, vf x) { return sum + reinterpret_cast<vf>(reinterpret_cast<vi>(x) & m); }
 #endif
+
+// Integers in the order of floats that are not NaN, -0 as 0; kept as a vf, which nothing may compute with.
+inline vf ordered(vf x) {
+  const vi bits = reinterpret_cast<vi>(x + 0.0f);
+  return reinterpret_cast<vf>(bits ^ (bits >> 31 & 0x7fffffff));
+}
+
+// A number for several uses: left in memory, GCC would load it for each of them.
+inline vf in_register(vf x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__AVX2__)
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
 
 // What one panel of columns offers to the tiles on it.
 struct Panel {
@@ -94,7 +113,7 @@ struct Panel {
 // What one thread needs for a tile.
 struct Scratch {
   float* row;   // (h,) of a or b in float32
-  float* a;     // (A ROWS, h) in runs: what Tile packs of a; ReLU family: -a, then a + centre
+  float* a;     // (A ROWS, h) in runs: what Tile packs of a; ReLU family: -a ordered, then a + centre
   float* da;    // (ROWS, h) in runs: sum_j e_ij phi'
   float* dw;    // (h,) sum_ij e_ij phi; smooth activations only
   float* s;     // (ROWS, COLS) scores, then e_ij
@@ -104,30 +123,30 @@ struct Scratch {
 
 // ReLU (below = 0) and leaky ReLU.
 struct Kinked {
+  static constexpr int ROWS = 24, COLS = 32;  // share what is loaded of each other
 #if defined(__AVX512F__)
   static constexpr int GROUP_TILES = 4;
-  static constexpr int ROWS = 24;  // share what is loaded of a panel
   static constexpr int PART = 12;  // rows of scores at a time, x 2 vectors of columns: 24 accumulators of 32 registers
   static constexpr int SOME = 6;   // rows of a gradient at a time, with 2 vectors of h: 12 of -a and 12 sums
 #else
-  static constexpr int GROUP_TILES = 8;
-  static constexpr int ROWS = 4, PART = 4;  // x 2: 8 of 16
-  static constexpr int SOME = 2;
+  static constexpr int GROUP_TILES = 2;
+  static constexpr int PART = 4;  // x 2: 8 of 16
+  static constexpr int SOME = 2;  // 4 and 4 of 16
 #endif
-  static constexpr int COLS = 2 * VL;
   static constexpr int A = 2, B = 1, KEPT = 0, RUN = CHUNK;
   static constexpr bool KINKED = true, CENTRED = true;
 
-  static void pack_a(vf x, vf centre, vf* packed) { packed[0] = -x, packed[1] = x + centre; }
-  static void pack_b(vf x, vf, vf* packed) { packed[0] = x; }
+  static void pack_a(vf x, vf centre, vf* packed) { packed[0] = ordered(-x), packed[1] = x + centre; }
+  static void pack_b(vf x, vf, vf* packed) { packed[0] = ordered(x); }
 
   // s += (1-s) sum_h w_h max(a_ih + centre_h, centre_h - b_jh); w comes multiplied by (1-s)
   template <bool>
   void scores(const Scratch& t, const Panel& panel, const float* w, int64_t h) const {
     for (int64_t k0 = 0; k0 < h; k0 += CHUNK)
       for (int first = 0; first < ROWS; first += PART)
-        score_rows(t.a + place<RUN>(A * ROWS, k0) + (ROWS + first) * RUN, panel.negative + k0 * COLS, w + k0,
-                   smaller(CHUNK, h - k0), t.s + first * COLS);
+        for (int column = 0; column < COLS; column += 2 * VL)
+          score_rows(t.a + place<RUN>(A * ROWS, k0) + (ROWS + first) * RUN, panel.negative + k0 * COLS + column, w + k0,
+                     smaller(CHUNK, h - k0), t.s + first * COLS + column);
   }
 
   template <bool FOR_A, bool FOR_B>
@@ -142,9 +161,10 @@ struct Kinked {
   }
 
  private:
-  // PART rows, all columns, `count` units.
+  // PART rows, two vectors of columns, `count` units.
   static void score_rows(const float* a, const float* negative, const float* w, int64_t count, float* s) {
     vf sum[PART][2] = {};
+#pragma GCC unroll 2
     for (int64_t k = 0; k < count; k++) {
       const vf left = load(negative + k * COLS), right = load(negative + k * COLS + VL), weight = broadcast(w[k]);
 #pragma GCC unroll 16
@@ -163,17 +183,20 @@ struct Kinked {
   // SOME rows, all columns, two vectors of h: each e_ij that is loaded serves four sums.
   template <bool FOR_A, bool FOR_B>
   static void gradient_rows(const float* a, const float* b, const float* e, float* da, float* db) {
-    vf minus_a[SOME][2], row_sum[SOME][2];
+    vi minus_a[SOME][2];
+    vf row_sum[SOME][2];
 #pragma GCC unroll 16
     for (int i = 0; i < SOME; i++)
       for (int v = 0; v < 2; v++) {
-        minus_a[i][v] = load(a + i * RUN + v * VL);
+        minus_a[i][v] = reinterpret_cast<vi>(load(a + i * RUN + v * VL));
         row_sum[i][v] = load(da + i * RUN + v * VL);
       }
+#pragma GCC unroll 2
     for (int j = 0; j < COLS; j++) {
-      vf bj[2], column_sum[2];
+      vi bj[2];
+      vf column_sum[2];
       for (int v = 0; v < 2; v++) {
-        bj[v] = load(b + j * RUN + v * VL);
+        bj[v] = reinterpret_cast<vi>(in_register(load(b + j * RUN + v * VL)));
         column_sum[v] = FOR_B ? load(db + j * RUN + v * VL) : vf{};
       }
 #pragma GCC unroll 16
@@ -217,14 +240,6 @@ inline void add_lanes_each(const vf* v, [[maybe_unused]] int count, const float*
 #else
   for (int i = 0; i < count; i++) x[i] = y[i] + sum_lanes(v[i]);
 #endif
-}
-
-// A number for two products: left in memory, GCC would load it for each of them.
-inline vf in_register(vf x) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(x));
-#endif
-  return x;
 }
 
 #if defined(__AVX512F__)

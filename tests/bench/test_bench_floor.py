@@ -30,7 +30,7 @@ LISTING = """
 
 0000000000002000 <_ZN2ck6avx51212_GLOBAL__N_16Kinked9gradientsEv>:
     2000:\tvbroadcastss (%rcx),%zmm1
-    2006:\tvcmpgt_oqps %zmm0,%zmm2,%k1
+    2006:\tvpcmpgtd %zmm0,%zmm2,%k1
     200c:\tvaddps %zmm1,%zmm3,%zmm3{%k1}
     2012:\tvaddps %zmm1,%zmm4,%zmm4{%k1}
     2018:\tjne    2000 <_ZN2ck6avx51212_GLOBAL__N_16Kinked9gradientsEv>
@@ -143,7 +143,7 @@ def test_a_critic_without_a_floor_says_why(monkeypatch):
         (Case("critic_moments", 64, 32), "objdump (binutils) is not installed"),
         (Case("critic_moments", 64, 32, activation="gelu"), "objdump (binutils) is not installed"),
     ):
-        result = measure.Result(case, [Row("fused", [1.0], 10)], (1e9,), "issue")
+        result = measure.Result(case, [Row("fused", [1.0], 10)], (1e9, 1e3), "issue")
         measure.add_floor(result)
         assert result.rows[0].floor_percent is None and says in report.table(result)
 
@@ -153,24 +153,36 @@ def test_cibr_loss_has_the_floor_of_its_matmuls_and_its_critics():
     unit = floor.gauge(case)
     if unit is None:
         pytest.skip("the critic's machine code cannot be read here")
-    *matmuls, (issue, instructions) = unit.parts
+    *matmuls, (issue, instructions) = unit.sweeps.parts
     assert issue.what == "issue"
     assert [flops for _, flops in matmuls] == 3 * [2 * 64 * 64 * 32]  # X Y^T, G Y and G^T X: the stash fits
     gemm, flops = matmuls[0]
     sweep = critic_code.chosen_sweep("relu")
     assert instructions == 4 * floor.sweep_seconds(sweep, 64, 64, 256, True, 1.0)
-    assert 0 < unit.rate() < min(gemm.rate() * 100 / flops, issue.rate() * 100 / instructions)
+    rate, of_projections = unit.rates()
+    assert 0 < rate < min(gemm.rate() * 100 / flops, issue.rate() * 100 / instructions) and of_projections > 0
 
     class Steady(floor.Gauge):
         def rate(self):
             return self.work
 
     parts = (Steady(4.0, print, ""), 8.0), (Steady(10.0, print, ""), 30.0)
-    assert floor.Together(parts, "").rate() == 1 / (2 + 3)
+    assert floor.Together(parts).rate() == 1 / (2 + 3)
 
-    result = measure.Result(
-        case, [Row("fused", seconds=[12.0, 10.0, 15.0]), Row("eager", seconds=[50.0])], (0.2,), unit.what
-    )
+    rows = [Row("fused", seconds=[12.0, 10.0, 15.0]), Row("eager", seconds=[50.0])]
+    result = measure.Result(case, rows, (0.4, 0.4), unit.what)
     measure.add_floor(result)
     assert result.rows[0].floor_percent == 50.0 and result.rows[1].floor_percent is None
-    assert "3 matmuls" in result.floor_note and result.floor_note.endswith("5e+03 ms")
+    assert "3 matmuls" in result.floor_note and "matmuls 2.5e+03 ms; without those 25 %" in result.floor_note
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_critics_matmuls_are_those_of_x_and_z_and_of_the_gradients_that_are_asked_for(backward):
+    n, h = 64, 256
+
+    def flops(op, width):
+        return sum(work for _, work in floor.projections(Case(op, n, width, backward=backward)).parts)
+
+    assert flops("critic_moments", 32) == (6 if backward else 2) * 2 * n * 32 * 32
+    inputs, features = 2 * (768 + 512), 4 * 32  # of the four critics; data gets no gradient
+    assert flops("cibr_loss", 32) == 2 * n * h * ((2 if backward else 1) * inputs + (3 if backward else 1) * features)

@@ -8,6 +8,7 @@ ENGINE, PACK, SWEEP = "csrc/dot/engine.h", "csrc/dot/pack.h", "csrc/dot/sweep.h"
 LSE, SOFTPLUS = "csrc/dot/lse/cpu.cpp", "csrc/dot/softplus/cpu.cpp"
 CLIP, SIGLIP = "csrc/losses/clip/cpu.cpp", "csrc/losses/siglip/cpu.cpp"
 PHI, POLYNOMIALS, FACTORS = ("csrc/additive/" + f for f in ("activations.h", "polynomials.h", "separable_exp.h"))
+POSITIVES = "csrc/additive/moments/positives.h"
 PAIRS, TILES = "csrc/additive/sweep.h", "csrc/additive/tiles.h"
 MOMENTS, SCORES, SHIFTS = (f"csrc/additive/{op}/cpu.cpp" for op in ("moments", "scores", "shifts"))
 MEAN_EXP = "csrc/log_mean_exp/cpu.cpp"
@@ -206,16 +207,18 @@ FAULTS = [
         "ReLU not flat at 0",
         "scores",
         TILES,
-        "inline mask greater(vf x, vf y) { return x > y; }",
-        "inline mask greater(vf x, vf y) { return x >= y; }",
+        "inline mask greater(vi x, vi y) { return x > y; }",
+        "inline mask greater(vi x, vi y) { return x >= y; }",
     ),
     Fault(
         "weights of the first chunk of units",
         "scores",
         TILES,
-        "panel.negative + k0 * COLS, w + k0,",
-        "panel.negative + k0 * COLS, w,",
+        "panel.negative + k0 * COLS + column, w + k0,",
+        "panel.negative + k0 * COLS + column, w,",
     ),
+    Fault("-0 is less than 0", "moments", TILES, "reinterpret_cast<vi>(x + 0.0f)", "reinterpret_cast<vi>(x)"),
+    Fault("negative numbers in the other order", "scores", TILES, "bits ^ (bits >> 31 & 0x7fffffff)", "bits"),
     Fault(
         "last units of a row not added",
         "scores",
@@ -229,6 +232,11 @@ FAULTS = [
     Fault("positives counted among the pairs", "moments", MOMENTS, "(p.include_diagonal ? 0 : p.n)", "0"),
     Fault(
         "every block in the first one's units", "moments", MOMENTS, "block_shift.data[j / block]", "block_shift.data[0]"
+    ),
+    Fault("positives of the same row number", "moments", POSITIVES, "(p.first_positive + i) * p.h;", "i * p.h;"),
+    Fault("dw without the last rows", "moments", POSITIVES, " || i + 1 == p.n)", ")"),
+    Fault(
+        "columns that are no positive left out", "moments", POSITIVES, "p.db && j < p.m; j++", "p.db && j < p.n; j++"
     ),
     Fault(
         "groups by the number of threads",

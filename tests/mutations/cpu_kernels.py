@@ -49,6 +49,7 @@ class Op:
 
 
 _LSE = ("dot_lse_forward", "dot_lse_backward")
+_MOMENTS = ("additive_moments", "additive_moments_backward")
 _SCORES = ("additive_scores_forward", "additive_scores_backward")
 _SHIFTS = ("additive_shifts_forward", "additive_shifts_backward")
 _AT_ONCE = "losses/test_at_once.py::test_"
@@ -63,7 +64,7 @@ OPS = {
         ("losses/siglip/cpu.cpp", "dot/softplus/cpu.cpp"), ("siglip_loss", "dot_softplus"),
         (f"{_AT_ONCE}equals_float64_whatever_the_upstream_gradient",),
     ),
-    "moments": Op(("additive/moments/cpu.cpp",), ("additive_moments",), ("primitives/test_additive_moments.py",)),
+    "moments": Op(("additive/moments/cpu.cpp",), _MOMENTS, ("primitives/test_additive_moments.py",)),
     "scores": Op(
         ("additive/scores/cpu.cpp",), _SCORES, ("primitives/test_additive_scores.py", "primitives/test_activations.py")
     ),
@@ -118,6 +119,8 @@ def compile_op(op: Op, fault: Fault | None, folder: Path) -> Path:
 def _struct(kernel: str) -> str:
     if kernel.startswith("dot_lse"):
         return "DotForward" if kernel.endswith("forward") else "DotBackward"
+    if kernel == "additive_moments_backward":
+        return "AdditiveMomentsBackward"
     return "".join(word.capitalize() for word in kernel.removesuffix("_forward").removesuffix("_backward").split("_"))
 
 

@@ -30,6 +30,20 @@ struct AdditiveMoments {
   float *da, *db, *dw;  // (n, h), (m, h), (h,)
 };
 
+// Its backward, for gradients g_j and g_l (groups,) of J and L, null for 0, of `groups` critics one after the other.  Each of
+// da, db and dw is null where it is not needed, or has the gradient of L that the forward made beside it.
+struct AdditiveMomentsBackward {
+  const float *a, *b, *w;  // (groups, n, h), (groups, m, h), (groups, h); a, b and their gradients point to `features_dtype`
+  int64_t n, m, h, first_positive, groups;
+  int32_t activation;
+  float slope;
+  int32_t features_dtype, threads;
+  const float *g_j, *g_l;
+  const float *da_of_l, *db_of_l, *dw_of_l;
+  float *da, *db, *dw;
+};
+
 CK_DECLARE(additive_moments, AdditiveMoments)
+CK_DECLARE(additive_moments_backward, AdditiveMomentsBackward)
 
 }  // namespace ck

@@ -13,6 +13,7 @@
 
 #include "additive/moments/additive_moments.h"
 
+#include "additive/moments/positives.h"
 #include "additive/sweep.h"
 
 namespace ck {
@@ -294,6 +295,10 @@ void additive_moments(const AdditiveMoments& p) {
     return;
   }
   with_tile(p, [&p](const auto& tile, float below) { run(p, tile, below); });
+}
+
+void additive_moments_backward(const AdditiveMomentsBackward& p) {
+  with_activation(p.activation, p.slope, [&p](const auto& phi) { Positives(p, phi).run(); });
 }
 
 }  // namespace CK_ISA

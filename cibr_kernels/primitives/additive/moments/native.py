@@ -10,12 +10,12 @@ from torch import Tensor
 
 from cibr_kernels.dispatch import backends, cuda_call
 from cibr_kernels.dispatch.native_call import DTYPES, call
-from cibr_kernels.primitives.additive.activations import CODES
-from cibr_kernels.primitives.additive.moments import positives
+from cibr_kernels.primitives.additive.moments.positives import OfL
 from cibr_kernels.primitives.additive.native import problem_fields, unlike_dtypes
 from cibr_kernels.primitives.additive.problem import MomentsProblem, Needs
 
 SCORE_BUDGET = 256 << 20  # bytes of scores that the CUDA kernels keep at a time; more rows than fit take several panels
+UNIT_WORK = 16  # multiply-adds that the CPU's backward takes for a unit of a row, reads and writes included
 
 
 def unsupported(*tensors: Tensor) -> str | None:
@@ -52,22 +52,25 @@ def forward(problem: MomentsProblem, needs: Needs) -> tuple[Tensor, Tensor, Tens
 
 
 def backward(
-    g_j: Tensor | None, g_l: Tensor | None, problem: MomentsProblem, of_l: positives.OfL, needs: Needs
+    g_j: Tensor | None, g_l: Tensor | None, problem: MomentsProblem, of_l: OfL, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """g_j, g_l () or (groups,), None for 0 -> da (n, h), db (m, h), dw (h,), each empty unless needed."""
-    if not cuda_call.takes(problem.a):
-        return positives.backward(g_j, g_l, problem, of_l, needs)
     da, db, dw = problem.gradients(needs)
-    if any(needs):
-        n, m, h = problem.sizes
-        fields = {
-            "a": problem.a, "b": problem.b, "w": problem.w, "n": n, "m": m, "h": h, "slope": problem.slope,
-            "first_positive": problem.first_positive, "activation": CODES[problem.activation], **_types(problem),
-            "da_of_l": of_l[0], "db_of_l": of_l[1], "dw_of_l": of_l[2], "da": da, "db": db, "dw": dw,
-            "g_j": None if g_j is None else g_j.contiguous(), "g_l": None if g_l is None else g_l.contiguous(),
-        }  # fmt: skip
+    if not any(needs):
+        return da, db, dw
+    fields = problem_fields(problem) | {
+        "first_positive": problem.first_positive, "da_of_l": of_l[0], "db_of_l": of_l[1], "da": da, "db": db,
+        "g_j": None if g_j is None else g_j.contiguous(), "g_l": None if g_l is None else g_l.contiguous(),
+    }  # fmt: skip
+    if cuda_call.takes(problem.a):
+        fields |= {"w": problem.w, "dw_of_l": of_l[2], "dw": dw, **_types(problem)}
         cuda_call.call("additive_moments_backward", "AdditiveMomentsBackwardCuda", **fields)
-    return da, db, dw
+        return da, db, dw
+    wide_dw = dw.float()
+    fields |= {"w": problem.w.float(), "dw_of_l": of_l[2].float(), "dw": wide_dw}
+    fields |= {"groups": problem.groups, "features_dtype": DTYPES[problem.a.dtype]}
+    call("additive_moments_backward", "AdditiveMomentsBackward", UNIT_WORK * problem.a.numel(), **fields)
+    return da, db, wide_dw.to(dw.dtype)
 
 
 def _types(problem: MomentsProblem) -> dict[str, int]:
