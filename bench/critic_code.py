@@ -8,7 +8,7 @@ issued too.  Exponentials of the scores, packing and merging are outside (O(N^2 
 In the ReLU family (relu, leaky_relu) the loops tell themselves how many vectors one turn covers:
 
     scores      one maximum and one multiply-add a vector         vectors = maxima
-    gradients   one comparison and two masked additions a vector  vectors = comparisons, of integers
+    gradients   one comparison and two masked additions a vector  vectors = comparisons, of floats or integers
 
 A smooth activation's loops (Smooth of csrc/additive/tiles.h) are a page of polynomial, one loop a function.
 What they store tells the vectors, and what they multiply is held against it:
@@ -69,12 +69,12 @@ def stores(loop: Loop) -> int:
 def score_vectors(loop: Loop) -> int:
     """Vectors of scores a turn covers in the ReLU family; 0 for another kind of loop."""
     maxima, products = count(loop, "maxps"), count(loop, "fmadd", "mulps")
-    return maxima if maxima == products and not count(loop, "pcmpgt") else 0
+    return maxima if maxima == products and not count(loop, "cmp", "pcmp") else 0
 
 
 def gradient_vectors(loop: Loop) -> int:
     """Vectors of gradients a turn covers in the ReLU family; 0 for another kind of loop."""
-    comparisons, sums = count(loop, "pcmpgt"), count(loop, "addps")
+    comparisons, sums = count(loop, "cmp", "pcmp"), count(loop, "addps")
     return comparisons if sums == 2 * comparisons and not count(loop, "fmadd", "mulps", "maxps") else 0
 
 

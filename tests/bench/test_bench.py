@@ -219,6 +219,18 @@ def test_an_unknown_name_lists_the_known_ones(start):
     assert "clip_los5" in done.stderr and "clip_loss-train-8192-float32" in done.stderr and "toy" in done.stderr
 
 
+def test_an_instruction_set_is_forced_and_baselines_are_left_out():
+    """In a process of its own: it is chosen where the kernels are loaded."""
+    if not ck.native_available():
+        pytest.skip("the compiled kernels are not built")
+    command = [sys.executable, "bench/", "clip_loss-train-64-", "--fused", "--isa"]
+    done = subprocess.run([*command, "generic"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and ", generic in use" in done.stdout and "DEFAULT, mkl" in done.stdout
+    assert "fused" in done.stdout and "open_clip" not in done.stdout
+    done = subprocess.run([*command, "avx3"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "--isa must be one of generic" in done.stderr
+
+
 def test_plot_without_matplotlib_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):

@@ -233,10 +233,26 @@ FAULTS = [
     Fault(
         "every block in the first one's units", "moments", MOMENTS, "block_shift.data[j / block]", "block_shift.data[0]"
     ),
-    Fault("positives of the same row number", "moments", POSITIVES, "(p.first_positive + i) * p.h;", "i * p.h;"),
-    Fault("dw without the last rows", "moments", POSITIVES, " || i + 1 == p.n)", ")"),
     Fault(
-        "columns that are no positive left out", "moments", POSITIVES, "p.db && j < p.m; j++", "p.db && j < p.n; j++"
+        "positives of the same row number",
+        "moments",
+        POSITIVES,
+        "(group * p.m + p.first_positive + i) * p.h",
+        "(group * p.m + i) * p.h",
+    ),
+    Fault(
+        "dw of the first block of rows",
+        "moments",
+        POSITIVES,
+        "total += sum.data[(group * blocks + block) * width + k];",
+        "total += block ? 0.0f : sum.data[group * blocks * width + k];",
+    ),
+    Fault(
+        "columns that are no positive left out",
+        "moments",
+        POSITIVES,
+        "if (!p.db || (j >= p.first_positive && j < p.first_positive + p.n)) return;",
+        "return;",
     ),
     Fault(
         "groups by the number of threads",

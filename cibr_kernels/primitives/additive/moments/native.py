@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cibr_kernels.dispatch import backends, cuda_call
-from cibr_kernels.dispatch.native_call import DTYPES, call
+from cibr_kernels.dispatch.native_call import DTYPES, call, scratch_like
 from cibr_kernels.primitives.additive.moments.positives import OfL
 from cibr_kernels.primitives.additive.native import problem_fields, unlike_dtypes
 from cibr_kernels.primitives.additive.problem import MomentsProblem, Needs
@@ -30,7 +30,7 @@ def forward(problem: MomentsProblem, needs: Needs) -> tuple[Tensor, Tensor, Tens
     a, (need_a, need_b, need_w) = problem.a, needs
     shape = a.shape[:-2]
     j, el = (torch.empty(shape, dtype=torch.float32, device=a.device) for _ in range(2))
-    da, db, dw = problem.gradients(needs)
+    da, db, dw = _gradients(problem, needs)
     fields = problem_fields(problem) | {
         "first_positive": problem.first_positive, "include_diagonal": problem.include_diagonal, "need_a": need_a,
         "need_b": need_b, "need_w": need_w, "w": problem.w, "bias": problem.bias, "j": j, "el": el, "da": da, "db": db,
@@ -55,7 +55,7 @@ def backward(
     g_j: Tensor | None, g_l: Tensor | None, problem: MomentsProblem, of_l: OfL, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """g_j, g_l () or (groups,), None for 0 -> da (n, h), db (m, h), dw (h,), each empty unless needed."""
-    da, db, dw = problem.gradients(needs)
+    da, db, dw = _gradients(problem, needs)
     if not any(needs):
         return da, db, dw
     fields = problem_fields(problem) | {
@@ -71,6 +71,12 @@ def backward(
     fields |= {"groups": problem.groups, "features_dtype": DTYPES[problem.a.dtype]}
     call("additive_moments_backward", "AdditiveMomentsBackward", UNIT_WORK * problem.a.numel(), **fields)
     return da, db, wide_dw.to(dw.dtype)
+
+
+def _gradients(problem: MomentsProblem, needs: Needs) -> list[Tensor]:
+    if cuda_call.takes(problem.a):
+        return problem.gradients(needs)
+    return [scratch_like(t) if need else t.new_empty(0) for t, need in zip(problem.tensors, needs, strict=True)]
 
 
 def _types(problem: MomentsProblem) -> dict[str, int]:
