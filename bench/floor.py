@@ -12,7 +12,7 @@
 The products of a gradient take the vendor longer than the logits (3 to 20 % on a Xeon with AVX-512, N >= 1024).
 Each is timed in whichever of two arrangements is faster there: G Y or (Y^T G^T)^T, G^T X or (X^T G)^T.
 
-The issue rate is that of independent multiply-adds, maxima and additions on full registers.  On Intel's server cores
+The issue rate is that of independent multiplications, maxima and additions on full registers.  On Intel's server cores
 it is two a cycle: 512-bit vectors go to ports 0 (with 1 fused into it) and 5, comparisons into a mask to 5 alone; on
 a Zen 4 too, one that multiplies or compares into a mask and one that adds or takes a maximum.  Of AVX2's vectors a
 Zen 2 to 4 issues four a cycle, a Zen 1 and an Intel core two.  c counts loads,

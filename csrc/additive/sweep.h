@@ -316,7 +316,7 @@ class Operands {
       const float shift = below != 0.0f ? row_shift.data[row + (i < count ? i : 0)] : 0.0f;
       for (int j = 0; j < COLS; j++) t.s[i * COLS + j] = shift + panel.shift[j];
     }
-    tile.template scores<GRADIENTS>(t, panel, w.data, h);
+    tile.template scores<GRADIENTS>(count, t, panel, w.data, h);
   }
 
   // Turns u, the sum of e phi'_+ over a row or a column (phi'_+ is [t > 0] in the ReLU family), into the gradient w U, with

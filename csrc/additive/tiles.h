@@ -121,7 +121,7 @@ struct Scratch {
   float* kept;  // (KEPT COLS ROWS, h) in runs, of which phi and phi' are made; smooth activations only
 };
 
-// ReLU (below = 0) and leaky ReLU.
+// ReLU (below = 0) and leaky ReLU.  `rows` of a tile are there; the last ones of a small batch are not swept.
 struct Kinked {
   static constexpr int ROWS = 24, COLS = 32;  // share what is loaded of each other
 #if defined(__AVX512F__)
@@ -141,20 +141,20 @@ struct Kinked {
 
   // s += (1-s) sum_h w_h max(a_ih + centre_h, centre_h - b_jh); w comes multiplied by (1-s)
   template <bool>
-  void scores(const Scratch& t, const Panel& panel, const float* w, int64_t h) const {
+  void scores(int64_t rows, const Scratch& t, const Panel& panel, const float* w, int64_t h) const {
     for (int64_t k0 = 0; k0 < h; k0 += CHUNK)
-      for (int first = 0; first < ROWS; first += PART)
+      for (int first = 0; first < rows; first += PART)
         for (int column = 0; column < COLS; column += 2 * VL)
           score_rows(t.a + place<RUN>(A * ROWS, k0) + (ROWS + first) * RUN, panel.negative + k0 * COLS + column, w + k0,
                      smaller(CHUNK, h - k0), t.s + first * COLS + column);
   }
 
   template <bool FOR_A, bool FOR_B>
-  void gradients(const Scratch& t, const Panel& panel, int64_t h) const {
+  void gradients(int64_t rows, const Scratch& t, const Panel& panel, int64_t h) const {
     for (int64_t k = 0; k < h; k += 2 * VL) {
       const float* b = panel.b + place<RUN>(COLS, k);
       float* db = panel.db + place<RUN>(COLS, k);
-      for (int first = 0; first < ROWS; first += SOME)
+      for (int first = 0; first < rows; first += SOME)
         gradient_rows<FOR_A, FOR_B>(t.a + place<RUN>(A * ROWS, k) + first * RUN, b, t.s + first * COLS,
                                     t.da + place<RUN>(ROWS, k) + first * RUN, db);
     }
@@ -279,7 +279,7 @@ struct Smooth {
   void pack_b(vf x, vf centre, vf* packed) const { phi.pack_b(x, centre, packed); }
 
   template <bool GRADIENTS>
-  void scores(const Scratch& t, const Panel& panel, const float* w, int64_t h) const {
+  void scores(int64_t, const Scratch& t, const Panel& panel, const float* w, int64_t h) const {
 #if defined(__AVX512F__)
     if constexpr (PIECES<Phi> != nullptr) return scores_in_turn<GRADIENTS>(t, panel, w, h);
 #endif
@@ -313,7 +313,7 @@ struct Smooth {
   // All three sums: next to phi, leaving one out would save nothing worth a template.  From the last units back to the first:
   // what the scores kept last is still in the L1 cache, where wide critics do not fit.
   template <bool, bool>
-  void gradients(const Scratch& t, const Panel& panel, int64_t h) const {
+  void gradients(int64_t, const Scratch& t, const Panel& panel, int64_t h) const {
     vf e[PAIRS];
 #pragma GCC unroll 16
     for (int p = 0; p < PAIRS; p++) e[p] = broadcast(t.s[p]);

@@ -17,35 +17,25 @@ namespace {
 #define CK_OPAQUE(v) asm volatile("" : "+m"(v))
 #endif
 
-// a b + c in one instruction; where there is none, a b.
-inline vf multiply_add(vf a, vf b, vf c) {
-#if defined(__FMA__) || defined(__aarch64__)
-  return a * b + c;
-#else
-  (void)c;
-  return a * b;
-#endif
-}
-
-// Half of them multiply, because a Zen 4 multiplies on one half of its pipes, and adds and takes maxima on the other.  Its four
-// pipes of 8 lanes are kept busy by eight multiply-adds and four additions under way, which take 4 and 3 cycles; with `half`
-// that fills 16 registers.  An array of them would be put in memory.
+// Half of them multiply, because a Zen 4 multiplies on one half of its pipes, and adds and takes maxima on the other; additions
+// borrow from multiply-adds there, not from multiplications.  Chains of so many keep four pipes busy with results that take up
+// to 4 cycles, and with `one` they fill 16 registers.  An array of them would be put in memory.
 constexpr int64_t INSTRUCTIONS = 16;
 
 void spin(int64_t iterations) {
-  vf half = broadcast(0.5f);
-  CK_OPAQUE(half);
-  vf p0 = half, p1 = half, p2 = half, p3 = half, p4 = half, p5 = half, p6 = half, p7 = half;
-  vf m0 = half, m1 = half, m2 = half;
-  vf s0 = half, s1 = half, s2 = half, s3 = half;
-#define CK_STEP(p, m, q, s)        \
-  p = multiply_add(p, half, half); \
-  m = vmax(m, half);               \
-  q = multiply_add(q, half, half); \
-  s = s + half;                    \
-  CK_OPAQUE(p);                    \
-  CK_OPAQUE(m);                    \
-  CK_OPAQUE(q);                    \
+  vf one = broadcast(1.0f);
+  CK_OPAQUE(one);
+  vf p0 = one, p1 = one, p2 = one, p3 = one, p4 = one, p5 = one, p6 = one, p7 = one;
+  vf m0 = one, m1 = one, m2 = one;
+  vf s0 = one, s1 = one, s2 = one, s3 = one;
+#define CK_STEP(p, m, q, s) \
+  p = p * one;              \
+  m = vmax(m, one);         \
+  q = q * one;              \
+  s = s + one;              \
+  CK_OPAQUE(p);             \
+  CK_OPAQUE(m);             \
+  CK_OPAQUE(q);             \
   CK_OPAQUE(s)
   for (int64_t n = 0; n < iterations; n++) {
     CK_STEP(p0, m0, p1, s0);

@@ -1,6 +1,6 @@
 // How many vector instructions a second this machine issues: the unit of the critic's floor (bench/floor.py).
 //
-// Independent multiply-adds (multiplications without FMA), maxima and additions, two to one to one, at the full width of the
+// Independent multiplications, maxima and additions, two to one to one, at the full width of the
 // instruction set, on registers alone.
 #pragma once
 

@@ -118,7 +118,7 @@ class Sweep : Operands<Tile> {
         const Panel panel = this->panel(at, g.db + (FOR_B ? at * width : 0), g.column_mass + (KINKED ? at : 0));
         this->template scores<GRADIENTS>(row, count, t, panel);
         exponentials(g, row, count, first_column + at, t, panel);
-        if (GRADIENTS) this->tile.template gradients<FOR_A, FOR_B>(t, panel, p.h);
+        if (GRADIENTS) this->tile.template gradients<FOR_A, FOR_B>(count, t, panel, p.h);
       }
       add_masses(g, row, count, t);
       if (FOR_A) add_rows<RUN>(t.da, count, p.h, ROWS, da + row * p.h);

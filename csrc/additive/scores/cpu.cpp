@@ -128,7 +128,7 @@ class Backward : Operands<Tile> {
         const Panel panel = this->panel(at, sum + (FOR_B ? at * width : 0), nullptr);
         if (!KINKED) this->template scores<true>(row, count, t, panel);  // for phi and phi'
         load_grad(row, count, first_column + at, t.s);
-        this->tile.template gradients<FOR_A, FOR_B>(t, panel, p.h);
+        this->tile.template gradients<FOR_A, FOR_B>(count, t, panel, p.h);
       }
       if (FOR_A) add_rows<RUN>(t.da, count, p.h, ROWS, da + row * p.h);
       if (!KINKED)
