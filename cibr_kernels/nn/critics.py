@@ -194,7 +194,8 @@ class ConcatCritic(_Critic):
             or _have_hooks(self, x_proj, z_proj, out)
             or any(GLOBAL_HOOKS)
             or (type(self) is not ConcatCritic and hasattr(type(self), "set_requires_gradient_sync"))
-            or self.form != "additive_parts"
+            or not (self.form == "additive_parts" if type(self) is not ConcatCritic else layers.get("inner") is None)
+            or "forward" in self.__dict__
         ):
             return None
         of_z, of_out = z_proj._parameters, out._parameters

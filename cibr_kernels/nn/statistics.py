@@ -113,12 +113,19 @@ class Standardize(_Float32Buffers):
         self.var.fill_(1.0)
         self.started.fill_(False)
 
-    @torch.no_grad()
     def forward(self, x: Tensor, shards: Shards | None = None) -> Tensor:
         """(n, dim) of any float dtype -> (n, dim) float32 (float64 of a float64 module), no gradient.
 
         Statistics move in training mode only; with `shards` they are those of the rows of all ranks.
         """
+        if self.training and shards is None:
+            known = statistics_device.known(x, self._buffers, self.momentum, self.eps)
+            if known is not None:
+                return known
+        with torch.no_grad():
+            return self._forward(x, shards)
+
+    def _forward(self, x: Tensor, shards: Shards | None) -> Tensor:
         checks.matrix("x", x)
         checks.width("x", x, self.dim, "Standardize")
         mean, var = promote(self.mean), promote(self.var)

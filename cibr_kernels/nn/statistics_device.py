@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,18 @@ def serves(x: Tensor, mean: Tensor) -> bool:
     """Whether x (n, dim) goes this way."""
     float32 = mean.dtype == torch.float32 and x.dtype != torch.float64
     return float32 and library.only_autograd_looks_on(x, mean) and triton_call.unsupported(x) is None
+
+
+def known(x: Any, buffers: Mapping[str, Any], momentum: float, eps: float) -> Tensor | None:
+    """`train` of a call that was checked, and whose launches were recorded, before; else None."""
+    if not (isinstance(x, Tensor) and x.is_cuda):
+        return None
+    mean, started = buffers["mean"], buffers["started"]
+    if not library.only_autograd_looks_on(x, mean):
+        return None
+    inputs = x, mean, buffers["var"], started.view(torch.uint8)
+    plan = plans.find(("standardize", momentum, eps), inputs)
+    return None if plan is None else plans.replay(plan, inputs)[0]
 
 
 def train(x: Tensor, mean: Tensor, var: Tensor, started: Tensor, momentum: float, eps: float) -> Tensor:

@@ -36,7 +36,8 @@ def run(device: Path, program: str, **environment: str) -> dict[str, Any]:
         pytest.skip("cibr_kernels._plans is not built")
     paths = {"PYTHONPATH": f"{host.ROOT}:{host.FAKE_DEVICE}"}
     full = fake_device.environment(device) | paths | environment
-    done = subprocess.run([sys.executable, "-m", f"fake_device.{program}"], env=full, capture_output=True, text=True)
+    command = [sys.executable, "-m", *f"fake_device.{program}".split()]
+    done = subprocess.run(command, env=full, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -56,6 +57,24 @@ def test_when_plans_serve(device: Path) -> None:
         "capturing what is new": [8, 10], "few are kept": [8, 3], "what was let go": [9, 4],
         "waits": 0, "old addresses": 0, "streams": [[0, 1, 2, 3], [0]],
     }  # fmt: skip
+
+
+def test_devices_have_plans_of_their_own_and_are_current_while_they_replay(device: Path) -> None:
+    both = {"FAKE_DEVICES": "2", "CUDA_VISIBLE_DEVICES": "0,1", "CIBR_KERNELS_PLANS": "1"}
+    zero, one = [[0, 0]] * 2, [[1, 1]] * 2  # the directions of a step
+    assert run(device, "machines devices", **both) == [
+        [2, []], [4, []], [4, one], [4, [*one, *zero]], [4, [*one, *zero, *one]],
+    ]  # fmt: skip
+
+
+def test_one_of_two_processes_compiles_and_the_other_finds(device: Path, tmp_path: Path) -> None:
+    paths = {"PYTHONPATH": f"{host.ROOT}:{host.FAKE_DEVICE}", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = fake_device.environment(device) | paths
+    command = [sys.executable, "-m", "fake_device.machines", "warmup"]
+    pair = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    found = sorted(json.loads(process.communicate()[0]) for process in pair)
+    compiled = found[1][0]
+    assert compiled > 9 and found == [[0, compiled], [compiled, 0]]
 
 
 # ------------------------------------------------------------------------------------------------ memory, on the CPU

@@ -90,7 +90,7 @@ class _OnDevice(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str, plan: plans.Plan | None
     ) -> Tensor:
-        ctx.one_way, ctx.backend = one_way, backend
+        ctx.one_way, ctx.backend, ctx.plan = one_way, backend, plans.origin(plan)
         if plan is None:
             budget = stash_budget_on(x.device)
             loss, *kept = backends.run("clip_loss", "forward", "triton", (x,), x, y, scale, one_way, budget)
@@ -110,7 +110,7 @@ class _OnDevice(torch.autograd.Function):
             return *(next(made) if need else None for need in (need_x, need_y, need_scale)), None, None, None
         needs = need_x or not need_y, need_y  # dscale comes from <x, dx> or <y, dy>: one of the two is computed for it
         dx, dy, dscale = backends.in_range(
-            "clip_loss_backward", "triton", device_path().backward, g, x, y, scale, kept, ctx.one_way, *needs
+            "clip_loss_backward", "triton", device_path().backward, g, x, y, scale, kept, ctx.one_way, *needs, ctx.plan
         )
         return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, None, None, None
 

@@ -63,8 +63,9 @@ def backward(
     one_way: bool,
     need_dx: bool,
     need_dy: bool,
+    plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dx (n, d), dy (n, d), each empty unless needed, dscale ()."""
+    """-> dx (n, d), dy (n, d), each empty unless needed, dscale ().  plan: that of the forward, if it is known."""
 
     def direction(g: Tensor, x: Tensor, y: Tensor, scale: Tensor, room: Tensor, *stash: Tensor) -> tuple[Tensor, ...]:
         weights, g_positives = _weights(room, x.shape[0], one_way)
@@ -73,7 +74,7 @@ def backward(
         return dot_lse.weighted(problem, weights, g_positives, exponentials, need_dx, need_dy, g)
 
     key = _key("clip_loss backward", x, one_way, need_dx, need_dy)
-    dx, dy, dscale = plans.run(key, direction, (g, x, y, scale, *kept))
+    dx, dy, dscale = plans.run_after(plan, key, direction, (g, x, y, scale, *kept), 1)
     return dx, dy, dscale
 
 

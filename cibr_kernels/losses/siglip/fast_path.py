@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cibr_kernels import checks
-from cibr_kernels.dispatch import backends, library
+from cibr_kernels.dispatch import backends, library, plans
 from cibr_kernels.numerics import promote, softplus
 from cibr_kernels.primitives.dot.softplus.op import dot_softplus
 
@@ -40,10 +42,37 @@ def known_loss(x: Any, y: Any, scale: Any, bias: Any, mean: bool, backend: str) 
     if not (some and torch.is_grad_enabled()) or torch.is_autocast_enabled("cuda") or backend not in ("auto", "triton"):
         return None
     share = 1 / x.shape[0] if mean else 1.0
-    device_path = importlib.import_module("cibr_kernels.losses.siglip.triton")
-    if not device_path.is_known(x, y, scale, bias, share, need_x or not need_y, need_y):
+    if not (need_x and need_y and scale.requires_grad and bias.requires_grad):
         return None
-    return _loss_with_gradients(x, y, scale, bias, share, "triton")
+    plan = _device_path().known(x, y, scale, bias, share, True, True)
+    return None if plan is None else _OnDevice.apply(x, y, scale, bias, share, plan)  # type: ignore[no-any-return]
+
+
+@lru_cache
+def _device_path() -> ModuleType:
+    """The backend of GPUs, imported where there is one."""
+    return importlib.import_module("cibr_kernels.losses.siglip.triton")
+
+
+class _OnDevice(torch.autograd.Function):
+    """A forward whose plan is known, with all gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, plan: plans.Plan) -> Tensor:
+        ctx.share, ctx.plan = share, plans.origin(plan)
+        loss, *grads = backends.in_range("siglip_loss_forward", "triton", plans.replay, plan, (x, y, scale, bias))
+        ctx.save_for_backward(x, y, scale, bias, *grads)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, scale, bias, *grads = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            loss = general_loss(x, y, scale, bias, ctx.share, "triton")
+            return *torch.autograd.grad(loss, (x, y, scale, bias), g, create_graph=True), None, None
+        times = _device_path().times
+        found = backends.in_range("siglip_loss_times", "triton", times, g, *grads, x.dtype, ctx.plan)
+        return *found, None, None
 
 
 def general_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, backend: str) -> Tensor:

@@ -21,9 +21,11 @@ def forward(
     return plans.run(_key(x, share, need_dx, need_dy), direction, (x, y, scale, bias))
 
 
-def is_known(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, need_dx: bool, need_dy: bool) -> bool:
-    """Whether `forward` will be replayed: such a call was made before, so these tensors need no check."""
-    return plans.find(_key(x, share, need_dx, need_dy), (x, y, scale, bias)) is not None
+def known(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, need_dx: bool, need_dy: bool
+) -> plans.Plan | None:
+    """The plan of `forward`, where such a call was made before: then these tensors need no check."""
+    return plans.find(_key(x, share, need_dx, need_dy), (x, y, scale, bias))
 
 
 def _key(x: Tensor, share: float, need_dx: bool, need_dy: bool) -> tuple[object, ...]:
@@ -31,11 +33,13 @@ def _key(x: Tensor, share: float, need_dx: bool, need_dy: bool) -> tuple[object,
     return "siglip_loss", share, need_dx, need_dy, dot_softplus.panels, tf32
 
 
-def times(g: Tensor, dx: Tensor, dy: Tensor, dscale: Tensor, dbias: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """g () times each of `forward`'s gradients, dx and dy in the features' dtype."""
+def times(
+    g: Tensor, dx: Tensor, dy: Tensor, dscale: Tensor, dbias: Tensor, dtype: torch.dtype, plan: plans.Plan | None = None
+) -> tuple[Tensor, ...]:
+    """g () times each of `forward`'s gradients, dx and dy in the features' dtype.  plan: `forward`'s, if known."""
 
     def direction(*tensors: Tensor) -> tuple[Tensor, ...]:
         g, dx, dy, dscale, dbias = tensors
         return dot_softplus.times(g, dx, dy, dscale, dbias, dtype)
 
-    return plans.run(("siglip_loss backward", dtype), direction, (g, dx, dy, dscale, dbias))
+    return plans.run_after(plan, ("siglip_loss backward", dtype), direction, (g, dx, dy, dscale, dbias), 1)

@@ -61,7 +61,7 @@ EXPORT CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType typ
 
 EXPORT CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
 EXPORT CUresult cuDriverGetVersion(int* version) { *version = 13000; return CUDA_SUCCESS; }
-EXPORT CUresult cuDeviceGetCount(int* count) { *count = 1; return CUDA_SUCCESS; }
+EXPORT CUresult cuDeviceGetCount(int* count) { *count = fake_devices(); return CUDA_SUCCESS; }
 EXPORT CUresult cuDeviceGet(CUdevice* device, int i) { *device = i; return CUDA_SUCCESS; }
 EXPORT CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice device) {
   switch (attribute) {
@@ -78,7 +78,7 @@ EXPORT CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, C
 }
 static const CUcontext CONTEXT = (CUcontext)0x7000;
 EXPORT CUresult cuCtxGetCurrent(CUcontext* context) { *context = CONTEXT; return CUDA_SUCCESS; }
-EXPORT CUresult cuCtxGetDevice(CUdevice* device) { *device = 0; return CUDA_SUCCESS; }
+EXPORT CUresult cuCtxGetDevice(CUdevice* device) { *device = fake_current(); return CUDA_SUCCESS; }
 EXPORT CUresult cuCtxGetDevice_v2(CUdevice* device, CUcontext context) { *device = 0; return CUDA_SUCCESS; }
 EXPORT CUresult cuCtxGetLimit(size_t* value, CUlimit limit) { *value = 0; return CUDA_SUCCESS; }
 EXPORT CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) { *context = CONTEXT; return CUDA_SUCCESS; }

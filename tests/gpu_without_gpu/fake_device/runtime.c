@@ -80,11 +80,12 @@ EXPORT cudaError_t cudaGetSymbolAddress(void** address, const void* symbol) { *a
 
 // ---- the device: an H200
 static __thread int current = 0;
-EXPORT cudaError_t cudaGetDeviceCount(int* count) {
+int fake_devices(void) {
   const char* wanted = getenv("FAKE_DEVICES");
-  *count = wanted ? atoi(wanted) : 1;
-  return cudaSuccess;
+  return wanted ? atoi(wanted) : 1;
 }
+int fake_current(void) { return current; }
+EXPORT cudaError_t cudaGetDeviceCount(int* count) { *count = fake_devices(); return cudaSuccess; }
 EXPORT cudaError_t cudaGetDevice(int* device) { *device = current; return cudaSuccess; }
 EXPORT cudaError_t cudaSetDevice(int device) { current = device; return cudaSuccess; }
 EXPORT cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp* p, int device) {
