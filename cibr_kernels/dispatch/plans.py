@@ -70,7 +70,7 @@ def find(key: tuple[Hashable, ...], inputs: Sequence[Tensor]) -> Plan | None:
     if not (_enabled and inputs[0].is_cuda and _serve()) or triton_relaunch.watched():
         return None
     plan = _plans.get(_whole(key, inputs))
-    if plan.__class__ is not Plan or plan.settings not in (None, _settings()):  # type: ignore[union-attr]
+    if plan.__class__ is not Plan or not _fits(plan):  # type: ignore[arg-type]
         return None
     plan.last_use = next(_clock)  # type: ignore[union-attr]
     return plan  # type: ignore[return-value]
@@ -90,8 +90,7 @@ def run_after(
         return run(key, direction, inputs)
     told = _whole(key, inputs[:new])
     plan = first.after.get(told)
-    lives = plan is not None and plan.kept and _enabled and plan.settings in (None, _settings())
-    if plan is not None and lives and not triton_relaunch.watched():
+    if plan is not None and plan.kept and _enabled and _fits(plan) and not triton_relaunch.watched():
         plan.last_use = next(_clock)
         return replay(plan, inputs)
     outputs = run(key, direction, inputs)
@@ -130,6 +129,10 @@ def _whole(key: tuple[Hashable, ...], inputs: Sequence[Tensor]) -> Hashable:
     for t in inputs:
         found += (t.shape, t.dtype, t.get_device(), t.data_ptr() % 16, t.is_contiguous())
     return tuple(found)
+
+
+def _fits(plan: Plan) -> bool:
+    return plan.settings is None or plan.settings == _settings()
 
 
 def _settings() -> tuple[Any, ...]:

@@ -35,15 +35,14 @@ def plain_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, 
 
 def known_loss(x: Any, y: Any, scale: Any, bias: Any, mean: bool, backend: str) -> Tensor | None:
     """The loss of a call on a GPU whose launches were recorded, and whose arguments were checked, before; else None."""
-    if not all(isinstance(t, Tensor) for t in (x, y, scale, bias)) or not (x.is_cuda and x.dim() == 2):
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and isinstance(scale, Tensor) and isinstance(bias, Tensor)):
         return None
-    need_x, need_y = x.requires_grad, y.requires_grad
-    some = need_x or need_y or scale.requires_grad or bias.requires_grad
-    if not (some and torch.is_grad_enabled()) or torch.is_autocast_enabled("cuda") or backend not in ("auto", "triton"):
+    wanted = x.requires_grad and y.requires_grad and scale.requires_grad and bias.requires_grad
+    if not (wanted and x.is_cuda and x.dim() == 2 and torch.is_grad_enabled()):
+        return None
+    if torch.is_autocast_enabled("cuda") or backend not in ("auto", "triton"):
         return None
     share = 1 / x.shape[0] if mean else 1.0
-    if not (need_x and need_y and scale.requires_grad and bias.requires_grad):
-        return None
     plan = _device_path().known(x, y, scale, bias, share, True, True)
     return None if plan is None else _OnDevice.apply(x, y, scale, bias, share, plan)  # type: ignore[no-any-return]
 

@@ -72,11 +72,14 @@ def siglip_loss(
     Raises as `clip_loss` does.  NaN or infinity in the features gives a NaN loss.
     Source: Zhai et al. 2023 (2303.15343), equation 1.
     """
-    checks.choice("strategy", strategy, STRATEGIES)
-    checks.choice("reduction", reduction, targets.REDUCTIONS)
-    checks.choice("group_mode", group_mode, targets.GROUP_MODES)
-    given = any(t is not None for t in (group_ids, image_negatives, text_negatives, negatives, weights, process_group))
-    plain = not (given or return_metrics) and reduction != "none"
+    if strategy not in STRATEGIES:
+        checks.choice("strategy", strategy, STRATEGIES)
+    if reduction not in targets.REDUCTIONS:
+        checks.choice("reduction", reduction, targets.REDUCTIONS)
+    if group_mode not in targets.GROUP_MODES:
+        checks.choice("group_mode", group_mode, targets.GROUP_MODES)
+    candidates = image_negatives is text_negatives is negatives is None
+    plain = candidates and group_ids is weights is process_group is None and reduction != "none" and not return_metrics
     if plain and library.only_autograd_looks_on(image_features, text_features, logit_scale, logit_bias):
         loss = known_loss(image_features, text_features, logit_scale, logit_bias, reduction == "mean", backend)
         if loss is not None:
