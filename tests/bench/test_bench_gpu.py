@@ -18,7 +18,7 @@ from bench import cases as all_cases
 from bench import cli, gpu, measure, peers, report
 from bench.cases import GPU_CASES, Case, Passes, gpu_case
 from bench.devices import Cuda
-from bench.floor import Gauge
+from bench.floor import DOT_FAMILY, Gauge
 from bench.measure import Result, Row, difference, turns
 from bench.peers import IMPLEMENTATIONS, Implementation
 from bench.static import search
@@ -58,7 +58,8 @@ class Here(Cuda):
         return run
 
     def gauge(self, case: Case) -> Gauge | None:
-        return Gauge(1e9, lambda: None, "vendor GEMM", lambda run: 1e-3)
+        made = Gauge(1e9, lambda: None, "vendor GEMM", lambda run: 1e-3)
+        return made if case.op in DOT_FAMILY else None  # as of a GPU
 
 
 def measured(case: Case, *baselines: str, budget: float = 0.0) -> Result:
