@@ -24,8 +24,7 @@ import numpy as np
 
 from cibr.errors import UsageError, missing_extra
 from cibr.evaluate.report import TITLES
-from cibr.run.journal import flat as flat
-from cibr.run.journal import read_log
+from cibr.run.journal import flat, read_log
 
 # Okabe and Ito's colours in an order of falling darkness, so that a grey print keeps them apart; lines and marks do too
 COLOURS = ("#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7")

@@ -19,7 +19,8 @@ import numpy as np
 
 from cibr.config import OptimOptions, option, tuples
 from cibr.errors import UsageError
-from cibr.plots import Group, Run, draw_bars, flat
+from cibr.plots import Group, Run, draw_bars
+from cibr.run.journal import flat
 
 METHODS = {"clip": "CLIP", "coop": "CoOp", "maple": "MaPLe", "cibr": "CIBR"}
 TABLE_1 = {

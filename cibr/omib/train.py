@@ -196,9 +196,8 @@ def load(run: Run, path: Path) -> None:
     except Exception as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
     free = ("out", "save_every", *(("steps",) if run.options.schedule == "constant" else ()))
-    changed = {
-        name: old for name, old in state["options"].items() if name not in free and getattr(run.options, name) != old
-    }
+    saved = {"schedule": "constant", **state["options"]}  # which runs had before there was a choice
+    changed = {name: old for name, old in saved.items() if name not in free and getattr(run.options, name) != old}
     if changed:
         raise UsageError(f"{path} is of a run with {', '.join(f'{name} = {old}' for name, old in changed.items())}")
     run.model.load_state_dict(state["model"])

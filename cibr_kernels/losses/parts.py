@@ -100,6 +100,7 @@ class Encoded:
 
     @staticmethod
     def of(found: Any) -> Encoded:
+        """What `encode` returned.  Raises TypeError or ValueError in words."""
         names = None
         if isinstance(found, Tensor):
             found = (found,)

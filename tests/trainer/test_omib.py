@@ -279,6 +279,19 @@ def test_more_steps_extend_a_run_of_a_constant_rate_alone(tmp_path, schedule):
         assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 12 + 48
 
 
+def test_a_checkpoint_from_before_there_was_a_schedule_is_of_a_constant_rate(tmp_path):
+    run = train.start(options(schedule="constant"))
+    train.advance(run, 14)
+    train.save(run, path := tmp_path / "old.pt")
+    old = torch.load(path, weights_only=True)
+    del old["options"]["schedule"], old["options"]["weight_decay"]
+    torch.save(old, path)
+    with pytest.raises(UsageError, match="schedule = constant"):
+        train.load(train.start(options()), path)
+    train.load(again := train.start(options(schedule="constant")), path)
+    assert again.step == 14
+
+
 def test_weight_decay_is_adamws():
     weights = [sum(p.square().sum() for p in decayed(decay).model.parameters()) for decay in (0.0, 3.0)]
     assert weights[1] < 0.95 * weights[0]
@@ -291,7 +304,9 @@ def decayed(weight_decay: float) -> train.Run:
 
 
 def test_codes_may_be_wider_than_the_encoders():
-    train.advance(train.start(options(hidden=6, latent=8)), 14)
+    run = train.start(options(hidden=6, latent=8))
+    train.advance(run, 14)
+    assert run.step == 14 and all(p.isfinite().all() for p in run.model.parameters())
 
 
 def test_the_command(tmp_path, capsys):
