@@ -46,6 +46,7 @@ class Case:
     backward: bool = True
     baselines: tuple[str, ...] = ()
     quick: bool = False
+    brief: bool = False  # one of those that run when nothing is asked for
     target: Target | None = None
     tier: str = ""  # a key of TIERS; "": by the stash budget as it is
     activation: str = "relu"  # of critic_moments
@@ -76,8 +77,10 @@ class Case:
         return replace(self, n=min(n, self.n), target=None)
 
 
-def chosen(cases: Sequence[Case], names: Sequence[str], everything: bool = False, quick: bool = False) -> list[Case]:
-    """The cases that a command line asks for, in order; no names: all that are not extra.
+def chosen(
+    cases: Sequence[Case], names: Sequence[str], everything: bool = False, quick: bool = False, brief: bool = False
+) -> list[Case]:
+    """The cases that a command line asks for, in order; no names: all not extra.  quick, brief: those alone.
 
     A whole name is that case.  The beginning of one is every case that begins so; extra ones among them only with
     `everything`, or where all of them are extra.
@@ -87,24 +90,25 @@ def chosen(cases: Sequence[Case], names: Sequence[str], everything: bool = False
         found = [c for c in cases if c.name == name] or [c for c in cases if c.name.startswith(name)]
         plain = [c for c in found if not c.extra]
         wanted += found if everything or not plain else plain
-    return [c for c in cases if c in wanted and (c.quick or not quick)]
+    return [c for c in cases if c in wanted and (c.quick or not quick) and (c.brief or not brief)]
 
 
 def _critic_cases() -> list[Case]:
     return [
-        Case("critic_moments", 512, 256, baselines=("eager",), quick=True),
-        Case("critic_moments", 1024, 256, baselines=("eager",), quick=True),
-        Case("critic_moments", 2048, 256, baselines=("eager",), target=Target("eager", 60.0, 1 / 100)),
-        Case("critic_moments", 4096, 256, baselines=("eager",)),
-        Case("cibr_loss", 256, 512, baselines=("eager",), quick=True),
-        Case("cibr_loss", 512, 512, baselines=("eager",)),
+        Case("critic_moments", 512, 256, baselines=("eager",), quick=True, brief=True),
+        Case("critic_moments", 1024, 256, baselines=("eager",), quick=True, brief=True),
+        Case("critic_moments", 2048, 256, baselines=("eager",), brief=True, target=Target("eager", 60.0, 1 / 100)),
+        Case("critic_moments", 4096, 256, baselines=("eager",), brief=True),
+        Case("cibr_loss", 256, 512, baselines=("eager",), quick=True, brief=True),
+        Case("cibr_loss", 512, 512, baselines=("eager",), brief=True),
         Case("cibr_loss", 1024, 512, baselines=("eager",)),
         Case("cibr_loss", 2048, 512, baselines=("eager",)),
     ]
 
 
 def _clip_cases() -> list[Case]:
-    cases = [Case("clip_loss", n, 512, baselines=("open_clip", "one-logits")) for n in (64, 128, 256)]  # overhead
+    small = ("open_clip", "one-logits")
+    cases = [Case("clip_loss", n, 512, baselines=small, brief=n != 128) for n in (64, 128, 256)]  # overhead
     for n in (1024, 2048, 4096, 8192, 16384):
         for dtype in ("float32", "bfloat16"):
             for backward in (True, False):
@@ -118,7 +122,8 @@ def _clip_cases() -> list[Case]:
                 # minutes: of open_clip where nothing multiplies bfloat16, and of everybody at the largest
                 extra = n == 16384 or (dtype == "bfloat16" and n == 2048)
                 quick = backward and n <= 4096 and not extra
-                cases.append(Case("clip_loss", n, 512, dtype, backward, baselines, quick, target, extra=extra))
+                brief = not extra and (backward or n == 1024)
+                cases.append(Case("clip_loss", n, 512, dtype, backward, baselines, quick, brief, target, extra=extra))
     for width in (256, 768, 1024):
         cases.append(Case("clip_loss", 4096, width, baselines=("open_clip",), extra=width != 768))
     return cases
@@ -129,7 +134,8 @@ def _siglip_cases() -> list[Case]:
     for n in (1024, 4096, 8192):
         for dtype in ("float32", "bfloat16"):
             baselines = ("open_clip", "compiled") if n == 4096 and dtype == "float32" else ("open_clip",)
-            cases.append(Case("siglip_loss", n, 512, dtype, True, baselines, n == 1024))
+            brief = n == 1024 or (n == 8192 and dtype == "float32")
+            cases.append(Case("siglip_loss", n, 512, dtype, True, baselines, n == 1024, brief))
     return cases
 
 

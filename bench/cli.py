@@ -15,8 +15,9 @@ from typing import Any
 from bench import processes
 
 QUICK_SECONDS, QUICK_STOP = 45, 56  # --quick must end within 60: no case starts after 45 s, none goes on after 56
-BUDGET, QUICK_BUDGET = 6.0, 1.0  # seconds of timing per case
-SLOW_TO_START = ("compiled", "max-autotune", "cut-cross-entropy")  # a compilation takes a third of --quick's time
+BUDGET, BRIEF_BUDGET, QUICK_BUDGET = 6.0, 3.0, 1.0  # seconds of timing per case: named, nothing asked for, --quick
+QUICK_PEERS = ("eager", "open_clip", "one-logits")  # a compilation takes a third of --quick's time
+BRIEF_PEERS = (*QUICK_PEERS, "compiled")
 EXPERIMENTS = {
     "toy": "the CIBR penalty where its optimum is known",
     "mi": "estimates of mutual information beside the truth",
@@ -45,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     sub = top.add_subparsers(dest="command", required=True)
 
     cases = sub.add_parser("cases", help="the table of the CPU; what runs without a command")
-    cases.add_argument("names", nargs="*", help="cases by name or the beginning of one; see --list")
+    cases.add_argument("names", nargs="*", help="cases by name or how one begins (--list); none: a selection")
     cases.add_argument("--all", action="store_true", help="the extra cases too: every width and tier, slow peers")
     cases.add_argument("--quick", action="store_true", help="a few cases, at most 60 s")
     cases.add_argument("--list", action="store_true", help="print the names and stop")
@@ -135,9 +136,12 @@ def _cases(args: argparse.Namespace, top: argparse.ArgumentParser, commands: Seq
         if not any(case.name.startswith(name) for case in CASES):
             plain = [c.name for c in CASES if not c.extra]
             top.error(f"no case is called {name!r}; known are {', '.join([*plain, *commands[1:]])} and more: --list")
-    cases = chosen(CASES, args.names, everything=args.all, quick=args.quick)
+    args.brief = not (args.names or args.all or args.quick)
+    cases = chosen(CASES, args.names, everything=args.all, quick=args.quick, brief=args.brief)
+    if args.quick or args.brief:
+        peers = QUICK_PEERS if args.quick else BRIEF_PEERS
+        cases = [replace(c, baselines=tuple(b for b in c.baselines if b in peers)) for c in cases]
     if args.quick:
-        cases = [replace(c, baselines=tuple(b for b in c.baselines if b not in SLOW_TO_START)) for c in cases]
         cases.sort(key=lambda case: case.n)  # what is left out for time is large
     if args.fused:
         cases = [replace(c, baselines=(), target=None) for c in cases]
@@ -176,13 +180,16 @@ def run(cases: Sequence[Any], args: argparse.Namespace, began: float) -> int:
             if args.quick and time.monotonic() > began + QUICK_SECONDS:
                 left_out.append(case.name)
                 continue
-            budget = QUICK_BUDGET if args.quick else BUDGET * (3 if case.target else 1)
+            budget = QUICK_BUDGET if args.quick else BRIEF_BUDGET if args.brief else BUDGET
+            budget *= 3 if case.target and not args.quick else 1
             result = measure.measure(case, budget, tick, began + QUICK_STOP if args.quick else None)
             results.append(result)
             with tqdm.external_write_mode(file=sys.stdout):
                 print(report.table(result) + "\n", flush=True)
     if left_out:
         print(f"left out for time: {', '.join(left_out)}")
+    if args.brief:
+        print("a selection of cases and peers; `python bench/ NAME` has more, --all every one, --list their names")
     if args.json:
         report.write_json(args.json, about, results, {"left_out": left_out})
     if args.plot:

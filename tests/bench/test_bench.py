@@ -252,6 +252,9 @@ def test_what_a_name_chooses():
     assert set(names("clip_loss")) == {name for name in plain if name.startswith("clip_loss")}
     assert "clip_loss-train-1024-float32-stash" in names("clip_loss-train-1024", everything=True)
     assert all(case.quick for case in all_cases.chosen(CASES, [], quick=True))
+    brief = all_cases.chosen(CASES, [], brief=True)
+    assert {case.op for case in brief} == {*all_cases.WIDTHS} - {"log_mean_exp"} and not any(c.extra for c in brief)
+    assert [c.target for c in brief if c.target] == [c.target for c in CASES if c.target]
 
 
 def test_sizes_widths_and_tiers_of_the_extra_cases():
