@@ -242,9 +242,13 @@ def plot(arguments: Sequence[str]) -> int:
     from cibr.pictures import plot
 
     written = plot(
-        [Path(run) for run in options.runs], Path(options.out), data=options.data, tsne=options.tsne,
-        with_grad_cam=options.grad_cam, with_information=options.information,
-    )  # fmt: skip
+        [Path(run) for run in options.runs],
+        Path(options.out),
+        data=options.data,
+        tsne=options.tsne,
+        with_grad_cam=options.grad_cam,
+        with_information=options.information,
+    )
     print("\n".join(map(str, written)))
     return 0
 

@@ -129,8 +129,9 @@ def pair_scores(activation: str, size: float) -> Op:
         inputs,
         lambda a, b, w, backend: loss(additive_scores(a, b, w, activation=activation, slope=0.2, backend=backend)),
         lambda a, b, w: loss(scores_reference(a, b, w, activation, 0.2)),
-        400, exponent,
-    )  # fmt: skip
+        400,
+        exponent,
+    )
 
 
 def moments(activation: str, shape: tuple[int, int, int, int], size: float) -> Op:
@@ -156,8 +157,9 @@ def shifted(activation: str) -> Op:
         inputs,
         lambda a, b, w, backend: additive_shifts(a, b, w, 9, activation=activation, backend=backend).logsumexp((0, 1)),
         lambda a, b, w: shifts_reference(a, b, w, 9, 1, activation).logsumexp((0, 1)),
-        380, exponent,
-    )  # fmt: skip
+        380,
+        exponent,
+    )
 
 
 def mean_of(scale: float, masked: bool) -> Op:
@@ -168,8 +170,9 @@ def mean_of(scale: float, masked: bool) -> Op:
         (scores,),
         lambda s, backend: ck.log_mean_exp(s, mask=copied(s.device), backend=backend),
         lambda s: mean_reference(s, mask),
-        scores.numel(), scores.abs().max().item(),
-    )  # fmt: skip
+        scores.numel(),
+        scores.abs().max().item(),
+    )
 
 
 OPS: dict[str, Callable[[], Op]] = {

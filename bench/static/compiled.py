@@ -80,15 +80,25 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     warps = getattr(kernel.metadata, "num_warps", launch.options["num_warps"])
     tensor_memory = getattr(kernel.metadata, "tmem_size", 0) or 0
     return examine(
-        kernel.asm["cubin"], capability, threads=32 * warps, dynamic=kernel.metadata.shared,
-        tensor_memory=tensor_memory, ttir=kernel.asm["ttir"], warps=launch.options["num_warps"],
-    )  # fmt: skip
+        kernel.asm["cubin"],
+        capability,
+        threads=32 * warps,
+        dynamic=kernel.metadata.shared,
+        tensor_memory=tensor_memory,
+        ttir=kernel.asm["ttir"],
+        warps=launch.options["num_warps"],
+    )
 
 
 def examine(
-    cubin: bytes, capability: int, threads: int, dynamic: int, tensor_memory: int = 0, ttir: str = "",
+    cubin: bytes,
+    capability: int,
+    threads: int,
+    dynamic: int,
+    tensor_memory: int = 0,
+    ttir: str = "",
     warps: int | None = None,
-) -> Compiled:  # fmt: skip
+) -> Compiled:
     """The facts of a cubin with one kernel, launched with `dynamic` bytes of shared memory."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -108,9 +118,16 @@ def examine_all(cubin: Path, capability: int, threads: dict[str, int]) -> dict[s
 
 
 def _facts(
-    name: str, used: dict[str, int], code: sass.Code, capability: int, threads: int, dynamic: int, tensor_memory: int,
-    ttir: str, warps: int | None = None,
-) -> Compiled:  # fmt: skip
+    name: str,
+    used: dict[str, int],
+    code: sass.Code,
+    capability: int,
+    threads: int,
+    dynamic: int,
+    tensor_memory: int,
+    ttir: str,
+    warps: int | None = None,
+) -> Compiled:
     gpu = GPUS[capability]
     # cuobjdump counts the system's kilobyte of shared memory as the kernel's from 9.0 on
     static = used["shared"] - (gpu.shared_reserved if capability >= 90 and used["shared"] >= 1024 else 0)
@@ -120,9 +137,20 @@ def _facts(
         blocks, limit = min((blocks, limit), (by_columns, "tensor memory"))
     spills = sum(instruction.group == "spill" for instruction in code.instructions)
     return Compiled(
-        name, capability, used["registers"], used["stack"], spills, dynamic + static, tensor_memory, threads, blocks,
-        limit, code, ttir, warps or threads // 32,
-    )  # fmt: skip
+        name,
+        capability,
+        used["registers"],
+        used["stack"],
+        spills,
+        dynamic + static,
+        tensor_memory,
+        threads,
+        blocks,
+        limit,
+        code,
+        ttir,
+        warps or threads // 32,
+    )
 
 
 def amd_facts(launch: Launch, architecture: str) -> dict[str, int]:
@@ -139,10 +167,13 @@ def amd_facts(launch: Launch, architecture: str) -> dict[str, int]:
 
     matrix = re.findall(r"^\s+(v_(?:mfma|wmma|smfmac)_\w+)", text, re.MULTILINE)
     return {
-        "registers": number("vgpr_count"), "spills": number("vgpr_spill_count"),
-        "scratch": number("private_segment_fixed_size"), "shared": kernel.metadata.shared,
-        "threads": AMD[architecture].wave * launch.options["num_warps"], "matrix": len(matrix),
-    }  # fmt: skip
+        "registers": number("vgpr_count"),
+        "spills": number("vgpr_spill_count"),
+        "scratch": number("private_segment_fixed_size"),
+        "shared": kernel.metadata.shared,
+        "threads": AMD[architecture].wave * launch.options["num_warps"],
+        "matrix": len(matrix),
+    }
 
 
 def _power_of_two(columns: int) -> int:

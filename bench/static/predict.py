@@ -163,9 +163,17 @@ def _launch(launch: Launch, gpu: Gpu, memory: Mapping[str, float] | None) -> Par
     per_second["memory"] = moved / gpu.bandwidth
     seconds = times[limit] + START
     return Part(
-        launch.name, "triton", 1, flops * launch.programs, moved, seconds, max(per_second.values()),
-        Counter({limit: seconds}), Counter(per_second), note,  # type: ignore[arg-type]
-    )  # fmt: skip
+        launch.name,
+        "triton",
+        1,
+        flops * launch.programs,
+        moved,
+        seconds,
+        max(per_second.values()),
+        Counter({limit: seconds}),
+        Counter(per_second),
+        note,  # type: ignore[arg-type]
+    )
 
 
 def _efficiency(pipe: str, gpu: Gpu) -> float:

@@ -22,9 +22,17 @@ from bench.static.gpus import AMD, GPUS
 from cibr_kernels.dispatch import triton_call
 
 NAMES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int32: "i32",
-    torch.int64: "i64", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
-}  # fmt: skip
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
 GEMMS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "matmul")  # matmul: with out= it is not taken apart
 PICKS = ("nll_loss_forward", "index", "gather", "index_select")  # read as many elements as they write
 ALLOCATES = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
@@ -110,9 +118,13 @@ class Recorder:
         return triton_call.Target("cuda", gpu.capability, gpu.processors, gpu.shared_block)
 
     def launch(
-        self, kernel: Any, grid: tuple[int, ...], args: dict[str, Any], constants: dict[str, Any],
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        args: dict[str, Any],
+        constants: dict[str, Any],
         options: dict[str, int],
-    ) -> None:  # fmt: skip
+    ) -> None:
         described = {name: describe(value) for name, value in args.items() if value is not None}
         absent = {name: None for name, value in args.items() if value is None}
         self.events.append(Launch(kernel, tuple(map(int, grid)), described, {**constants, **absent}, dict(options)))
@@ -202,9 +214,15 @@ def recording(machine: int | str) -> Iterator[Recorder]:
     gpu = AMD[machine] if isinstance(machine, str) else GPUS[machine]
     major, minor = (9, 4) if isinstance(machine, str) else divmod(machine, 10)
     properties = mock.Mock(
-        major=major, minor=minor, multi_processor_count=gpu.processors, shared_memory_per_block_optin=gpu.shared_block,
-        shared_memory_per_multiprocessor=233472, shared_memory_per_block=49152, warp_size=32, total_memory=80 * 10**9,
-    )  # fmt: skip
+        major=major,
+        minor=minor,
+        multi_processor_count=gpu.processors,
+        shared_memory_per_block_optin=gpu.shared_block,
+        shared_memory_per_multiprocessor=233472,
+        shared_memory_per_block=49152,
+        warp_size=32,
+        total_memory=80 * 10**9,
+    )
     properties.name = gpu.name
     patches = {
         "get_device_capability": lambda *_: (major, minor),
@@ -244,9 +262,12 @@ def _catch_direct_launches(recorder: Recorder) -> Iterator[None]:
         sizes = grid(values) if callable(grid) else grid
         numbers = {k: v for k, v in options.items() if k in ("num_warps", "num_stages", "num_ctas") and v is not None}
         recorder.launch(
-            kernel, tuple(sizes), {k: v for k, v in values.items() if k not in constexpr},
-            {k: v for k, v in values.items() if k in constexpr}, {"num_warps": 4, "num_stages": 3, **numbers},
-        )  # fmt: skip
+            kernel,
+            tuple(sizes),
+            {k: v for k, v in values.items() if k not in constexpr},
+            {k: v for k, v in values.items() if k in constexpr},
+            {"num_warps": 4, "num_stages": 3, **numbers},
+        )
 
     with mock.patch.object(JITFunction, "run", run):
         yield

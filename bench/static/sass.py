@@ -235,9 +235,11 @@ def _dominators(follow: Sequence[Sequence[int]]) -> dict[int, set[int]]:
 def spins(code: Code, loop: Loop) -> bool:
     """Whether a loop only waits for a barrier in memory (or for nothing: the trap after a kernel's end)."""
     groups = {code.instructions[i].group for i in loop.all}
-    return not loop.inner and not groups & {"tensor", "mufu", "shared", "load", "store", "max", "copy", "fma2"} and (
-        len(loop.all) <= 16
-    )  # fmt: skip
+    return (
+        not loop.inner
+        and not groups & {"tensor", "mufu", "shared", "load", "store", "max", "copy", "fma2"}
+        and len(loop.all) <= 16
+    )
 
 
 def hot_loop(code: Code) -> Loop | None:

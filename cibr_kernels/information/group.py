@@ -162,9 +162,14 @@ def wanted_of(needed: Sequence[bool], group: Group) -> Wanted:
     of_parameters = needed[count + critics :]
     c, w, bias = (any(of_parameters[i::5]) for i in (2, 3, 4))
     return Wanted(
-        tuple(needed[:count]), tuple(needed[count : count + critics]), tuple(of_parameters[0::5]),
-        tuple(of_parameters[1::5]), c, w, bias,
-    )  # fmt: skip
+        tuple(needed[:count]),
+        tuple(needed[count : count + critics]),
+        tuple(of_parameters[0::5]),
+        tuple(of_parameters[1::5]),
+        c,
+        w,
+        bias,
+    )
 
 
 def _forward(task: Task, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

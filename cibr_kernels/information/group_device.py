@@ -78,10 +78,11 @@ def forward(
     w, bias = (torch.empty(shape, dtype=torch.float32, device=device) for shape in ((critics, h), (critics,)))
     for k, own in enumerate(weights):
         triton_call.launch(
-            _kernels().critic_parameters_kernel, (ceil_div(n, BLOCKS["BLOCK_R"]), ceil_div(h, BLOCKS["BLOCK_H"])),
+            _kernels().critic_parameters_kernel,
+            (ceil_div(n, BLOCKS["BLOCK_R"]), ceil_div(h, BLOCKS["BLOCK_H"])),
             {"c": own.c, "w": own.w, "bias": own.bias, "b": b, "ws": w, "biases": bias, "n": n, "width": h, "first": k},
             BLOCKS,
-        )  # fmt: skip
+        )
         torch.mm(xs[k], own.wx.t(), out=a[k])
         torch.addmm(b[k], zs[group.which[k]], own.wz.t(), out=b[k])
     inputs = [t[0] for t in (a, b, w, bias)] if group.alone else (a, b, w, bias)  # J and L are then 0-d
@@ -92,9 +93,15 @@ def forward(
 
 
 def backward(
-    g_j: Tensor | None, g_l: Tensor | None, zs: Sequence[Tensor], xs: Sequence[Tensor], weights: Sequence[Weights],
-    made: Sequence[Tensor], group: Group, wanted: Wanted,
-) -> Gradients:  # fmt: skip
+    g_j: Tensor | None,
+    g_l: Tensor | None,
+    zs: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    weights: Sequence[Weights],
+    made: Sequence[Tensor],
+    group: Group,
+    wanted: Wanted,
+) -> Gradients:
     """g_j, g_l (critics,), None for 0; made: what `forward` gave from a on."""
     da, db, dw = additive_moments_backward.function(
         g_j, g_l, *made, group.activation, group.slope, 0, *wanted.needs, group.backend
@@ -134,15 +141,25 @@ def _of_starts(g_j: Tensor | None, g_l: Tensor | None, db: Tensor, alone: bool) 
     partials, dc, dbias = (torch.empty(shape, dtype=torch.float32, device=db.device) for shape in shapes)
     given = next(g for g in (g_j, g_l) if g is not None)
     triton_call.launch(
-        _kernels().critic_column_sums_kernel, (blocks, blocks_h, critics),
-        {"db": db, "g_j": given if g_j is None else g_j, "g_l": given if g_l is None else g_l, "partials": partials,
-         "dbias": dbias, "n": n, "width": h},
+        _kernels().critic_column_sums_kernel,
+        (blocks, blocks_h, critics),
+        {
+            "db": db,
+            "g_j": given if g_j is None else g_j,
+            "g_l": given if g_l is None else g_l,
+            "partials": partials,
+            "dbias": dbias,
+            "n": n,
+            "width": h,
+        },
         {"HAS_J": g_j is not None, "HAS_L": g_l is not None, **BLOCKS},
-    )  # fmt: skip
+    )
     triton_call.launch(
-        _sums().reduce_kernel, (blocks_h, critics), {"partials": partials, "out": dc, "blocks": blocks, "width": h},
+        _sums().reduce_kernel,
+        (blocks_h, critics),
+        {"partials": partials, "out": dc, "blocks": blocks, "width": h},
         {"BLOCK_R": 32, "BLOCK_H": BLOCKS["BLOCK_H"]},
-    )  # fmt: skip
+    )
     return dc, dbias
 
 
@@ -169,9 +186,13 @@ def run_forward(task: Task, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def run_backward(
-    task: Task, plan: plans.Plan | None, g_j: Tensor | None, g_l: Tensor | None, tensors: Sequence[Tensor],
+    task: Task,
+    plan: plans.Plan | None,
+    g_j: Tensor | None,
+    g_l: Tensor | None,
+    tensors: Sequence[Tensor],
     made: Sequence[Tensor],
-) -> list[Tensor | None]:  # fmt: skip
+) -> list[Tensor | None]:
     """-> a gradient, or None, for each of the node's tensors.  made: what `forward` gave from a on; plan: that of the
     forward, if it is known."""
     upstream = [g if g.is_contiguous() else g.contiguous() for g in (g_j, g_l) if g is not None]

@@ -143,9 +143,11 @@ def _of_one_node(pairs: Pairs) -> tuple[Tensor, Tensor] | None:
         return None
     inner = critic.inner
     return grouped_moments(
-        [x.contiguous()], [z.contiguous()], weights,
+        [x.contiguous()],
+        [z.contiguous()],
+        weights,
         Group((0,), (1.0,), inner.activation, inner.slope, pairs.include, pairs.backend, alone=True),
-    )  # fmt: skip
+    )
 
 
 def log_mean_exp_of_rows(rows: Tensor, pairs: Pairs) -> Tensor:

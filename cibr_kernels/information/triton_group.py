@@ -12,9 +12,7 @@ from cibr_kernels.dispatch.triton_call import SIZES
 
 
 @triton.jit(do_not_specialize=SIZES)
-def critic_parameters_kernel(
-    c, w, bias, b, ws, biases, n, width, first, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr
-):  # fmt: skip
+def critic_parameters_kernel(c, w, bias, b, ws, biases, n, width, first, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr):
     """Of critic `first`: b (n, h) = c in every row, ws (h,) = w, biases () = bias.  Grid: (blocks of rows, of h)."""
     group = first.to(tl.int64)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -31,9 +29,18 @@ def critic_parameters_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def critic_column_sums_kernel(
-    db, g_j, g_l, partials, dbias, n, width, HAS_J: tl.constexpr, HAS_L: tl.constexpr, BLOCK_R: tl.constexpr,
+    db,
+    g_j,
+    g_l,
+    partials,
+    dbias,
+    n,
+    width,
+    HAS_J: tl.constexpr,
+    HAS_L: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
-):  # fmt: skip
+):
     """partials (blocks, h): sums of BLOCK_R rows of db (n, h).  dbias () = g_j + g_l.  Grid: (blocks, of h, groups)."""
     group = tl.program_id(2).to(tl.int64)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)

@@ -207,11 +207,18 @@ def _forward(task: Task, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     for z, noise in zip((zv, zt), noises, strict=True):
         zs.append(torch.empty(z.shape, dtype=torch.float32, device=z.device))
         triton_call.launch(
-            _kernels().noisy_kernel, (ceil_div(z.numel(), BLOCK),),
-            {"z": z, "noise": noise, "out": zs[-1], "count": z.numel(), "noise_std": float(task.game.noise_std),
-             "root": math.sqrt(z.shape[1])},
+            _kernels().noisy_kernel,
+            (ceil_div(z.numel(), BLOCK),),
+            {
+                "z": z,
+                "noise": noise,
+                "out": zs[-1],
+                "count": z.numel(),
+                "noise_std": float(task.game.noise_std),
+                "root": math.sqrt(z.shape[1]),
+            },
             {"BLOCK": BLOCK},
-        )  # fmt: skip
+        )
     group = task.game.group
     _, _, weights = group.parts([*zs, *xs, *parameters])
     j, el, *made = group_device.forward(zs, xs, weights, group, task.of_critics.wanted.needs)
@@ -235,9 +242,11 @@ def _backward(task: Task, here: Sequence[Tensor], dtypes: tuple[torch.dtype, ...
             continue
         found.zs[i] = out = torch.empty(dz.shape, dtype=dtype, device=dz.device)
         triton_call.launch(
-            _kernels().encoder_gradient_kernel, (ceil_div(dz.numel(), BLOCK),),
-            {"dz": dz, "lam": lam, "out": out, "count": dz.numel(), "root": math.sqrt(dz.shape[1])}, {"BLOCK": BLOCK},
-        )  # fmt: skip
+            _kernels().encoder_gradient_kernel,
+            (ceil_div(dz.numel(), BLOCK),),
+            {"dz": dz, "lam": lam, "out": out, "count": dz.numel(), "root": math.sqrt(dz.shape[1])},
+            {"BLOCK": BLOCK},
+        )
     return tuple(t for t in found.flat() if t is not None)
 
 

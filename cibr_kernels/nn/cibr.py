@@ -290,9 +290,13 @@ class CIBRLoss(OnGroup):
         if self.ema is not None or self.options.estimator not in game.ESTIMATORS or self.options.negatives != "all":
             return None
         given = (
-            rows.image_features, rows.text_features, rows.image_inputs, rows.text_inputs, rows.image_condition,
+            rows.image_features,
+            rows.text_features,
+            rows.image_inputs,
+            rows.text_inputs,
+            rows.image_condition,
             rows.text_condition,
-        )  # fmt: skip
+        )
         more = not (rows.image_features2 is rows.text_features2 is rows.group_ids is None)
         if more or self.process_group is not None or not library.only_autograd_looks_on(*given):
             return None

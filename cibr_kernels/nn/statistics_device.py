@@ -60,20 +60,23 @@ def _train(x: Tensor, mean: Tensor, var: Tensor, started: Tensor, momentum: floa
         kernels.column_moments_kernel, (blocks, columns), {"x": x, "partials": partials, **sizes}, BLOCKS
     )
     triton_call.launch(
-        kernels.merge_moments_kernel, (columns,),
+        kernels.merge_moments_kernel,
+        (columns,),
         {"partials": partials, "merged": merged, "bad": bad, **sizes, "blocks": blocks},
         {"ROWS": BLOCKS["BLOCK_R"], "BLOCK_R": 32, "BLOCK_H": BLOCKS["BLOCK_H"]},
-    )  # fmt: skip
+    )
     triton_call.launch(
-        kernels.move_statistics_kernel, (columns,),
+        kernels.move_statistics_kernel,
+        (columns,),
         {"merged": merged, **flags, "mean": mean, "var": var, "width": width, "count": columns, "momentum": momentum},
         {"BLOCK": FLAGS, "BLOCK_H": BLOCKS["BLOCK_H"]},
-    )  # fmt: skip
+    )
     triton_call.launch(
-        kernels.standardize_kernel, (blocks, columns),
+        kernels.standardize_kernel,
+        (blocks, columns),
         {"x": x, "mean": mean, "var": var, **flags, "out": out, **sizes, "count": columns, "eps": eps},
         {"BLOCK": FLAGS, **BLOCKS},
-    )  # fmt: skip
+    )
     return out
 
 

@@ -29,7 +29,7 @@ def column_moments_kernel(x, partials, n, width, BLOCK_R: tl.constexpr, BLOCK_H:
 @triton.jit(do_not_specialize=SIZES)
 def merge_moments_kernel(
     partials, merged, bad, n, width, blocks, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr
-):  # fmt: skip
+):
     """merged (2, width): mean and variance; bad (grid,): how many are not finite.  ROWS: those of a partial.
 
     Grid: (blocks of columns,).
@@ -67,7 +67,7 @@ def _moved(old, new, weight):
 @triton.jit(do_not_specialize=SIZES)
 def move_statistics_kernel(
     merged, bad, started, mean, var, width, count, momentum, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr
-):  # fmt: skip
+):
     """mean, var (width,) moved, unless one of bad (count,) is not 0; at first they become the batch's.
 
     Grid: (blocks of columns,).
@@ -87,9 +87,20 @@ def move_statistics_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def standardize_kernel(
-    x, mean, var, bad, started, out, n, width, count, eps, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    x,
+    mean,
+    var,
+    bad,
+    started,
+    out,
+    n,
+    width,
+    count,
+    eps,
+    BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
-):  # fmt: skip
+):
     """out = (x - mean) / sqrt(var + eps); started () becomes 1 unless one of bad (count,) is not 0.
 
     Grid: (blocks of rows, blocks of columns).

@@ -42,9 +42,16 @@ def canonical_information(rows: dict[str, torch.Tensor], left: str, right: str) 
 
 @pytest.mark.parametrize(
     ("name", "truth"),
-    [("sparse 3x3", 1.0217), ("sparse 5x5", 1.0217), ("dense 5x5", 0.5928), ("dense 25x25", 1.2922),
-     ("dense 50x50", 1.6243), ("asinh student 5x5, dof 2", 0.4482), ("spiral sparse 5x5", 1.0217)],
-)  # fmt: skip
+    [
+        ("sparse 3x3", 1.0217),
+        ("sparse 5x5", 1.0217),
+        ("dense 5x5", 0.5928),
+        ("dense 25x25", 1.2922),
+        ("dense 50x50", 1.6243),
+        ("asinh student 5x5, dof 2", 0.4482),
+        ("spiral sparse 5x5", 1.0217),
+    ],
+)
 def test_bmi_models_have_their_published_information(name, truth):
     assert BMI[name].information(X, Z) == pytest.approx(truth, abs=5e-5)
 

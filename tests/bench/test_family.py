@@ -186,8 +186,17 @@ def test_what_validation_chose_is_what_is_run():
 def test_a_stack_trains_each_run_as_cibr_omib_does(method, monkeypatch):
     """Without noise: data, batches, learning rates, weight decay and beta of each run are its own."""
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
-    words = {"out": "-", "method": method, "hidden": 12, "latent": 8, "tokens": 2, "train_rows": 300,
-             "test_rows": 100, "warm_up_steps": 3, "steps": 6}  # fmt: skip
+    words = {
+        "out": "-",
+        "method": method,
+        "hidden": 12,
+        "latent": 8,
+        "tokens": 2,
+        "train_rows": 300,
+        "test_rows": 100,
+        "warm_up_steps": 3,
+        "steps": 6,
+    }
     free = (("I", 1, 1e-3, 0.0, 0.1), ("III", 2, 1e-2, 1.0, 0.0), ("I", 2, 1e-3, 0.0, 1.0), ("III", 1, 1e-2, 1.0, 0.2))
     runs = [
         OmibOptions(data=f"sim:{name}", seed=seed, lr=lr, weight_decay=decay, beta=beta, **words)

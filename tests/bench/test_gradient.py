@@ -62,6 +62,8 @@ def test_the_command_writes_every_estimator_and_says_who_missed(capsys, tmp_path
     cells = json.loads((tmp_path / "a.json").read_text())["cells"]
     assert len(cells) == 2 * len(gradient.LEARNT) + len(gradient.VIEWS)
     assert (tmp_path / "a.png").stat().st_size > 10_000
-    worst = [gradient.Cell(name, 100, 0, value, value) for name, value in (
-        ("mine, one shuffle", 0.3), ("mine, all pairs", 0.2), ("ceb", 0.5))]  # fmt: skip
+    worst = [
+        gradient.Cell(name, 100, 0, value, value)
+        for name, value in (("mine, one shuffle", 0.3), ("mine, all pairs", 0.2), ("ceb", 0.5))
+    ]
     assert gradient.missed(worst, [100]) == ["after 100 steps mine, all pairs is not above mine, one shuffle"]

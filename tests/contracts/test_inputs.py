@@ -78,17 +78,22 @@ REFUSED = {
     "moments queue dtype": (moments(marginals=X.double()), TypeError, r"z is torch.float32 but marginals is .*float64"),
     "moments float64": (moments(X.double(), X.double()), TypeError, r"z is torch.float64 but the parameters are .*32"),
     "moments float32": (
-        moments(critic=ck.nn.SeparableCritic(4, 4, 8, 3).double()), TypeError, r"z is torch.float32 but the .*float64"
+        moments(critic=ck.nn.SeparableCritic(4, 4, 8, 3).double()),
+        TypeError,
+        r"z is torch.float32 but the .*float64",
     ),
     "moments no forward": (moments(critic=torch.nn.Module()), TypeError, r"critic must have .* got Module"),
     "mi parts": (
-        mi(critic=ck.nn.SeparableCritic.from_maps(torch.nn.Linear(4, 3), torch.nn.Linear(4, 1))), ValueError,
+        mi(critic=ck.nn.SeparableCritic.from_maps(torch.nn.Linear(4, 3), torch.nn.Linear(4, 1))),
+        ValueError,
         r"embed_x gives width 3 but embed_z gives width 1",
     ),
     "mi ema": (mi(ema=torch.ones(6)), ValueError, r"ema must have one element, got shape \(6,\)"),
     "mi option": (mi(estimator="remine", rho=torch.ones(6)), TypeError, r"rho must be a number, got Tensor"),
     "mi club float64": (
-        mi(X.double(), X.double(), torch.nn.Linear(4, 4), estimator="club"), TypeError, r"is torch.float64 but the par"
+        mi(X.double(), X.double(), torch.nn.Linear(4, 4), estimator="club"),
+        TypeError,
+        r"is torch.float64 but the par",
     ),
     "moments devices": (moments(z=X.to("meta")), ValueError, r"x is .* on cpu but z is .* on meta"),
     "moments one row": (moments(X[:1], X[:1]), ValueError, r"at least 2 rows.* got 1"),
@@ -106,7 +111,9 @@ REFUSED = {
     "bound dtypes": (lambda: ck.bound(X[0, 0].double(), X[0, 0]), TypeError, r"J is torch.float64 but L is .*float32"),
     "bound numbers": (lambda: ck.bound(1.0, X[0, 0]), TypeError, r"J and L must be tensors, got float and Tensor"),
     "likelihood dtypes": (
-        lambda: ck.gaussian_log_likelihood(X.double(), X, torch.nn.Linear(4, 4)), TypeError, r"x is .*64 but z is .*32"
+        lambda: ck.gaussian_log_likelihood(X.double(), X, torch.nn.Linear(4, 4)),
+        TypeError,
+        r"x is .*64 but z is .*32",
     ),
     "bound estimator": (lambda: ck.bound(X[0, 0], X[0, 0], "ceb"), ValueError, r"estimator is 'ceb'; known are 'mine'"),
     "bound a": (lambda: ck.bound(X[0, 0], X[0, 0], "tuba", a=0.0), ValueError, r"TUBA's a must be positive, got 0.0"),
@@ -118,10 +125,14 @@ REFUSED = {
     "cmi dtypes": (cmi(own=X.double()), TypeError, r"z is torch.float32 but own is torch.float64: float64 goes with"),
     "cmi chain dtypes": (cmi(other=X.double(), decomposition="chain"), TypeError, r"z is .*32 but other is .*64"),
     "cmi align dtypes": (
-        cmi(other=X.double(), estimator="align", noise_std=1.0), TypeError, r"z is torch.float32 but other is .*float64"
+        cmi(other=X.double(), estimator="align", noise_std=1.0),
+        TypeError,
+        r"z is torch.float32 but other is .*float64",
     ),
     "cmi ceb parts": (
-        cmi(estimator="ceb", critics=lambda t: [t], noise_std=1.0), TypeError, r"q\(other\) must be a mean.* got list"
+        cmi(estimator="ceb", critics=lambda t: [t], noise_std=1.0),
+        TypeError,
+        r"q\(other\) must be a mean.* got list",
     ),
     "cmi noise": (cmi(estimator="ceb", critics=lambda t: t), ValueError, r"'ceb' needs noise_std > 0 .* got None"),
     "cmi align width": (cmi(other=X[:, :3], estimator="align", noise_std=1.0), ValueError, r"z has .* 4 but other .*3"),
@@ -143,7 +154,9 @@ REFUSED = {
     "cibr ema": (cibr(ema={"image_own": X[0, 0]}), ValueError, r"ema lacks image_other, .* it has image_own"),
     "cibr ema rows": (cibr(ema=dict.fromkeys(TERMS, X[0])), ValueError, r"ema must have one element"),
     "cibr one row": (
-        cibr(X[:1], X[:1], image_inputs=X[:1], text_inputs=X[:1]), ValueError, r"cibr_loss needs at least 2 rows"
+        cibr(X[:1], X[:1], image_inputs=X[:1], text_inputs=X[:1]),
+        ValueError,
+        r"cibr_loss needs at least 2 rows",
     ),
     "cibr negatives": (cibr(negatives=ck.shifts(6)), ValueError, r"shifts\(6\) needs more than 6 rows, got 6"),
     "module width 1": (objective(image_inputs=X[:, :1]), ValueError, r"image_inputs has width 1 but .* made for 4"),
@@ -168,7 +181,7 @@ REFUSED = {
     "lme mask empty": (lambda: ck.log_mean_exp(X, mask=X > 99), ValueError, r"mask has no True entry"),
     "lme ema": (lambda: ck.log_mean_exp(X, ema=torch.ones(2)), ValueError, r"ema must have one element"),
     "stash budget": (lambda: ck.set_stash_budget(-1), ValueError, r"must not be negative, got -1"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", list(REFUSED))

@@ -33,11 +33,13 @@ def batches(draw: Any) -> dict[str, Any]:
     x, y = (_strided(t.to(dtype), draw(st.sampled_from(["plain", "transposed", "sliced"]))) for t in (x, y))
     groups = draw(st.sampled_from([0, 1, 3, n]))
     return {
-        "x": x, "y": y, "scale": draw(SCALES),
+        "x": x,
+        "y": y,
+        "scale": draw(SCALES),
         "group_ids": torch.randint(0, groups, (n,), generator=g) * 7 - 3 if groups else None,
         "group_mode": draw(st.sampled_from(["mask", "positives"])),
         "weights": torch.rand(n, generator=g) + 0.1 if draw(st.booleans()) else None,
-    }  # fmt: skip
+    }
 
 
 def _strided(t: Tensor, kind: str) -> Tensor:
@@ -136,9 +138,13 @@ def test_splitting_columns_merges_exactly(batch, at):
 
 @search
 @given(
-    st.integers(2, 60), st.integers(1, 40), st.sampled_from(sorted(ACTIVATIONS)), st.floats(-30, 30),
-    st.integers(0, 99), st.booleans(),
-)  # fmt: skip
+    st.integers(2, 60),
+    st.integers(1, 40),
+    st.sampled_from(sorted(ACTIVATIONS)),
+    st.floats(-30, 30),
+    st.integers(0, 99),
+    st.booleans(),
+)
 def test_shifting_every_score_shifts_both_moments(n, h, activation, shift, seed, include):
     """A constant added through a hidden unit that is the same for every pair."""
     g = torch.Generator().manual_seed(seed)

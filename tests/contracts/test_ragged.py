@@ -54,16 +54,32 @@ def separable() -> nn.Module:
 LOSSES: dict[str, Callable[[], Loss]] = {
     "clip_loss, everything": lambda: Loss(
         lambda x, y: ck.clip_loss(
-            x, y, torch.full((x.shape[0],), 9.0), group_ids=ids(x), group_mode="positives", label_smoothing=0.1,
-            text_negatives=torch.ones(7, D), weights=torch.ones(x.shape[0]), return_metrics=True,
-        )[0], least=2,
+            x,
+            y,
+            torch.full((x.shape[0],), 9.0),
+            group_ids=ids(x),
+            group_mode="positives",
+            label_smoothing=0.1,
+            text_negatives=torch.ones(7, D),
+            weights=torch.ones(x.shape[0]),
+            return_metrics=True,
+        )[0],
+        least=2,
     ),
     "ClipLoss": lambda: Loss(lambda x, y, m: m(x, y, 9.0), ck.nn.ClipLoss()),
     "siglip_loss, everything": lambda: Loss(
         lambda x, y: ck.siglip_loss(
-            x, y, 9.0, -5.0, group_ids=ids(x), group_mode="positives", image_negatives=torch.ones(5, D),
-            weights=torch.ones(x.shape[0]), return_metrics=True,
-        )[0], least=2,
+            x,
+            y,
+            9.0,
+            -5.0,
+            group_ids=ids(x),
+            group_mode="positives",
+            image_negatives=torch.ones(5, D),
+            weights=torch.ones(x.shape[0]),
+            return_metrics=True,
+        )[0],
+        least=2,
     ),
     "siglip_loss, each": lambda: Loss(lambda x, y: ck.siglip_loss(x, y, 9.0, -5.0, reduction="none").square().sum()),
     "log_mean_exp": lambda: Loss(lambda x, y: ck.log_mean_exp(x @ y.T, mask=(x @ y.T) < 9, ema=0.3)),
@@ -79,7 +95,7 @@ LOSSES: dict[str, Callable[[], Loss]] = {
         lambda x, y: ck.conditional_mutual_information(x, x, y, None, estimator="align", noise_std=0.3)
     ),
     "CIBRLoss": lambda: cibr(ema_decay=0.9),
-}  # fmt: skip
+}
 EXPORTED = ("clip_loss, everything", "ClipLoss", "siglip_loss, each", "smile", "infonce", "mine, separable")
 
 

@@ -248,10 +248,15 @@ def test_training_under_averaged_gradients(ranks, steps, wrapper):
 
 @pytest.mark.parametrize(
     ("steps", "strategy"),
-    [([(6, 6)], "gather"), ([(6, 6)], "ring"), ([(9, 2, 5, 40)], "gather"), ([(8, 8), (8, 8)], "gather"),
-     ([(3, 8, 4), (5, 5, 5), (2, 9, 4)], "ring")],
+    [
+        ([(6, 6)], "gather"),
+        ([(6, 6)], "ring"),
+        ([(9, 2, 5, 40)], "gather"),
+        ([(8, 8), (8, 8)], "gather"),
+        ([(3, 8, 4), (5, 5, 5), (2, 9, 4)], "ring"),
+    ],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("wrapper", ["ddp", "loop"])
 def test_sigmoid_training_under_averaged_gradients(ranks, steps, strategy, wrapper):
     """Linear towers, a temperature and a bias, over micro-batches."""

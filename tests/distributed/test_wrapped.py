@@ -22,9 +22,16 @@ def test_a_critic_in_ddp(ranks, kind, rows, estimator):
 
 @pytest.mark.parametrize(
     ("how", "kind"),
-    [("root", "concat"), ("root", "two layers"), ("critics", "concat"), ("critics", "separable"), ("linears", "concat"),
-     ("linears", "separable"), ("both", "concat")],
-)  # fmt: skip
+    [
+        ("root", "concat"),
+        ("root", "two layers"),
+        ("critics", "concat"),
+        ("critics", "separable"),
+        ("linears", "concat"),
+        ("linears", "separable"),
+        ("both", "concat"),
+    ],
+)
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 def test_fully_sharded_objectives(ranks, how, kind, half):
     """With MixedPrecisionPolicy, gradients of one process are rounded to bfloat16, those of ranks summed in float32."""
@@ -35,12 +42,17 @@ def test_fully_sharded_objectives(ranks, how, kind, half):
 
 @pytest.mark.parametrize(
     ("kind", "strategy", "estimator", "negatives", "dtype"),
-    [("separable", "ring", "dv", "all", torch.bfloat16), ("separable", "ring", "js", "all", torch.float16),
-     ("separable", "gather", "smile", "all", torch.bfloat16), ("separable", "ring", "infonce", "all", torch.float16),
-     ("concat", "gather", "js", "all", torch.bfloat16), ("concat", "gather", "mine", ck.shifts(2), torch.float16),
-     ("two layers", "gather", "infonce", "all", torch.bfloat16)],
+    [
+        ("separable", "ring", "dv", "all", torch.bfloat16),
+        ("separable", "ring", "js", "all", torch.float16),
+        ("separable", "gather", "smile", "all", torch.bfloat16),
+        ("separable", "ring", "infonce", "all", torch.float16),
+        ("concat", "gather", "js", "all", torch.bfloat16),
+        ("concat", "gather", "mine", ck.shifts(2), torch.float16),
+        ("two layers", "gather", "infonce", "all", torch.bfloat16),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_half_precision_critics(ranks, kind, strategy, estimator, negatives, dtype):
     """Each rank rounds its gradients, and some of them cancel."""
     limit = 8 * torch.finfo(dtype).eps
@@ -50,9 +62,12 @@ def test_half_precision_critics(ranks, kind, strategy, estimator, negatives, dty
 
 @pytest.mark.parametrize(
     ("how", "words"),
-    [("sharded", "shard the module that holds the critic"), ("sharded linear", "shard the module that holds the"),
-     ("hooked in DDP", "DistributedDataParallel sees one call for each backward")],
-)  # fmt: skip
+    [
+        ("sharded", "shard the module that holds the critic"),
+        ("sharded linear", "shard the module that holds the"),
+        ("hooked in DDP", "DistributedDataParallel sees one call for each backward"),
+    ],
+)
 def test_what_cannot_be_called_in_panels_is_refused(ranks, how, words):
     assert all(words in text for text in ranks.run(wrapped_runs.refused, 2, how))
 

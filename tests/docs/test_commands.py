@@ -14,10 +14,19 @@ from cibr import cli
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WORK = (
-    "cibr.train.train", "cibr.evaluate.evaluate_run", "cibr.pictures.plot", "cibr.demo.demo", "cibr.export.export",
-    "cibr.data.emoji_build.build", "cibr.data.check.check", "cibr.cache.towers", "cibr.prompts.run", "cibr.table.table",
-    "cibr.omib.train.train", "cibr.compare.run_comparison",
-)  # fmt: skip
+    "cibr.train.train",
+    "cibr.evaluate.evaluate_run",
+    "cibr.pictures.plot",
+    "cibr.demo.demo",
+    "cibr.export.export",
+    "cibr.data.emoji_build.build",
+    "cibr.data.check.check",
+    "cibr.cache.towers",
+    "cibr.prompts.run",
+    "cibr.table.table",
+    "cibr.omib.train.train",
+    "cibr.compare.run_comparison",
+)
 
 
 class Reached(Exception):

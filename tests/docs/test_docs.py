@@ -106,9 +106,13 @@ def test_a_script_for_several_ranks_runs(script: Block, tmp_path: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {
-        **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(script.ranks),
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }  # fmt: skip
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(script.ranks),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     logs = [tmp_path / f"{rank}.log" for rank in range(script.ranks)]
     processes = []
     for rank, log in enumerate(logs):
@@ -173,7 +177,7 @@ def test_a_signature_on_a_page_is_that_of_the_code(name: str) -> None:
     shown, actual = (
         None if signature is None else [(p.name, p.kind, p.default) for p in signature.parameters.values()]
         for signature in (shown_signature(section(name), name.rpartition(".")[2]), inspect.signature(public(name)))
-    )  # fmt: skip
+    )
     if shown is None:
         assert name not in PAGES and name.rpartition(".")[0] != "nn", f"{name} has a page without its signature"
     else:

@@ -159,9 +159,13 @@ def launches(target: int | str) -> Iterator[tuple[str, record.Launch]]:
 def facts(kernel: compiled.Compiled) -> Facts:
     """A kernel's row; "loop" is its hot loop: instructions, those of the tensor cores, those of the MUFU pipe."""
     row: Facts = {
-        "registers": kernel.registers, "spills": kernel.spills, "stack": kernel.stack, "shared": kernel.shared,
-        "threads": kernel.threads, "blocks": kernel.blocks,
-    }  # fmt: skip
+        "registers": kernel.registers,
+        "spills": kernel.spills,
+        "stack": kernel.stack,
+        "shared": kernel.shared,
+        "threads": kernel.threads,
+        "blocks": kernel.blocks,
+    }
     if kernel.tensor_memory:
         row["tensor_memory"] = kernel.tensor_memory
     loop = sass.hot_loop(kernel.code)

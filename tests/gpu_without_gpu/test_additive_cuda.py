@@ -56,8 +56,9 @@ def test_a_group_of_critics_takes_as_many_launches_as_one(activation, dtype, bud
     names = [name for name, _ in e.launches]
     if budget > 1:
         assert len(names) == 13 and names[-2:] == [
-            f"additive_moments_positives_{activation}_kernel", "additive_moments_positive_weights_kernel",
-        ]  # fmt: skip
+            f"additive_moments_positives_{activation}_kernel",
+            "additive_moments_positive_weights_kernel",
+        ]
     assert (
         all("fold" not in name for name in names) or budget == 1
     )  # a single panel's parts are added as they are scaled
@@ -85,11 +86,13 @@ def test_large_biases_that_cancel(activation, shift):
 @pytest.mark.parametrize(
     ("arch", "activation", "dtype"),
     [
-        ("80", "relu", torch.bfloat16), ("90a", "relu", torch.float16), ("90a", "leaky_relu", torch.bfloat16),
+        ("80", "relu", torch.bfloat16),
+        ("90a", "relu", torch.float16),
+        ("90a", "leaky_relu", torch.bfloat16),
         ("90a", "tanh", torch.bfloat16),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_moments_of_half_precision_features(arch, activation, dtype):
     check_moments(arch, activation, (20, 70, 17, 33), dtype=dtype, size=60.0)
 
@@ -97,11 +100,16 @@ def test_moments_of_half_precision_features(arch, activation, dtype):
 @pytest.mark.parametrize(
     ("activation", "needs"),
     [
-        ("relu", (0, 0, 0)), ("relu", (1, 0, 0)), ("relu", (0, 1, 0)), ("relu", (0, 0, 1)), ("silu", (0, 1, 0)),
-        ("silu", (0, 0, 1)), ("silu", (1, 1, 0)),
+        ("relu", (0, 0, 0)),
+        ("relu", (1, 0, 0)),
+        ("relu", (0, 1, 0)),
+        ("relu", (0, 0, 1)),
+        ("silu", (0, 1, 0)),
+        ("silu", (0, 0, 1)),
+        ("silu", (1, 1, 0)),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_only_what_is_needed_is_computed(activation, needs):
     a, b, w = inputs(9, 12, 6)
     expected = with_gradients(
@@ -123,10 +131,15 @@ def test_only_what_is_needed_is_computed(activation, needs):
 @pytest.mark.parametrize(
     ("activation", "place", "bad"),
     [
-        ("relu", 0, math.nan), ("relu", 0, -math.inf), ("relu", 1, math.inf), ("relu", 2, math.inf),
-        ("elu", 0, math.nan), ("elu", 1, -math.inf), ("elu", 2, math.nan),
+        ("relu", 0, math.nan),
+        ("relu", 0, -math.inf),
+        ("relu", 1, math.inf),
+        ("relu", 2, math.inf),
+        ("elu", 0, math.nan),
+        ("elu", 1, -math.inf),
+        ("elu", 2, math.nan),
     ],
-)  # fmt: skip
+)
 def test_nan_and_infinity_reach_every_output(activation, place, bad):
     tensors = inputs(5, 6, 3)
     tensors[place].view(-1)[1] = bad

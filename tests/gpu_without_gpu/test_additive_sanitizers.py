@@ -99,6 +99,9 @@ def test_a_missing_barrier_is_reported(header, tmp_path):
     (tmp_path / "additive/moments" / header).write_text(text[:loop_end] + text[loop_end + len("__syncthreads();") :])
     # h of 2 stages, so that the loop's barrier matters
     report = sanitizers.check(
-        CSRC / "additive/moments/cuda.cu", MOMENTS, "thread", include=[tmp_path, CSRC],
-    )  # fmt: skip
+        CSRC / "additive/moments/cuda.cu",
+        MOMENTS,
+        "thread",
+        include=[tmp_path, CSRC],
+    )
     assert not report.clean

@@ -24,9 +24,13 @@ ALL = (True, True, True)
 FORWARD = ["additive_scores_pack_kernel", "additive_scores_forward_kernel"]
 GRADIENTS = ["additive_moments_gradient_kernel"] * 2
 BACKWARD = [
-    "additive_moments_pack_kernel", "additive_scores_spread_kernel", *GRADIENTS, "additive_scores_state_kernel",
-    "additive_moments_finish_kernel", "reduce_kernel",
-]  # fmt: skip
+    "additive_moments_pack_kernel",
+    "additive_scores_spread_kernel",
+    *GRADIENTS,
+    "additive_scores_state_kernel",
+    "additive_moments_finish_kernel",
+    "reduce_kernel",
+]
 
 
 @pytest.fixture
@@ -64,7 +68,7 @@ def test_matches_float64(capability, activation, small_tiles):
     ("capability", "activation", "dtype"),
     [(80, "relu", torch.float16), (100, "relu", torch.bfloat16), (120, "gelu", torch.float16)],
     ids=str,
-)  # fmt: skip
+)
 def test_half_precision_is_computed_in_float32(capability, activation, dtype, small_tiles):
     check(capability, activation, RAGGED, dtype=dtype)
 

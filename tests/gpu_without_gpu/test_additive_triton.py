@@ -58,11 +58,15 @@ def test_matches_float64(capability, activation, small_tiles):
 @pytest.mark.parametrize(
     ("capability", "activation", "dtype"),
     [
-        (80, "relu", torch.float16), (90, "relu", torch.bfloat16), (100, "relu", torch.bfloat16),
-        (120, "relu", torch.float16), (90, "gelu", torch.float16), (100, "gelu", torch.bfloat16),
+        (80, "relu", torch.float16),
+        (90, "relu", torch.bfloat16),
+        (100, "relu", torch.bfloat16),
+        (120, "relu", torch.float16),
+        (90, "gelu", torch.float16),
+        (100, "gelu", torch.bfloat16),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_half_precision_is_computed_in_float32(capability, activation, dtype, size, small_tiles):
     check(capability, activation, RAGGED, dtype=dtype, size=size)
 

@@ -119,8 +119,11 @@ def test_standardised_data(dtype: torch.dtype, shape: tuple[int, int]) -> None:
         with emulated(90) as gpu:
             found = device(batch.to(dtype))
         assert [name for name, _ in gpu.launches] == [
-            "column_moments_kernel", "merge_moments_kernel", "move_statistics_kernel", "standardize_kernel",
-        ]  # fmt: skip
+            "column_moments_kernel",
+            "merge_moments_kernel",
+            "move_statistics_kernel",
+            "standardize_kernel",
+        ]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4, equal_nan=True)
         for name, buffer in plain.named_buffers():
             torch.testing.assert_close(getattr(device, name), buffer, rtol=1e-5, atol=1e-6)

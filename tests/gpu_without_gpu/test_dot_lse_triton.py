@@ -165,9 +165,15 @@ def check(case: Case, dtype: torch.dtype, actual: dict[str, Tensor], inputs: tup
         finite = torch.isfinite(t)
         assert torch.equal(actual[name][~finite].double(), t[~finite]), name
         assert_close(
-            name, actual[name][finite], eager[name][finite], t[finite], terms=max(case.n, case.m),
-            exponent=logits.abs().max().item(), features=dtype, magnitude=magnitudes.get(name, 0.0),
-        )  # fmt: skip
+            name,
+            actual[name][finite],
+            eager[name][finite],
+            t[finite],
+            terms=max(case.n, case.m),
+            exponent=logits.abs().max().item(),
+            features=dtype,
+            magnitude=magnitudes.get(name, 0.0),
+        )
     bound = case.scale * math.prod(t.double().norm(dim=1).max().item() for t in (x, y))
     sums = torch.cat([truth["rows"], truth["cols"]])
     underflow = (sums.isfinite() & (sums < max(0.0, bound - 60) - 55)).any().item()
@@ -249,8 +255,10 @@ def test_launches():
     panels = 2
     before, after = ["statistics_kernel", "choose_kernel"], ["fold_kernel"]
     forward = [
-        *before, *["scores_kernel", *after] * panels, *["online_scores_kernel", *after] * panels,
-    ]  # fmt: skip
+        *before,
+        *["scores_kernel", *after] * panels,
+        *["online_scores_kernel", *after] * panels,
+    ]
     weights = ["exponent_kernel", "weights_kernel"]
     for stash, kernel in ((False, "gradient_kernel"), (True, "unstash_kernel")):
         tiles = 1 if stash else 2  # columns of a panel are cut, a stash's are not
@@ -313,9 +321,15 @@ def test_clip_loss_and_its_gradients(monkeypatch, capability, dtype, n, d, kind,
     for name, t in truth.items():
         features = torch.float32 if name == "loss" else dtype
         assert_close(
-            name, ours[name], eager[name], t, terms=n, exponent=100 * products.abs().max().item(), features=features,
+            name,
+            ours[name],
+            eager[name],
+            t,
+            terms=n,
+            exponent=100 * products.abs().max().item(),
+            features=features,
             magnitude=products.abs().max().item(),
-        )  # fmt: skip
+        )
     names = [name for name, _ in gpu.launches]
     assert ("ends_kernel" in names, "exponent_kernel" in names) == (
         (True, False) if dtype != torch.float16 else (False, True)

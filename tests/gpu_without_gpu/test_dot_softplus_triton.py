@@ -80,11 +80,15 @@ def problem(case: Case, dtype: torch.dtype) -> Inputs:
     col_ids = torch.randint(0, 9, (case.m,)) + (1 << 40)
     col_ids[case.first_positive : case.first_positive + case.n] = row_ids
     return {
-        "x": x.to(dtype), "y": y.to(dtype), "scale": torch.tensor(case.scale), "bias": torch.tensor(case.bias),
+        "x": x.to(dtype),
+        "y": y.to(dtype),
+        "scale": torch.tensor(case.scale),
+        "bias": torch.tensor(case.bias),
         "row_weights": case.size * torch.rand(case.n) / case.n if case.weights != "none" else None,
         "col_weights": case.size * torch.rand(case.m) / case.m if case.weights == "both" else None,
-        "row_ids": row_ids if case.ids else None, "col_ids": col_ids if case.ids else None,
-    }  # fmt: skip
+        "row_ids": row_ids if case.ids else None,
+        "col_ids": col_ids if case.ids else None,
+    }
 
 
 def run(module, case: Case, inputs: Inputs) -> dict[str, Tensor]:
@@ -113,9 +117,15 @@ def check(case: Case, actual: dict[str, Tensor], inputs: Inputs) -> None:
     for name, t in truth.items():
         features = torch.float32 if name in ("rows", "cols", "dbias") else inputs["x"].dtype
         assert_close(
-            name, actual[name], eager[name], t, terms=max(case.n, case.m), exponent=exponent, features=features,
+            name,
+            actual[name],
+            eager[name],
+            t,
+            terms=max(case.n, case.m),
+            exponent=exponent,
+            features=features,
             magnitude=magnitudes.get(name, 0.0),
-        )  # fmt: skip
+        )
 
 
 def compare(capability: int, dtype: torch.dtype, case: Case) -> list[str]:
@@ -143,9 +153,12 @@ def test_launches():
     start, panel = ["poison_kernel", "total_kernel"], ["softplus_kernel", "reduce_kernel", "reduce_kernel"]
     assert compare(90, torch.bfloat16, RAGGED._replace(weights="none")) == [*start, *panel * 2]
     expected = [
-        "exponent_kernel", *start, *[*panel, "features_gradient_kernel"] * 2, "features_gradient_kernel",
+        "exponent_kernel",
+        *start,
+        *[*panel, "features_gradient_kernel"] * 2,
+        "features_gradient_kernel",
         *["total_kernel"] * 2,
-    ]  # fmt: skip
+    ]
     assert compare(90, torch.bfloat16, RAGGED) == expected
 
 

@@ -107,10 +107,12 @@ def test_bf16_arithmetic_rounds_each_half() -> None:
 def test_shuffles_and_votes() -> None:
     lane = np.arange(32)
     for mode, b, c, expected in (
-        ("bfly", 5, 0x1F, lane ^ 5), ("up", 3, 0, np.maximum(lane - 3, np.where(lane < 3, lane, 0))),
-        ("down", 3, 0x1F, np.where(lane + 3 < 32, lane + 3, lane)), ("idx", 7, 0x1F, np.full(32, 7)),
+        ("bfly", 5, 0x1F, lane ^ 5),
+        ("up", 3, 0, np.maximum(lane - 3, np.where(lane < 3, lane, 0))),
+        ("down", 3, 0x1F, np.where(lane + 3 < 32, lane + 3, lane)),
+        ("idx", 7, 0x1F, np.full(32, 7)),
         ("bfly", 1, 0x1C1F, lane ^ 1),
-    ):  # fmt: skip
+    ):
         assert (
             run(f"shfl.sync.{mode}.b32 %r6, %r2, {b}, {c}, -1; st.global.b32 [%d1], %r6;").tolist() == expected.tolist()
         )
@@ -219,8 +221,10 @@ def test_deadlocks() -> None:
     with pytest.raises(Deadlock, match="warp 0 waits at a barrier"):
         run("setp.lt.u32 %p1, %r1, 32; @%p1 bar.sync 1, 64;", threads=64)
     with pytest.raises(Deadlock, match="mbarrier"):
-        run("setp.eq.u32 %p1, %r1, 0; @%p1 mbarrier.init.shared.b64 [buffer], 1; bar.warp.sync -1;"
-            "W: mbarrier.try_wait.parity.shared.b64 %p2, [buffer], 0; @!%p2 bra W;")  # fmt: skip
+        run(
+            "setp.eq.u32 %p1, %r1, 0; @%p1 mbarrier.init.shared.b64 [buffer], 1; bar.warp.sync -1;"
+            "W: mbarrier.try_wait.parity.shared.b64 %p2, [buffer], 0; @!%p2 bra W;"
+        )
     with pytest.raises(Deadlock, match="endless"):
         run("L: bra L;", max_instructions=1000)
 
@@ -253,8 +257,7 @@ def test_blocks_that_touch_the_same_memory() -> None:
         mine = "setp.eq.u32 %p1, %r3, 0;" if blocks == "first" else "setp.ne.u32 %p1, %r3, 0;"
         with pytest.raises(Race, match="reads bytes of global memory that block"):
             reads = "@!%p1 ld.global.b32 %r6, [%d3]; @!%p1 ld.global.b32 %r6, [%d3+128];"
-            run(f"{mine} {first} @%p1 st.global.b32 [%d1], %r1; {reads}",
-                blocks=2, batch=1)  # fmt: skip
+            run(f"{mine} {first} @%p1 st.global.b32 [%d1], %r1; {reads}", blocks=2, batch=1)
     run(first + "atom.global.add.u32 %r6, [%d3], 1;", blocks=2)
 
 

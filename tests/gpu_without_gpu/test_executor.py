@@ -162,5 +162,4 @@ def test_too_much_shared_memory() -> None:
     operand = TensorDescriptor(x, [128, 256], [256, 1], [128, 256])
     with emulated(120), pytest.raises(PtxError, match="limit is 101376"):
         arguments = {"x": operand, "y": operand, "out": torch.zeros(128, 128), "n": 128, "m": 128, "d": 256}
-        triton_call.launch(product, (1,), arguments,
-                           {"TMA": True, "ALONG": 1, "BLOCK": 128, "STEP": 256}, num_stages=3)  # fmt: skip
+        triton_call.launch(product, (1,), arguments, {"TMA": True, "ALONG": 1, "BLOCK": 128, "STEP": 256}, num_stages=3)

@@ -51,20 +51,39 @@ def test_a_replay_passes_the_bytes_that_triton_and_pytorch_pass(device: Path) ->
 def test_when_plans_serve(device: Path) -> None:
     """fake_device/planned.py has the situations: [replays, plans that are kept] after each."""
     assert run(device, "planned", CIBR_KERNELS_PLANS="1") == {
-        "first step": [0, 2], "second step": [2, 2], "another size": [2, 4], "that size again": [4, 4],
-        "misaligned": [4, 4], "one tensor twice": [4, 4], "then two": [4, 6], "disabled": [4, 6], "a hook": [4, 6],
-        "switched off": [4, 6], "float32": [4, 8], "tf32": [4, 10], "another stream": [6, 10], "capturing": [8, 10],
-        "capturing what is new": [8, 10], "few are kept": [8, 3], "what was let go": [9, 4],
-        "waits": 0, "old addresses": 0, "streams": [[0, 1, 2, 3], [0]],
-    }  # fmt: skip
+        "first step": [0, 2],
+        "second step": [2, 2],
+        "another size": [2, 4],
+        "that size again": [4, 4],
+        "misaligned": [4, 4],
+        "one tensor twice": [4, 4],
+        "then two": [4, 6],
+        "disabled": [4, 6],
+        "a hook": [4, 6],
+        "switched off": [4, 6],
+        "float32": [4, 8],
+        "tf32": [4, 10],
+        "another stream": [6, 10],
+        "capturing": [8, 10],
+        "capturing what is new": [8, 10],
+        "few are kept": [8, 3],
+        "what was let go": [9, 4],
+        "waits": 0,
+        "old addresses": 0,
+        "streams": [[0, 1, 2, 3], [0]],
+    }
 
 
 def test_devices_have_plans_of_their_own_and_are_current_while_they_replay(device: Path) -> None:
     both = {"FAKE_DEVICES": "2", "CUDA_VISIBLE_DEVICES": "0,1", "CIBR_KERNELS_PLANS": "1"}
     zero, one = [[0, 0]] * 2, [[1, 1]] * 2  # the directions of a step
     assert run(device, "machines devices", **both) == [
-        [2, []], [4, []], [4, one], [4, [*one, *zero]], [4, [*one, *zero, *one]],
-    ]  # fmt: skip
+        [2, []],
+        [4, []],
+        [4, one],
+        [4, [*one, *zero]],
+        [4, [*one, *zero, *one]],
+    ]
 
 
 def test_one_of_two_processes_compiles_and_the_other_finds(device: Path, tmp_path: Path) -> None:

@@ -85,9 +85,13 @@ def test_cycles_of_counted_instructions():
     count = {"mufu": 4, "fma": 8, "fma2": 2, "max": 1, "alu": 3, "shuffle": 2, "shared bytes": 512, "instructions": 20}
     clocks = sass.cycles(GPUS[90], count, warps=8, tensor_flops=2 * 128 * 128 * 64)
     assert clocks == {
-        "tensor": 512, "exp": 4 * 256 / 16, "fma": 12 * 256 / 128, "alu": 4 * 256 / 64,
-        "shared": 512 * 8 / 128 + 2 * 256 / 32, "issue": 20 * 8 / 4,
-    }  # fmt: skip
+        "tensor": 512,
+        "exp": 4 * 256 / 16,
+        "fma": 12 * 256 / 128,
+        "alu": 4 * 256 / 64,
+        "shared": 512 * 8 / 128 + 2 * 256 / 32,
+        "issue": 20 * 8 / 4,
+    }
 
 
 LISTING = """
@@ -125,7 +129,7 @@ CALCULATED = [
         (16, 32, 40, 72, 96, 128, 168, 255), (32, 96, 128, 256, 384, 512), (0, 999, 33000, 49152, 98304, 100352, 166912)
     )
     if shared <= GPUS[capability].shared_block and registers * threads <= 65536
-]  # fmt: skip
+]
 
 
 def test_blocks_per_processor_are_those_of_nvidias_calculator(tmp_path):

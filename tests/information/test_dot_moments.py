@@ -69,8 +69,11 @@ def test_kernel_matches_float64(shape, dtype, scale, include, isa):
 
 @each_pair(
     shape=[(5, 5, 0, 31), (40, 100, 17, 65), (300, 301, 1, 33)],
-    regime=[("raw", 1.0), ("raw", 3.0), ("opposed", 100.0)], dtype=DTYPES, include=(False, True), isa=ISAS,
-)  # fmt: skip
+    regime=[("raw", 1.0), ("raw", 3.0), ("opposed", 100.0)],
+    dtype=DTYPES,
+    include=(False, True),
+    isa=ISAS,
+)
 def test_kernel_keeps_a_maximum_where_one_exponent_is_not_enough(shape, regime, dtype, include, isa):
     check(shape, dtype, *regime, include, isa)
 

@@ -16,8 +16,10 @@ from cibr_kernels.information.estimators import MAXIMISED, gaussian_log_likeliho
 from cibr_kernels.information.negatives import derangement, permutation
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "all": {}, "include": {"diagonal": "include"}, "shifts": {"negatives": ck.shifts(5)},
-}  # fmt: skip
+    "all": {},
+    "include": {"diagonal": "include"},
+    "shifts": {"negatives": ck.shifts(5)},
+}
 
 
 @pytest.mark.parametrize("options", list(OPTIONS))
@@ -30,8 +32,9 @@ def test_estimators_equal_their_formulas(name, estimator, options):
     check(
         lambda critic, x, z: ck.mutual_information(x, z, critic, estimator=estimator, **chosen, **more),
         lambda critic, x, z: definition(estimator, x, z, critic, **chosen, **more),
-        made(name), data()[:2],
-    )  # fmt: skip
+        made(name),
+        data()[:2],
+    )
 
 
 @pytest.mark.parametrize("diagonal", ["exclude", "include"])
@@ -61,9 +64,9 @@ def test_moments_of_critics_without_kernels(name, negatives):
 
     def truth(critic: nn.Module, x: Tensor, z: Tensor) -> Tensor:
         scores, i = all_scores(critic, x, z), torch.arange(N)
-        chosen = scores[i[:, None] != i] if negatives == "all" else torch.cat(
-            [scores[i, (i + s) % N] for s in range(1, 5)]
-        )  # fmt: skip
+        chosen = (
+            scores[i[:, None] != i] if negatives == "all" else torch.cat([scores[i, (i + s) % N] for s in range(1, 5)])
+        )
         return 0.3 * scores.diagonal().mean() + 1.9 * chosen.exp().mean().log()
 
     def ours(critic: nn.Module, x: Tensor, z: Tensor) -> Tensor:
@@ -174,10 +177,14 @@ REFUSED = {
     "marginals integer": (mi(marginals=X.long()), TypeError, r"marginals must be float32"),
     "marginals device": (mi(marginals=X.to("meta")), ValueError, r"z is .* on cpu but marginals is .* on meta"),
     "marginals ring": (
-        mi(ck.nn.SeparableCritic(4, 4), marginals=X, strategy="ring"), ValueError, r"'ring' has no marginals"
+        mi(ck.nn.SeparableCritic(4, 4), marginals=X, strategy="ring"),
+        ValueError,
+        r"'ring' has no marginals",
     ),
     "smile ring": (
-        mi(ck.nn.SeparableCritic(4, 4), estimator="smile", strategy="ring"), ValueError, r"neither smile nor club"
+        mi(ck.nn.SeparableCritic(4, 4), estimator="smile", strategy="ring"),
+        ValueError,
+        r"neither smile nor club",
     ),
     "critic arguments": (mi(nn.Linear(4, 4)), TypeError, r"critic must have .* callable with \(x, z\), got Linear"),
     "critic none": (mi(3), TypeError, r"critic must have .* got 3"),
@@ -185,13 +192,17 @@ REFUSED = {
     "club shifts": (mi(lambda p: p, estimator="club", negatives=ck.shifts(1)), ValueError, r"be 'all', got Shifts"),
     "club shape": (mi(lambda p: p[:, :2], estimator="club"), ValueError, r"critic\(x\) has shape \(6, 2\) but z is"),
     "likelihood shape": (
-        lambda: gaussian_log_likelihood(X, X, lambda t: t[:5]), ValueError, r"q\(x\) has shape \(5, 4\)"
+        lambda: gaussian_log_likelihood(X, X, lambda t: t[:5]),
+        ValueError,
+        r"q\(x\) has shape \(5, 4\)",
     ),
     "likelihood rows": (lambda: gaussian_log_likelihood(X, X[:5], lambda t: t), ValueError, r"x has 6 rows but z .* 5"),
     "wrong width": (
-        mi(ck.nn.ConcatCritic(3, 4, 8, layers=2)), ValueError, r"x has width 4 but the critic was made for 3"
+        mi(ck.nn.ConcatCritic(3, 4, 8, layers=2)),
+        ValueError,
+        r"x has width 4 but the critic was made for 3",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", list(REFUSED))

@@ -27,8 +27,9 @@ def batch() -> dict[str, Tensor]:
     seconds = (F.normalize(z + 0.3 * torch.randn(N, D), dim=1) for z in (zv, zt))
     tensors = leaves(zv, zt, *seconds, torch.tensor(6.0), dtype=F64)
     return dict(zip(("zv", "zt", "zv2", "zt2", "scale"), tensors, strict=True)) | {
-        "xv": torch.randn(N, DV, dtype=F64), "xt": torch.randn(N, DT, dtype=F64),
-    }  # fmt: skip
+        "xv": torch.randn(N, DV, dtype=F64),
+        "xt": torch.randn(N, DT, dtype=F64),
+    }
 
 
 def networks() -> nn.ModuleDict:
@@ -56,9 +57,13 @@ def test_variance_of_two_views(batch, given, one_way):
     b, lam = batch, 0.7
     views = {"image_features2": "zv2", "text_features2": "zt2"}
     value, parts = loss(
-        b, "variance", lam=lam, one_way=one_way, return_parts=True,
+        b,
+        "variance",
+        lam=lam,
+        one_way=one_way,
+        return_parts=True,
         **{option: b[name] for option, name in views.items() if name in given},
-    )  # fmt: skip
+    )
     zv2, zt2 = (b[name] if name in given else b[name[:2]] for name in ("zv2", "zt2"))
     image, text = ((z - z2).square().sum(1).mean() / (4 * S**2) for z, z2 in ((b["zv"], zv2), (b["zt"], zt2)))
     clips = [ck.clip_loss(x, y, b["scale"], one_way=one_way) for x, y in ((b["zv"], b["zt"]), (zv2, zt2))]
@@ -172,9 +177,16 @@ def test_conditions_stand_for_the_other_modalitys_inputs_only(batch, estimator):
     torch.manual_seed(6)
     critics = {name: ck.nn.ConcatCritic(w, D, 12).double() for name, w in widths.items()}
     parts = loss(
-        b, estimator, critics=critics, image_inputs=b["xv"], text_inputs=b["xt"], image_condition=yv, text_condition=yt,
-        generator=torch.Generator().manual_seed(1), return_parts=True,
-    )[1]  # fmt: skip
+        b,
+        estimator,
+        critics=critics,
+        image_inputs=b["xv"],
+        text_inputs=b["xt"],
+        image_condition=yv,
+        text_condition=yt,
+        generator=torch.Generator().manual_seed(1),
+        return_parts=True,
+    )[1]
     g = torch.Generator().manual_seed(1)
     zv, zt = noisy(b["zv"], S, g), noisy(b["zt"], S, g)
     for name, z, own, other in (("image", zv, b["xv"], yt), ("text", zt, b["xt"], yv)):

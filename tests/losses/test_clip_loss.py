@@ -98,8 +98,10 @@ def test_kernel_matches_float64(shape, dtype, scale, one_way, isa):
 
 @each_pair(
     shape=[(5, 5, 0, 31), (33, 33, 0, 100), (40, 100, 17, 65), (300, 301, 1, 33)],
-    regime=[("raw", 1.0), ("raw", 14.3), ("opposed", 100.0)], dtype=DTYPES, isa=ISAS,
-)  # fmt: skip
+    regime=[("raw", 1.0), ("raw", 14.3), ("opposed", 100.0)],
+    dtype=DTYPES,
+    isa=ISAS,
+)
 def test_kernel_keeps_a_maximum_where_one_exponent_is_not_enough(shape, regime, dtype, isa):
     check(Case(shape, dtype, *regime, False), isa)
 

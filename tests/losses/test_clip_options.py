@@ -25,10 +25,14 @@ OPTIONS = {
     "temperatures": {"temperatures": True},
     "mask, smoothing, queue": {"ids": True, "smoothing": 0.2, "text_negatives": 7},
     "positives, smoothing, queues": {
-        "ids": True, "mode": "positives", "smoothing": 0.2, "text_negatives": 7, "image_negatives": 3,
+        "ids": True,
+        "mode": "positives",
+        "smoothing": 0.2,
+        "text_negatives": 7,
+        "image_negatives": 3,
     },
     "mask, temperatures, queue": {"ids": True, "temperatures": True, "image_negatives": 6},
-}  # fmt: skip
+}
 each_option = pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS.keys())
 
 
@@ -50,9 +54,15 @@ def make(option: dict, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Te
 def ours(tensors: dict[str, Tensor], ids: Tensor | None, option: dict, **more):
     negatives = {name: t for name, t in tensors.items() if name.endswith("negatives")}
     return ck.clip_loss(
-        tensors["x"], tensors["y"], tensors["scale"], group_ids=ids, group_mode=option.get("mode", "mask"),
-        label_smoothing=option.get("smoothing", 0.0), **negatives, **more,
-    )  # fmt: skip
+        tensors["x"],
+        tensors["y"],
+        tensors["scale"],
+        group_ids=ids,
+        group_mode=option.get("mode", "mask"),
+        label_smoothing=option.get("smoothing", 0.0),
+        **negatives,
+        **more,
+    )
 
 
 def expected(tensors: dict[str, Tensor], ids: Tensor | None, option: dict) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -93,9 +103,11 @@ def test_kernels_against_the_definition(option, dtype):
     value = ours(tensors, ids, option)
     assert value.dtype == torch.float32
     triples = zip(
-        [value, *gradients(value, tensors)], [eager, *gradients(eager, tensors)], [truth, *gradients(truth, wide)],
+        [value, *gradients(value, tensors)],
+        [eager, *gradients(eager, tensors)],
+        [truth, *gradients(truth, wide)],
         strict=True,
-    )  # fmt: skip
+    )
     for name, (a, e, t) in zip(("loss", *tensors), triples, strict=True):
         testing.assert_close(name, a, e, t, terms=2 * N + D, exponent=10.0, features=dtype)
 

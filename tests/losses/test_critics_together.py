@@ -114,9 +114,7 @@ def test_what_is_not_finite_reaches_its_estimates_only(bad, monkeypatch):
     seen = {name: view(critic) for name, critic in given.items()}
     _, parts = penalty(batch, Options(), seen)
     read = {name: penalties.TERMS[name][0].replace("condition", "inputs") for name in given}
-    assert {name: bool(parts[name].isnan()) for name in given} == {
-        name: read[name] == "text_inputs" for name in given
-    }  # fmt: skip
+    assert {name: bool(parts[name].isnan()) for name in given} == {name: read[name] == "text_inputs" for name in given}
 
 
 def test_a_second_derivative_is_refused():

@@ -103,8 +103,11 @@ def test_equals_the_definition_in_float64(choice, scale, batch):
     weights = torch.rand(N, dtype=torch.float64)
     actual, truth = ours(t, choice, reduction="none"), definition(t, choice)
     torch.testing.assert_close(actual, truth, rtol=1e-10, atol=1e-12)
-    for name, a, b in zip(trained(t), *(torch.autograd.grad((weights * v).sum(), trained(t).values())
-                                        for v in (actual, truth)), strict=True):  # fmt: skip
+    for name, a, b in zip(
+        trained(t),
+        *(torch.autograd.grad((weights * v).sum(), trained(t).values()) for v in (actual, truth)),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
 
 

@@ -46,16 +46,25 @@ def make(
 def ours(tensors: dict[str, Tensor], ids: Tensor | None, option: dict, **more):
     negatives = {name: t for name, t in tensors.items() if name.endswith("negatives")}
     return ck.siglip_loss(
-        tensors["x"], tensors["y"], tensors["scale"], tensors["bias"], group_ids=ids,
-        group_mode=option.get("mode", "mask"), **negatives, **more,
-    )  # fmt: skip
+        tensors["x"],
+        tensors["y"],
+        tensors["scale"],
+        tensors["bias"],
+        group_ids=ids,
+        group_mode=option.get("mode", "mask"),
+        **negatives,
+        **more,
+    )
 
 
 def expected(tensors: dict[str, Tensor], ids: Tensor | None, option: dict) -> Tensor:
     return reference(
-        *(tensors[k] for k in ("x", "y", "scale", "bias")), ids, option.get("mode") == "positives",
-        tensors.get("image_negatives"), tensors.get("text_negatives"),
-    )  # fmt: skip
+        *(tensors[k] for k in ("x", "y", "scale", "bias")),
+        ids,
+        option.get("mode") == "positives",
+        tensors.get("image_negatives"),
+        tensors.get("text_negatives"),
+    )
 
 
 def gradients(value: Tensor, tensors: dict[str, Tensor]) -> list[Tensor]:
@@ -104,9 +113,11 @@ def test_kernels_against_the_definition(option, dtype, bias):
         value = value if reduction == "mean" else (value * upstream).sum()
         assert value.dtype == torch.float32
         triples = zip(
-            [value, *gradients(value, tensors)], [eager, *gradients(eager, tensors)],
-            [truth, *gradients(truth, wide)], strict=True,
-        )  # fmt: skip
+            [value, *gradients(value, tensors)],
+            [eager, *gradients(eager, tensors)],
+            [truth, *gradients(truth, wide)],
+            strict=True,
+        )
         cosines = (wide["x"] @ wide["y"].T).detach()
         weights = (10 * cosines + bias).sigmoid() * (upstream[:, None] + upstream) / 2
         for name, (a, e, t) in zip(("loss", *tensors), triples, strict=True):

@@ -57,11 +57,13 @@ OPS = {
     "lse": Op(("dot/lse/cpu.cpp",), _LSE, ("primitives/test_dot_lse.py", "losses/test_clip_loss.py")),
     "softplus": Op(("dot/softplus/cpu.cpp",), ("dot_softplus",), ("primitives/test_dot_softplus.py",)),
     "clip": Op(
-        ("losses/clip/cpu.cpp", "dot/lse/cpu.cpp"), ("clip_loss", *_LSE),
+        ("losses/clip/cpu.cpp", "dot/lse/cpu.cpp"),
+        ("clip_loss", *_LSE),
         tuple(_AT_ONCE + t for t in ("equals_float64_whatever_the_upstream_gradient", "gradients_of_some_inputs")),
     ),
     "siglip": Op(
-        ("losses/siglip/cpu.cpp", "dot/softplus/cpu.cpp"), ("siglip_loss", "dot_softplus"),
+        ("losses/siglip/cpu.cpp", "dot/softplus/cpu.cpp"),
+        ("siglip_loss", "dot_softplus"),
         (f"{_AT_ONCE}equals_float64_whatever_the_upstream_gradient",),
     ),
     "moments": Op(("additive/moments/cpu.cpp",), _MOMENTS, ("primitives/test_additive_moments.py",)),
@@ -69,15 +71,19 @@ OPS = {
         ("additive/scores/cpu.cpp",), _SCORES, ("primitives/test_additive_scores.py", "primitives/test_activations.py")
     ),
     "scores_avx512": Op(
-        ("additive/scores/cpu.cpp",), _SCORES, ("primitives/test_activations.py",), "avx512",
+        ("additive/scores/cpu.cpp",),
+        _SCORES,
+        ("primitives/test_activations.py",),
+        "avx512",
         "-O3",  # as shipped: other products are fused at -O1, and softplus is 1e-9 past its bound
     ),
     "shifts": Op(("additive/shifts/cpu.cpp",), _SHIFTS, ("primitives/test_additive_shifts.py",)),
     "log_mean_exp": Op(
-        ("log_mean_exp/cpu.cpp",), ("log_mean_exp_forward", "log_mean_exp_backward"),
+        ("log_mean_exp/cpu.cpp",),
+        ("log_mean_exp_forward", "log_mean_exp_backward"),
         ("primitives/test_log_mean_exp.py",),
     ),
-}  # fmt: skip
+}
 
 
 def isa(op: Op) -> str:
@@ -100,16 +106,19 @@ def compile_op(op: Op, fault: Fault | None, folder: Path) -> Path:
         changed.parent.mkdir(parents=True, exist_ok=True)
         changed.write_text(fault.source())
     include = [f'#include "{path}"' for path in (*op.sources, "common/scratch.cpp")]
-    export = [f'extern "C" void {k}(const void* p) {{ ck::CK_ISA::{k}(*static_cast<const ck::{_struct(k)}*>(p)); }}'
-              for k in op.kernels]  # fmt: skip
+    export = [
+        f'extern "C" void {k}(const void* p) {{ ck::CK_ISA::{k}(*static_cast<const ck::{_struct(k)}*>(p)); }}'
+        for k in op.kernels
+    ]
     unit.write_text("\n".join([*include, *export]))
     name = isa(op)
     command = [
-        "g++", "-std=c++17", op.level, "-fexpensive-optimizations", "-ffp-contract=fast", "-fno-math-errno", "-w",
-        "-shared", "-fPIC", "-fopenmp",
-        *FLAGS[name], f"-DCK_ISA={name}", f"-DCK_ISA_{name}=1", f"-I{folder / 'csrc'}", f"-I{CSRC}", str(unit),
-        "-o", str(library),
-    ]  # fmt: skip
+        *("g++", "-std=c++17", op.level, "-fexpensive-optimizations", "-ffp-contract=fast", "-fno-math-errno"),
+        *("-w", "-shared", "-fPIC", "-fopenmp"),
+        *FLAGS[name],
+        *(f"-DCK_ISA={name}", f"-DCK_ISA_{name}=1", f"-I{folder / 'csrc'}", f"-I{CSRC}"),
+        *(str(unit), "-o", str(library)),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{fault.name if fault else 'without fault'}: {done.stderr[:2000]}")

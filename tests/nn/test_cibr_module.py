@@ -92,9 +92,10 @@ def test_the_step_is_the_optimisers_under_accumulation():
     rows = torch.arange(N).split(5)
     for _ in range(2):
         ck.accumulate(
-            lambda r: [b[name][r] for name in ("zv", "zt", "xv", "xt")], rows,
+            lambda r: [b[name][r] for name in ("zv", "zt", "xv", "xt")],
+            rows,
             lambda zv, zt, xv, xt: call(once, {"zv": zv, "zt": zt, "xv": xv, "xt": xt}),
-        )  # fmt: skip
+        )
     assert once.step == 2
 
 

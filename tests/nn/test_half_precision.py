@@ -130,9 +130,11 @@ def run(loss: ck.nn.CIBRLoss, inputs: list[Tensor]) -> dict[str, Tensor]:
 
 
 CASTS = {
-    "to": lambda m: m.to(torch.bfloat16), "half": lambda m: m.half(), "bfloat16": lambda m: m.bfloat16(),
+    "to": lambda m: m.to(torch.bfloat16),
+    "half": lambda m: m.half(),
+    "bfloat16": lambda m: m.bfloat16(),
     "twice": lambda m: m.half().to("cpu").bfloat16().half(),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("features", [torch.float32, *HALVES], ids=str)

@@ -48,9 +48,15 @@ def test_concat_critic_is_one_hidden_layer_on_the_concatenation(activation):
     weight = torch.cat([critic.x_proj.weight, critic.z_proj.weight], 1)
     pairs = torch.cat([x[:, None].expand(9, 7, DV), z[None].expand(9, 7, D)], -1)
     phi = {
-        "relu": F.relu, "leaky_relu": lambda t: F.leaky_relu(t, 0.3), "gelu": F.gelu, "silu": F.silu, "tanh": F.tanh,
-        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"), "elu": lambda t: F.elu(t, 0.3), "softplus": F.softplus,
-    }[activation]  # fmt: skip
+        "relu": F.relu,
+        "leaky_relu": lambda t: F.leaky_relu(t, 0.3),
+        "gelu": F.gelu,
+        "silu": F.silu,
+        "tanh": F.tanh,
+        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+        "elu": lambda t: F.elu(t, 0.3),
+        "softplus": F.softplus,
+    }[activation]
     expected = critic.out(phi(F.linear(pairs, weight, critic.z_proj.bias))).squeeze(-1)
     torch.testing.assert_close(critic.pairwise(x, z), expected)
     torch.testing.assert_close(critic.paired(x[:7], z), expected.diagonal())
@@ -64,8 +70,9 @@ def test_concat_critic_of_two_layers_is_an_mlp_on_the_concatenation(activation):
     x, z = torch.randn(9, DV), torch.randn(7, D)
     first = F.linear(
         torch.cat([x[:, None].expand(9, 7, DV), z[None].expand(9, 7, D)], -1),
-        torch.cat([critic.x_proj.weight, critic.z_proj.weight], 1), critic.z_proj.bias,
-    )  # fmt: skip
+        torch.cat([critic.x_proj.weight, critic.z_proj.weight], 1),
+        critic.z_proj.bias,
+    )
     phi = {"relu": F.relu, "elu": lambda t: F.elu(t, 0.3), "gelu": F.gelu}[activation]
     assert critic.inner is not None
     expected = critic.out(phi(critic.inner(phi(first)))).squeeze(-1)

@@ -22,8 +22,13 @@ from cibr_kernels.primitives.additive.shifts.reference import additive_shifts as
 OPS = torch.ops.cibr_kernels
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
 CASES = [  # n, m, h, first, k
-    (2, 2, 1, 1, 1), (5, 5, 31, 1, 4), (37, 37, 40, 0, 7), (20, 27, 65, 0, 8), (33, 33, 130, 30, 6), (1, 4, 16, 1, 3),
-]  # fmt: skip
+    (2, 2, 1, 1, 1),
+    (5, 5, 31, 1, 4),
+    (37, 37, 40, 0, 7),
+    (20, 27, 65, 0, 8),
+    (33, 33, 130, 30, 6),
+    (1, 4, 16, 1, 3),
+]
 KERNEL_CASES = [*CASES, (40, 43, 100, 2, 9), (5, 9, 23, 17, 25), (3, 3, 64, -7, 12)]  # the last two wrap often
 
 

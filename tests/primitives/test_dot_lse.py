@@ -80,9 +80,15 @@ def check(shape, dtype, kind, scale, mask, isa, grouping="none", budgets=(0, LAR
             # weights of both signs cancel in dscale = sum <x, dx> / scale: measured against the sum of absolute terms
             magnitude = (truth[-3] * inputs[0]).abs().sum().item() / scale if name == "dscale" else 0.0
             testing.assert_close(
-                f"{name}, stash budget {budget}", a, e, t, terms=m + d, exponent=exponent, features=dtype,
+                f"{name}, stash budget {budget}",
+                a,
+                e,
+                t,
+                terms=m + d,
+                exponent=exponent,
+                features=dtype,
                 magnitude=magnitude,
-            )  # fmt: skip
+            )
 
 
 @each_pair(shape=SHAPES, dtype=DTYPES, regime=REGIMES[:3], mask=(True, False), isa=ISAS)
@@ -91,9 +97,13 @@ def test_any_weights(shape, dtype, regime, mask, isa):
 
 
 @each_pair(
-    shape=[(7, 10, 3, 5), (40, 100, 17, 65)], dtype=DTYPES, grouping=["few", "one", "row", "column"], regime=REGIMES,
-    mask=(True, False), isa=ISAS,
-)  # fmt: skip
+    shape=[(7, 10, 3, 5), (40, 100, 17, 65)],
+    dtype=DTYPES,
+    grouping=["few", "one", "row", "column"],
+    regime=REGIMES,
+    mask=(True, False),
+    isa=ISAS,
+)
 def test_groups(shape, dtype, grouping, regime, mask, isa):
     check(shape, dtype, *regime, mask, isa, grouping)
 

@@ -71,9 +71,15 @@ def check(shape, dtype, kind, scale, bias, grouping, isa) -> None:
         for name, a in zip(names, actual, strict=True):
             k = NAMES.index(name)
             testing.assert_close(
-                name, a, eager[k], truth[k], terms=shape[0] + shape[1] + shape[3], exponent=largest, features=dtype,
+                name,
+                a,
+                eager[k],
+                truth[k],
+                terms=shape[0] + shape[1] + shape[3],
+                exponent=largest,
+                features=dtype,
                 magnitude=magnitudes[k],
-            )  # fmt: skip
+            )
 
     with testing.instruction_set(isa):
         tensors = leaves(*inputs)

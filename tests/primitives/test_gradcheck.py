@@ -49,9 +49,17 @@ def test_clip_loss_with_every_option(mode, temperatures):
 
     def loss(x: Tensor, y: Tensor, scale: Tensor, weights: Tensor, more_x: Tensor, more_y: Tensor) -> Tensor:
         return ck.clip_loss(
-            x, y, scale, group_ids=torch.tensor([3, 1, 3, 0, 1]), group_mode=mode, label_smoothing=0.2, weights=weights,
-            image_negatives=more_x, text_negatives=more_y, backend="reference",
-        )  # fmt: skip
+            x,
+            y,
+            scale,
+            group_ids=torch.tensor([3, 1, 3, 0, 1]),
+            group_mode=mode,
+            label_smoothing=0.2,
+            weights=weights,
+            image_negatives=more_x,
+            text_negatives=more_y,
+            backend="reference",
+        )
 
     check(loss, x, y, scale, weights, more_x, more_y)
 
@@ -65,9 +73,17 @@ def test_siglip_loss(mode, reduction):
 
     def loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, weights: Tensor, more: Tensor) -> Tensor:
         return ck.siglip_loss(
-            x, y, scale, bias, group_ids=torch.tensor([3, 1, 3, 0, 1]), group_mode=mode, weights=weights,
-            image_negatives=more, reduction=reduction, backend="reference",
-        )  # fmt: skip
+            x,
+            y,
+            scale,
+            bias,
+            group_ids=torch.tensor([3, 1, 3, 0, 1]),
+            group_mode=mode,
+            weights=weights,
+            image_negatives=more,
+            reduction=reduction,
+            backend="reference",
+        )
 
     check(loss, x, y, scale, bias, weights, more)
 

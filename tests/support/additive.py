@@ -70,16 +70,26 @@ def expected_moments(
 
 
 def check_moments(
-    shape: tuple, activation: str, backend: str, *, size: float = 1.0, shift: float = 0.0, include: bool = False,
+    shape: tuple,
+    activation: str,
+    backend: str,
+    *,
+    size: float = 1.0,
+    shift: float = 0.0,
+    include: bool = False,
     dtype: torch.dtype = torch.float32,
-) -> None:  # fmt: skip
+) -> None:
     """Holds J, L and the gradients to the rule; shape: n, m, first_positive, h."""
     tensors, eager, truth, exponent, magnitudes = expected_moments(shape, activation, size, shift, include, dtype)
     n, m, first_positive, h = shape
     kernel = functools.partial(
-        additive_moments, activation=activation, slope=SLOPES.get(activation, 0.0), first_positive=first_positive,
-        include_diagonal=include, backend=backend,
-    )  # fmt: skip
+        additive_moments,
+        activation=activation,
+        slope=SLOPES.get(activation, 0.0),
+        first_positive=first_positive,
+        include_diagonal=include,
+        backend=backend,
+    )
     actual = with_gradients(kernel, *tensors, weights=WEIGHTS)
     names = ("J", "L", "da", "db", "dw")
     for name, a, e, t, magnitude in zip(names, actual, eager, truth, magnitudes, strict=True):
@@ -141,9 +151,15 @@ def expected_scores(shape: tuple[int, ...], activation: str, size: float, shift:
 
 
 def check_scores(
-    shape: tuple, activation: str, backend: str, *, size: float = 1.0, shift: float = 0.0,
-    dtype: torch.dtype = torch.float32, scores_as: torch.dtype = torch.float32,
-) -> None:  # fmt: skip
+    shape: tuple,
+    activation: str,
+    backend: str,
+    *,
+    size: float = 1.0,
+    shift: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    scores_as: torch.dtype = torch.float32,
+) -> None:
     """Holds the scores, by the rule of features of `scores_as`, and the gradients to the rule; shape: n, m, h."""
     tensors, grad, eager, truth, magnitudes = expected_scores(shape, activation, size, shift, dtype)
     slope = SLOPES.get(activation, 0.0)

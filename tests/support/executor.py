@@ -31,9 +31,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from cibr_kernels.dispatch import triton_call
 
 TYPES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int8: "i8",
-    torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.bool: "i1",
-}  # fmt: skip
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int8: "i8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
 TARGETS = {  # capability: multiprocessors (few: grids that depend on them stay small), shared bytes of a block
     80: triton_call.Target("cuda", 80, 4, 166912),
     90: triton_call.Target("cuda", 90, 4, 232448),
@@ -98,10 +106,16 @@ class Emulator:
             size = getattr(compiled.metadata, "global_scratch_size", 0) * int(np.prod(grid))
             memory.append((np.zeros(size, np.uint8) if size else 0, None))
         machine = emulator.launch(
-            code, grid, (code.threads or 32 * options["num_warps"],), [m[0] for m in memory], [m[1] for m in memory],
-            shared=shared, dynamic_shared=compiled.metadata.shared, **self.options,
+            code,
+            grid,
+            (code.threads or 32 * options["num_warps"],),
+            [m[0] for m in memory],
+            [m[1] for m in memory],
+            shared=shared,
+            dynamic_shared=compiled.metadata.shared,
+            **self.options,
             shared_limit=TARGETS[self.capability].shared_bytes,
-        )  # fmt: skip
+        )
         self.instructions += machine.executed
 
     def _passed(self, value: Any, maps: list[dict[str, Any]]) -> list[tuple[Any, np.ndarray | None]]:
@@ -118,11 +132,14 @@ class Emulator:
             meta = maps.pop(0)
             size = meta["elem_size"]
             fields = {
-                "global_address": data, "elemtype": meta["elem_type"], "rank": len(shape) - 1,
-                "swizzle_mode": meta["swizzle"], "box_dim": dict(enumerate(reversed(meta["block_size"]))),
+                "global_address": data,
+                "elemtype": meta["elem_type"],
+                "rank": len(shape) - 1,
+                "swizzle_mode": meta["swizzle"],
+                "box_dim": dict(enumerate(reversed(meta["block_size"]))),
                 "global_dim": dict(enumerate(reversed(shape))),
                 "global_stride": dict(enumerate(size * s for s in reversed(strides[:-1]))),
-            }  # fmt: skip
+            }
             first = [(fields, known)]
         else:  # no TMA unit: pointer, shape, strides, NaN padding?, rounding?
             first = [(data, known), *((v, None) for v in (*shape, *strides, 0, 0))]

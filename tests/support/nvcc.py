@@ -67,8 +67,11 @@ def include_directory() -> Path | None:
 
 
 def compile_ptx(
-    source: Path, arch: str, defines: Mapping[str, object] | Sequence[str] = (), include: Sequence[Path] = (),
-) -> str:  # fmt: skip
+    source: Path,
+    arch: str,
+    defines: Mapping[str, object] | Sequence[str] = (),
+    include: Sequence[Path] = (),
+) -> str:
     """The PTX of a .cu file; `arch` is one of ARCHITECTURES.
 
     Cached on disk under the content of the source, of every header beside it and under `include`, the options and
@@ -98,9 +101,15 @@ def compile_ptx(
 
 
 def run(
-    ptx: str, kernel_name: str, grid: Sequence[int], block: Sequence[int], args: Sequence[Tensor | int | float],
-    shared_bytes: int = 0, capability: int = 90, **options: object,
-) -> None:  # fmt: skip
+    ptx: str,
+    kernel_name: str,
+    grid: Sequence[int],
+    block: Sequence[int],
+    args: Sequence[Tensor | int | float],
+    shared_bytes: int = 0,
+    capability: int = 90,
+    **options: object,
+) -> None:
     """Executes one kernel of `ptx` on CPU tensors; raises emulator.PtxError on what it checks.
 
     shared_bytes: dynamic shared memory; static is added.  options go to emulator.launch (known=, batch=, blocks=, ...).

@@ -56,9 +56,14 @@ class Emulator:
             check_grid(name, grid)
             args, known = zip(*(_argument(a, buffers) for a in arguments), strict=True)
             launch(
-                _kernel(ptx, name), grid, (threads,), args, known=known, dynamic_shared=shared,
+                _kernel(ptx, name),
+                grid,
+                (threads,),
+                args,
+                known=known,
+                dynamic_shared=shared,
                 shared_limit=nvcc.SHARED_BYTES[self.capability],
-            )  # fmt: skip
+            )
             self.launches.append((name, grid))
 
 

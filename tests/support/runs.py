@@ -17,12 +17,23 @@ from cibr.run.journal import read_log
 
 ROOT = Path(__file__).parents[2]
 CONV: dict[str, Any] = {
-    "model": "conv", "image_size": 16, "conv_width": 2, "text_tower_width": 32, "text_layers": 1, "embed_dim": 16,
-}  # fmt: skip
+    "model": "conv",
+    "image_size": 16,
+    "conv_width": 2,
+    "text_tower_width": 32,
+    "text_layers": 1,
+    "embed_dim": 16,
+}
 RUN: dict[str, Any] = {
-    "data": "synthetic:200", "steps": 6, "batch_size": 16, "lr_warmup_steps": 5, "precision": "fp32", "device": "cpu",
-    "threads": 1, "workers": 0,
-}  # fmt: skip
+    "data": "synthetic:200",
+    "steps": 6,
+    "batch_size": 16,
+    "lr_warmup_steps": 5,
+    "precision": "fp32",
+    "device": "cpu",
+    "threads": 1,
+    "workers": 0,
+}
 CIBR: dict[str, Any] = {"objective": "cibr", "critic_hidden": 8, "lam_warmup_steps": 2, "lam_ramp_steps": 2}
 TINY_CLIP: dict[str, Any] = {
     "embed_dim": 16,

@@ -59,9 +59,13 @@ def missing() -> str | None:
 
 
 def check(
-    source: Path, driver: str, sanitizer: Literal["thread", "address"], include: Sequence[Path] = (),
-    defines: Sequence[str] = (), timeout: float = 600,
-) -> Report:  # fmt: skip
+    source: Path,
+    driver: str,
+    sanitizer: Literal["thread", "address"],
+    include: Sequence[Path] = (),
+    defines: Sequence[str] = (),
+    timeout: float = 600,
+) -> Report:
     """Compiles `source` and the C++ text `driver` (which has main) with g++, runs it and returns the report.
 
     Raises RuntimeError if it does not compile, subprocess.TimeoutExpired if it hangs (a barrier that some host threads
@@ -100,8 +104,9 @@ def host_source(path: Path) -> str:
     text = path.read_text()
     text = re.sub(
         r"extern\s+__shared__\s+(?:(?:__align__|alignas)\s*\(\d+\)\s*)?([\w:]+(?:\s+\w+)*?)\s+(\w+)\s*\[\s*\]\s*;",
-        r"\1* \2 = emu::dynamic_shared<\1>();", text,
-    )  # fmt: skip
+        r"\1* \2 = emu::dynamic_shared<\1>();",
+        text,
+    )
     while "<<<" in text:
         text = _rewrite_launch(text, text.index("<<<"))
     return f'#line 1 "{path}"\n{text}'

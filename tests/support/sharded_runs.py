@@ -84,9 +84,12 @@ def _averaged_by(wrapper: str | None, model: Model | Sigmoid, group: Group) -> t
 
 
 def training(
-    group: Group, steps: Sequence[Sequence[int]], wrapper: str, made: type[Model | Sigmoid] = Model,
+    group: Group,
+    steps: Sequence[Sequence[int]],
+    wrapper: str,
+    made: type[Model | Sigmoid] = Model,
     strategy: str = "gather",
-) -> Errors:  # fmt: skip
+) -> Errors:
     """Errors of the gradients accumulated over the steps (rows of each rank), of the losses and of every buffer."""
     torch.manual_seed(4)
     start = made(group, strategy).state_dict()

@@ -63,10 +63,21 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def spec(features: Path, folder: Path, **changes: Any) -> Path:
     """A file of two configurations on two seeds."""
     base = {
-        "model": "heads", "embed_dim": 4, "data": f"features:{features}", "split_by": "classes", "val_split": "val",
-        "val_share": 0.2, "batch_size": 16, "steps": 4, "eval_every": 2, "save_every": 2, "threads": 1, "device": "cpu",
-        "precision": "fp32", "lr_warmup_steps": 1,
-    }  # fmt: skip
+        "model": "heads",
+        "embed_dim": 4,
+        "data": f"features:{features}",
+        "split_by": "classes",
+        "val_split": "val",
+        "val_share": 0.2,
+        "batch_size": 16,
+        "steps": 4,
+        "eval_every": 2,
+        "save_every": 2,
+        "threads": 1,
+        "device": "cpu",
+        "precision": "fp32",
+        "lr_warmup_steps": 1,
+    }
     given = {
         "base": base,
         "configurations": {"clip": {"objective": "clip"}, "slow": {"objective": "clip", "lr": 1e-5}},
@@ -208,8 +219,11 @@ def test_grids_controls_and_seeds(features: dict[str, Path], tmp_path: Path) -> 
         )
     )
     assert [one.name for one in made.configurations] == [
-        "clip lr=0.1 weight_decay=0.0", "clip lr=0.2 weight_decay=0.0", "ours", "clip2",
-    ]  # fmt: skip
+        "clip lr=0.1 weight_decay=0.0",
+        "clip lr=0.2 weight_decay=0.0",
+        "ours",
+        "clip2",
+    ]
     config = made.config(made.configurations[1], 5, tmp_path)
     assert (config.optim.lr, config.run.seed, config.data.split_seed, config.data.hold_out) == (0.2, 5, 5, "c")
     assert made.configurations[2].against == "clip2" and made.seeds == (5, 3)

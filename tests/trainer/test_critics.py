@@ -20,9 +20,15 @@ from cibr.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:the estimate")
 TURNS: dict[str, Any] = {
-    "objective": "cibr", "critic_hidden": 8, "lam": 0.7, "lam_warmup_steps": 0, "lam_ramp_steps": 0,
-    "update": "alternating", "lr_warmup_steps": 0, "schedule": "constant",
-}  # fmt: skip
+    "objective": "cibr",
+    "critic_hidden": 8,
+    "lam": 0.7,
+    "lam_warmup_steps": 0,
+    "lam_ramp_steps": 0,
+    "update": "alternating",
+    "lr_warmup_steps": 0,
+    "schedule": "constant",
+}
 
 
 @pytest.mark.parametrize(("objective", "n_critic"), [("cibr", 1), ("cibr", 3), ("ceb", 2)])

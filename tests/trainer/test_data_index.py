@@ -14,10 +14,18 @@ import pytest
 from cibr.data import DataOptions, Dataset, open_dataset, tar_index
 
 MEMBERS: dict[str, bytes] = {
-    "0.jpg": bad_data.good(0), "0.txt": b"zero\nnothing", "1.jpg": bad_data.good(1), "2.jpg": bad_data.good(2),
-    "2.json": b'{"caption": "two"}', "../3.jpg": b"", "4.txt": b"no image", "5.jpg": bad_data.good(5),
-    "5.txt": b"five", "b\udcff.jpg": bad_data.good(6), "b\udcff.txt": b"six",
-}  # fmt: skip
+    "0.jpg": bad_data.good(0),
+    "0.txt": b"zero\nnothing",
+    "1.jpg": bad_data.good(1),
+    "2.jpg": bad_data.good(2),
+    "2.json": b'{"caption": "two"}',
+    "../3.jpg": b"",
+    "4.txt": b"no image",
+    "5.jpg": bad_data.good(5),
+    "5.txt": b"five",
+    "b\udcff.jpg": bad_data.good(6),
+    "b\udcff.txt": b"six",
+}
 
 
 def write(path: Path, members: dict[str, bytes], append: bool = False) -> None:

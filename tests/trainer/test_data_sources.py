@@ -283,9 +283,10 @@ def test_hugging_face(tmp_path: Path) -> None:
     images = [{"bytes": bad_data.good(1)}, {"path": str(tmp_path / "2.png")}, {"bytes": b"x"}, None]
     columns = {"picture": images, "captions": [["a", "b"], ["c"], ["d"], [""]], "label": [1, 0, 1, 0]}
     features = datasets.Features(
-        picture=datasets.Image(), captions=datasets.Sequence(datasets.Value("string")),
+        picture=datasets.Image(),
+        captions=datasets.Sequence(datasets.Value("string")),
         label=datasets.ClassLabel(names=["cat", "dog"]),
-    )  # fmt: skip
+    )
     table = datasets.Dataset.from_dict(columns, features)
     table.save_to_disk(tmp_path / "one")
     dataset = opened(f"hf:{tmp_path / 'one'}")

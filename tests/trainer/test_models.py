@@ -60,13 +60,14 @@ TOWERS = {  # configuration, and what enters the projection in a run of open_cli
     "timm, linear": (vision(**TIMM), lambda v, run: caught(v.head.proj, run, entering=True)),
     "timm, mlp": (vision(**{**TIMM, "timm_proj": "mlp"}), lambda v, run: caught(v.head.mlp, run, entering=True)),
     "timm, classifier": (
-        vision(**{**TIMM, "timm_proj": ""}), lambda v, run: caught(v.trunk.get_classifier(), run, entering=True)
+        vision(**{**TIMM, "timm_proj": ""}),
+        lambda v, run: caught(v.trunk.get_classifier(), run, entering=True),
     ),
     "timm vit": (
         vision(**{**TIMM, "timm_model_name": "test_vit", "timm_pool": "token", "image_size": 160}),
         lambda v, run: caught(v.head.proj, run, entering=True),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -101,9 +102,16 @@ def test_x_of_a_resnet_is_what_enters_its_c_proj(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "parts", [text(custom=False), text(), text(proj_bias=True), text(no_causal_mask=True, pool_type="last"),
-              text(embed_cls=True), text(no_causal_mask=True, pool_type="first")],
-)  # fmt: skip
+    "parts",
+    [
+        text(custom=False),
+        text(),
+        text(proj_bias=True),
+        text(no_causal_mask=True, pool_type="last"),
+        text(embed_cls=True),
+        text(no_causal_mask=True, pool_type="first"),
+    ],
+)
 @torch.no_grad()
 def test_x_is_what_enters_the_text_projection(tmp_path: Path, parts: dict[str, Any]) -> None:
     model = built(tmp_path, **parts)

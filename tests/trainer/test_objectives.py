@@ -87,9 +87,16 @@ def test_five_steps_are_open_clips(tmp_path: Path, name: str, loss: nn.Module) -
     gradient is 0 but for it.
     """
     ours = config(
-        tmp_path / "run", model=tiny_clip(tmp_path), objective=name, steps=5, lr_warmup_steps=2, mask_duplicates=False,
-        batch_size=24, eps=1e-3, beta2=0.98,
-    )  # fmt: skip
+        tmp_path / "run",
+        model=tiny_clip(tmp_path),
+        objective=name,
+        steps=5,
+        lr_warmup_steps=2,
+        mask_duplicates=False,
+        batch_size=24,
+        eps=1e-3,
+        beta2=0.98,
+    )
     expected = open_clip_step_by_hand(ours, loss)
     train(ours)
     found = state(tmp_path / "run")

@@ -18,8 +18,17 @@ from cibr.omib.entropy import entropies
 from cibr.omib.model import Code, Fusion, Output
 from cibr.omib.options import OmibOptions
 
-SMALL = {"train_rows": 200, "test_rows": 200, "warm_up_steps": 12, "steps": 36, "eval_every": 12, "hidden": 16,
-         "latent": 8, "tokens": 2, "lr": 3e-3}  # fmt: skip
+SMALL = {
+    "train_rows": 200,
+    "test_rows": 200,
+    "warm_up_steps": 12,
+    "steps": 36,
+    "eval_every": 12,
+    "hidden": 16,
+    "latent": 8,
+    "tokens": 2,
+    "lr": 3e-3,
+}
 
 
 def options(out: Path | str = "unused", **values) -> OmibOptions:
@@ -81,10 +90,14 @@ def test_bounds():
 
 @pytest.mark.parametrize(
     ("values", "words"),
-    [((-1.0, 0.5, 0.0), "sum of entropies is -0.5"), ((2.0, 2.0, 4.0), "joint entropy is 0"),
-     ((2.0, 2.0, -0.1), "cannot be negative"), ((math.inf, 2.0, 1.0), "must be finite"),
-     ((2.0, 2.0, 1.0, 2.0), "between 0 and 2")],
-)  # fmt: skip
+    [
+        ((-1.0, 0.5, 0.0), "sum of entropies is -0.5"),
+        ((2.0, 2.0, 4.0), "joint entropy is 0"),
+        ((2.0, 2.0, -0.1), "cannot be negative"),
+        ((math.inf, 2.0, 1.0), "must be finite"),
+        ((2.0, 2.0, 1.0, 2.0), "between 0 and 2"),
+    ],
+)
 def test_bounds_refuse_sums_that_are_not_positive(values, words):
     with pytest.raises(UsageError, match=words):
         omib_beta_bounds(*values)
@@ -158,10 +171,15 @@ def test_mine_of_itself_warns_and_says_what_the_rows_are():
 
 @pytest.mark.parametrize(
     ("view", "kind", "words"),
-    [(torch.randn(9, 2), "shannon", "known are"), (torch.randn(9, 2), "discrete", "whole numbers"),
-     (torch.ones(9, 2), "knn", "equal neighbours"), (torch.randn(9, 12), "gaussian", "singular"),
-     (torch.full((9, 2), math.nan), "knn", "not finite"), (torch.randn(3, 2), "knn", "eight rows")],
-)  # fmt: skip
+    [
+        (torch.randn(9, 2), "shannon", "known are"),
+        (torch.randn(9, 2), "discrete", "whole numbers"),
+        (torch.ones(9, 2), "knn", "equal neighbours"),
+        (torch.randn(9, 12), "gaussian", "singular"),
+        (torch.full((9, 2), math.nan), "knn", "not finite"),
+        (torch.randn(3, 2), "knn", "eight rows"),
+    ],
+)
 def test_entropies_refuse(view, kind, words):
     with pytest.raises(UsageError, match=words):
         entropies([view, view], kind)
@@ -194,9 +212,15 @@ def test_mosis_measures():
 # ------------------------------------------------------------------------------------------- training
 @pytest.mark.parametrize(
     ("method", "task", "name"),
-    [*((method, "class", "III") for method in METHODS), ("fusion", "value", "I"), ("omib", "value", "III-3"),
-     ("vib", "anomaly", "I"), ("branches", "anomaly", "II"), ("omib", "anomaly", "III-3")],
-)  # fmt: skip
+    [
+        *((method, "class", "III") for method in METHODS),
+        ("fusion", "value", "I"),
+        ("omib", "value", "III-3"),
+        ("vib", "anomaly", "I"),
+        ("branches", "anomaly", "II"),
+        ("omib", "anomaly", "III-3"),
+    ],
+)
 def test_every_method_and_every_task_learns(method, task, name):
     run = train.start(options(data=f"sim:{name}", task=task, method=method, beta=0.003))
     first = train.take_step(run)["loss"].item()
@@ -321,11 +345,16 @@ def test_the_command(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("values", "words"),
-    [({"data": "sim:IV"}, "known are sim:I"), ({"data": "web:x"}, "must be one of"), ({"latent": 7}, "multiple of"),
-     ({"data": "mosi:nowhere", "task": "value"}, "there is no nowhere"), ({"data": "mosi:x"}, "--task must be value"),
-     ({"data": "cremad:nowhere"}, "there is no folder nowhere/AudioWAV"),
-     ({"data": "cremad:nowhere", "task": "value"}, "--task must be class or anomaly")],
-)  # fmt: skip
+    [
+        ({"data": "sim:IV"}, "known are sim:I"),
+        ({"data": "web:x"}, "must be one of"),
+        ({"latent": 7}, "multiple of"),
+        ({"data": "mosi:nowhere", "task": "value"}, "there is no nowhere"),
+        ({"data": "mosi:x"}, "--task must be value"),
+        ({"data": "cremad:nowhere"}, "there is no folder nowhere/AudioWAV"),
+        ({"data": "cremad:nowhere", "task": "value"}, "--task must be class or anomaly"),
+    ],
+)
 def test_wrong_requests(values, words):
     with pytest.raises(UsageError, match=words):
         train.start(options(**values))

@@ -14,8 +14,17 @@ from cibr.errors import UsageError
 from cibr.omib import cremad, mosi, train
 from cibr.omib.options import OmibOptions
 
-TINY = {"warm_up_steps": 2, "steps": 4, "eval_every": 2, "hidden": 8, "latent": 4, "tokens": 2, "batch_size": 4,
-        "beta": 0.01, "out": "unused"}  # fmt: skip
+TINY = {
+    "warm_up_steps": 2,
+    "steps": 4,
+    "eval_every": 2,
+    "hidden": 8,
+    "latent": 4,
+    "tokens": 2,
+    "batch_size": 4,
+    "beta": 0.01,
+    "out": "unused",
+}
 
 
 def write_wav(path: Path, seconds: float, pitch: float) -> None:
@@ -63,8 +72,11 @@ def test_cremad_by_its_lists_and_with_a_broken_clip(crema):
         frame.unlink()
     data = cremad.read(str(crema), anomaly=True)
     assert [len(split) for split in (data.train, data.val, data.test)] == [33, 4, 20]
-    assert sorted(data.notes) == ["1 clips skipped: EOFError", "1 clips skipped: a clip without frames",
-                                  "1 clips skipped: a wav of almost no sound"]  # fmt: skip
+    assert sorted(data.notes) == [
+        "1 clips skipped: EOFError",
+        "1 clips skipped: a clip without frames",
+        "1 clips skipped: a wav of almost no sound",
+    ]
     assert data.test.target.tolist() == [int(name[9:12] != "NEU") for name in names[40:]]
 
 
@@ -86,12 +98,19 @@ def test_cremad_without_frames_says_how_to_make_them(crema, tmp_path):
 def features(n: int, seed: int) -> dict[str, object]:
     """n rows as MMSA's pickle has them: padded sequences, texts beside them."""
     rng = np.random.default_rng(seed)
-    part = {name: rng.normal(size=(n, 6, width)).astype(np.float32) for name, width in
-            (("text", 12), ("audio", 5), ("vision", 20))}  # fmt: skip
+    part = {
+        name: rng.normal(size=(n, 6, width)).astype(np.float32)
+        for name, width in (("text", 12), ("audio", 5), ("vision", 20))
+    }
     for values in part.values():
         values[:, 4:] = 0
-    return {**part, "regression_labels": part["text"][:, 0, 0].copy(), "id": [f"v{i}" for i in range(n)],
-            "raw_text": np.array(["a text"] * n), "annotations": ["Neutral"] * n}  # fmt: skip
+    return {
+        **part,
+        "regression_labels": part["text"][:, 0, 0].copy(),
+        "id": [f"v{i}" for i in range(n)],
+        "raw_text": np.array(["a text"] * n),
+        "annotations": ["Neutral"] * n,
+    }
 
 
 def write_mosi(path: Path, **changes) -> Path:

@@ -234,10 +234,11 @@ REFUSED = [
     ("maple", {"vision_cfg": RESNET}, "MaPLe puts tokens into a ViT, and the image tower is a ModifiedResNet"),
     ("maple", {"vision_cfg": {**TINY_CLIP["vision_cfg"], "pool_type": "avg"}}, "the image tower has pooling 'avg'"),
     (
-        "maple", {"vision_cfg": {**TINY_CLIP["vision_cfg"], "attentional_pool": True, "attn_pooler_heads": 2}},
+        "maple",
+        {"vision_cfg": {**TINY_CLIP["vision_cfg"], "attentional_pool": True, "attn_pooler_heads": 2}},
         "the image tower has attention pooling",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("method", "config", "message"), REFUSED)

@@ -129,10 +129,19 @@ def test_the_same_command_goes_on(base: Path, swatches: str, tmp_path: Path, mon
 def test_a_resumed_run_is_an_unbroken_one(base: Path, swatches: str, tmp_path: Path) -> None:
     export(base, tmp_path / "exported")
     options = {
-        "model": f"coop:open_clip:local-dir:{tmp_path / 'exported'}", "objective": "classes", "data": swatches,
-        "shots": 3, "context_tokens": 2, "optimizer": "sgd", "schedule": "epochs", "epoch_steps": 3, "batch_size": 5,
-        "lr_warmup_steps": 0, "lr": 0.01, "save_every": 4,
-    }  # fmt: skip
+        "model": f"coop:open_clip:local-dir:{tmp_path / 'exported'}",
+        "objective": "classes",
+        "data": swatches,
+        "shots": 3,
+        "context_tokens": 2,
+        "optimizer": "sgd",
+        "schedule": "epochs",
+        "epoch_steps": 3,
+        "batch_size": 5,
+        "lr_warmup_steps": 0,
+        "lr": 0.01,
+        "save_every": 4,
+    }
     train(config(tmp_path / "one", **options, steps=9))
     train(config(tmp_path / "two", **options, steps=9))
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000009")
@@ -149,9 +158,15 @@ def test_other_sets_and_captions_by_the_learned_context(base: Path, swatches: st
         f"filepath,title\n{other}/black/a.png,{'a very long caption ' * 9}\n{other}/grey/a.png,grey\n"
     )
     found = done(
-        tmp_path / "coop", f"coop:{base}", swatches, choice={"shots": 1}, context_tokens=2, name="eurosat",
-        zero_shot=(f"other=folder:{other}",), retrieval=(f"pairs=csv:{tmp_path / 'pairs.csv'}",),
-    )  # fmt: skip
+        tmp_path / "coop",
+        f"coop:{base}",
+        swatches,
+        choice={"shots": 1},
+        context_tokens=2,
+        name="eurosat",
+        zero_shot=(f"other=folder:{other}",),
+        retrieval=(f"pairs=csv:{tmp_path / 'pairs.csv'}",),
+    )
     assert list(found["zero_shot"]) == ["eurosat", "other"] and list(found["retrieval"]) == ["pairs"]
     assert found["sets"]["other"]["images"] == 2  # whole: the shots are of the run's own data
 

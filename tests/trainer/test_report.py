@@ -166,8 +166,10 @@ def write_features(path: Path, n: int = 40, classes: int = 4) -> Path:
     tensors = {
         "image_features": F.one_hot(labels, 8).float() + 0.01 * torch.rand(n, 8),
         "text_features": F.one_hot(labels, 8).float().repeat_interleave(2, 0) + prompts,
-        "caption_starts": 2 * torch.arange(n + 1), "group_ids": labels.repeat_interleave(2), "labels": labels,
-    }  # fmt: skip
+        "caption_starts": 2 * torch.arange(n + 1),
+        "group_ids": labels.repeat_interleave(2),
+        "labels": labels,
+    }
     save_strings(tensors, "class_names", names)
     save_file(tensors, path)
     return path

@@ -156,14 +156,19 @@ def test_what_is_no_stage(tmp_path: Path, text: str, words: str) -> None:
 
 
 STAGED: dict[str, Any] = {
-    "steps": 9, "schedule": "constant", "save_every": 4, "log_every": 2, "objective": "cibr", "critic_hidden": 8,
+    "steps": 9,
+    "schedule": "constant",
+    "save_every": 4,
+    "log_every": 2,
+    "objective": "cibr",
+    "critic_hidden": 8,
     "stages": (
         '{"steps": 2, "objective": "clip", "train": "projection"}',
         '{"steps": 3, "lam": 0.0, "lr": 3e-3}',
         '{"steps": 2, "objective": "siglip"}',
         '{"lam": 0.3}',
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.filterwarnings("ignore:the estimate")

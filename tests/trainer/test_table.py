@@ -45,19 +45,23 @@ def runs(tmp_path: Path) -> Path:
                 "steps": 9,
             }
             write(
-                tmp_path / f"{method}-{seed}", method, config=config if lam is None else {**config, "lam": lam},
+                tmp_path / f"{method}-{seed}",
+                method,
+                config=config if lam is None else {**config, "lam": lam},
                 zero_shot={"eurosat": scored(40 + shift + gain), "cifar100": scored(20 + gain)},
                 retrieval={"flickr30k": found(30 + gain)},
-            )  # fmt: skip
+            )
     for seed in (0, 1):
         setting = {"base": "open_clip:vit.json", "shots": 16}
         write(tmp_path / f"coop-{seed}", "coop", setting=setting, zero_shot={"eurosat": scored(70 + 2 * seed)})
     write(tmp_path / "coop-cifar", "coop", setting=setting, zero_shot={"cifar100": scored(33)})
     write(
-        tmp_path / "maple", "maple", setting=setting,
+        tmp_path / "maple",
+        "maple",
+        setting=setting,
         zero_shot={"emoji, base classes": scored(60), "emoji, new classes": scored(40)},
         base_to_new={"emoji": {"base": 60.0, "new": 40.0, "harmonic_mean": 48.0}},
-    )  # fmt: skip
+    )
     return tmp_path
 
 
@@ -83,8 +87,9 @@ def test_table_1_and_2(runs: Path) -> None:
         ["CIBR", "3", "34.0 (0.0)", "38.0 (0.0)", "43.0 (0.0)"],
     ]
     assert rows(text, "Base and new classes, top-1") == [
-        ["", "seeds", "emoji base", "emoji new", "emoji H"], ["MaPLe", "1", "60.0", "40.0", "48.0"],
-    ]  # fmt: skip
+        ["", "seeds", "emoji base", "emoji new", "emoji H"],
+        ["MaPLe", "1", "60.0", "40.0", "48.0"],
+    ]
     assert "emoji, base classes" not in text
     missing = "ImageNet, OxfordPets, Caltech101, DTD, SUN397, COCO"
     assert text.endswith(f"Of the paper's sets there are no numbers for {missing}.")
@@ -104,9 +109,13 @@ def test_runs_that_differ_in_more_than_their_seed_are_not_averaged(runs: Path) -
     labels = [row[0] for row in rows(table([runs]), "Table 1: zero-shot classification, top-1")]
     model = "model open_clip:vit.json, objective cibr"
     assert labels == [
-        "", "CLIP", "CoOp (shots 16)", "CoOp (shots 4)", f"CIBR (base {model}, lam 0.1, steps 9)",
+        "",
+        "CLIP",
+        "CoOp (shots 16)",
+        "CoOp (shots 4)",
+        f"CIBR (base {model}, lam 0.1, steps 9)",
         f"CIBR (base {model}, lam 0.5, steps 9)",
-    ]  # fmt: skip
+    ]
 
 
 def test_further_evaluations_of_a_run_count(runs: Path) -> None:
@@ -129,9 +138,14 @@ def test_what_is_no_run(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(UsageError, match=r"holds no evaluation\.json, nor does a folder in it"):
         table([runs, tmp_path / "empty"])
     for name, text in (
-        ("evaluation", "{"), ("evaluation", "[]"), ("evaluation", '{"zero_shot": 3}'),
-        ("config", None), ("config", "{}"), ("config", "[]"), ("row", '{"method": "clip"}'),
-    ):  # fmt: skip
+        ("evaluation", "{"),
+        ("evaluation", "[]"),
+        ("evaluation", '{"zero_shot": 3}'),
+        ("config", None),
+        ("config", "{}"),
+        ("config", "[]"),
+        ("row", '{"method": "clip"}'),
+    ):
         if text is not None:
             (tmp_path / "empty" / f"{name}.json").write_text(text)
         with pytest.raises(UsageError, match=f"{name}.json is not what cibr prompts, train or evaluate writes"):

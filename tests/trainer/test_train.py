@@ -27,9 +27,16 @@ def test_it_learns_and_says_what_it_does(tmp_path: Path, capsys: pytest.CaptureF
     """Concepts drawn by vendors it was trained on, and by one it never saw."""
     data = toyset.build(tmp_path / "toy", size=16)
     settings = config(
-        tmp_path / "run", data=f"emoji:{data}", hold_out="little-house", steps=100, conv_width=4, lr=3e-3,
-        augment="none", eval_every=50, val_split="held_out",
-    )  # fmt: skip
+        tmp_path / "run",
+        data=f"emoji:{data}",
+        hold_out="little-house",
+        steps=100,
+        conv_width=4,
+        lr=3e-3,
+        augment="none",
+        eval_every=50,
+        val_split="held_out",
+    )
     outcome = train(settings)
     assert (outcome.step, outcome.skipped_steps, outcome.stopped_by) == (100, 0, None)
     log = log_of(tmp_path / "run")
@@ -165,9 +172,18 @@ def test_any_model_on_anyones_pairs(tmp_path: Path, capsys: pytest.CaptureFixtur
     for name, part in (("train.csv", rows), ("val.csv", rows[:9])):
         (tmp_path / name).write_text("\n".join(part))
     given = flags(
-        model=tiny_clip(tmp_path), data=f"csv:{tmp_path / 'train.csv'}", val_data=f"csv:{tmp_path / 'val.csv'}",
-        out=tmp_path / "run", steps=4, batch_size=8, eval_every=4, workers=1, threads=1, device="cpu", **CIBR,
-    )  # fmt: skip
+        model=tiny_clip(tmp_path),
+        data=f"csv:{tmp_path / 'train.csv'}",
+        val_data=f"csv:{tmp_path / 'val.csv'}",
+        out=tmp_path / "run",
+        steps=4,
+        batch_size=8,
+        eval_every=4,
+        workers=1,
+        threads=1,
+        device="cpu",
+        **CIBR,
+    )
     with pytest.raises(SystemExit, match="0"):
         main(["train", *given])
     printed = capsys.readouterr().out

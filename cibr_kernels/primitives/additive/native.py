@@ -14,9 +14,14 @@ def problem_fields(problem: AdditiveProblem) -> dict[str, Any]:
     """The fields of a parameter struct that say what is computed, but for w, whose dtype depends on the kernel."""
     n, m, h = problem.sizes
     return {
-        "a": problem.a, "b": problem.b, "n": n, "m": m, "h": h, "activation": CODES[problem.activation],
+        "a": problem.a,
+        "b": problem.b,
+        "n": n,
+        "m": m,
+        "h": h,
+        "activation": CODES[problem.activation],
         "slope": problem.slope,
-    }  # fmt: skip
+    }
 
 
 def unlike_dtypes(*tensors: Tensor) -> str | None:

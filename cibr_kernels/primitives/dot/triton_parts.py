@@ -47,36 +47,87 @@ def aligned(t: Tensor) -> Tensor:
 
 
 def features_gradient(
-    sums: Tensor, own: Tensor, partner: Tensor, out: Tensor, along: Tensor, *, g_positives: Tensor, scale: Tensor,
-    exponent: Tensor, shift: int, g_shift: int, g: Tensor | None = None,
-) -> None:  # fmt: skip
+    sums: Tensor,
+    own: Tensor,
+    partner: Tensor,
+    out: Tensor,
+    along: Tensor,
+    *,
+    g_positives: Tensor,
+    scale: Tensor,
+    exponent: Tensor,
+    shift: int,
+    g_shift: int,
+    g: Tensor | None = None,
+) -> None:
     """Writes out (rows, d) and along (blocks,): triton_backward.features_gradient_kernel."""
     from cibr_kernels.primitives.dot.lse import triton_backward as kernels
 
     triton_call.launch(
-        kernels.features_gradient_kernel, (blocks(own.shape[0], BLOCK_R),),
-        {"sums": sums, "own": own, "partner": partner, "g_positives": g_positives, "scale": scale,
-         "exponent": exponent, "g": g, "out": out, "along": along, "rows": own.shape[0], "partners": partner.shape[0],
-         "d": own.shape[1], "shift": shift, "g_shift": g_shift},
+        kernels.features_gradient_kernel,
+        (blocks(own.shape[0], BLOCK_R),),
+        {
+            "sums": sums,
+            "own": own,
+            "partner": partner,
+            "g_positives": g_positives,
+            "scale": scale,
+            "exponent": exponent,
+            "g": g,
+            "out": out,
+            "along": along,
+            "rows": own.shape[0],
+            "partners": partner.shape[0],
+            "d": own.shape[1],
+            "shift": shift,
+            "g_shift": g_shift,
+        },
         {"BLOCK_R": BLOCK_R, "BLOCK_D": features_block(own)},
-    )  # fmt: skip
+    )
 
 
 def both_features_gradients(
-    x_sums: Tensor, y_sums: Tensor, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor, along: Tensor, *,
-    g_positives: Tensor, scale: Tensor, exponent: Tensor, first_positive: int, g: Tensor | None = None,
-) -> None:  # fmt: skip
+    x_sums: Tensor,
+    y_sums: Tensor,
+    x: Tensor,
+    y: Tensor,
+    dx: Tensor,
+    dy: Tensor,
+    along: Tensor,
+    *,
+    g_positives: Tensor,
+    scale: Tensor,
+    exponent: Tensor,
+    first_positive: int,
+    g: Tensor | None = None,
+) -> None:
     """Writes dx (n, d), dy (m, d) and along (blocks of dx,): triton_backward.both_features_gradients_kernel."""
     from cibr_kernels.primitives.dot.lse import triton_backward as kernels
 
     x_blocks, y_blocks = blocks(x.shape[0], BLOCK_R), blocks(y.shape[0], BLOCK_R)
     triton_call.launch(
-        kernels.both_features_gradients_kernel, (x_blocks + y_blocks,),
-        {"x_sums": x_sums, "y_sums": y_sums, "x": x, "y": y, "g_positives": g_positives, "scale": scale,
-         "exponent": exponent, "g": g, "dx": dx, "dy": dy, "along": along, "n": x.shape[0], "m": y.shape[0],
-         "d": x.shape[1], "first_positive": first_positive, "x_blocks": x_blocks},
+        kernels.both_features_gradients_kernel,
+        (x_blocks + y_blocks,),
+        {
+            "x_sums": x_sums,
+            "y_sums": y_sums,
+            "x": x,
+            "y": y,
+            "g_positives": g_positives,
+            "scale": scale,
+            "exponent": exponent,
+            "g": g,
+            "dx": dx,
+            "dy": dy,
+            "along": along,
+            "n": x.shape[0],
+            "m": y.shape[0],
+            "d": x.shape[1],
+            "first_positive": first_positive,
+            "x_blocks": x_blocks,
+        },
         {"BLOCK_R": BLOCK_R, "BLOCK_D": features_block(x)},
-    )  # fmt: skip
+    )
 
 
 def multiply_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:

@@ -37,10 +37,11 @@ def backward(grad: Tensor, scores: Tensor, mask: Tensor | None, el: Tensor) -> T
     dscores = torch.empty_like(scores)
     pairs = el if mask is None else mask.sum()
     triton_call.launch(
-        _kernels().log_mean_exp_backward_kernel, (-(-scores.numel() // PIECE),),
+        _kernels().log_mean_exp_backward_kernel,
+        (-(-scores.numel() // PIECE),),
         {**_problem(scores, mask), "grad": grad, "el": el, "pairs": pairs, "dscores": dscores},
         {"MASKED": mask is not None, "BLOCK": PIECE},
-    )  # fmt: skip
+    )
     return dscores
 
 

@@ -110,15 +110,24 @@ def main() -> None:
     torch.autograd.set_multithreading_enabled(False)
     counters, found = Counters(), dict[str, Any]()
     situations: list[tuple[str, Any, dict[str, Any]]] = [
-        ("first step", nullcontext, {}), ("second step", nullcontext, {}), ("another size", nullcontext, {"n": 255}),
-        ("that size again", nullcontext, {"n": 255}), ("misaligned", nullcontext, {"offset": 4}),
-        ("one tensor twice", nullcontext, {"n": 254, "same": True}), ("then two", nullcontext, {"n": 254}),
-        ("disabled", plans.disabled, {}), ("a hook", hooked, {}), ("switched off", switched_off, {}),
-        ("float32", nullcontext, {"dtype": torch.float32}), ("tf32", tf32, {"dtype": torch.float32}),
-        ("another stream", lambda: torch.cuda.stream(torch.cuda.Stream()), {}), ("capturing", capturing, {}),
+        ("first step", nullcontext, {}),
+        ("second step", nullcontext, {}),
+        ("another size", nullcontext, {"n": 255}),
+        ("that size again", nullcontext, {"n": 255}),
+        ("misaligned", nullcontext, {"offset": 4}),
+        ("one tensor twice", nullcontext, {"n": 254, "same": True}),
+        ("then two", nullcontext, {"n": 254}),
+        ("disabled", plans.disabled, {}),
+        ("a hook", hooked, {}),
+        ("switched off", switched_off, {}),
+        ("float32", nullcontext, {"dtype": torch.float32}),
+        ("tf32", tf32, {"dtype": torch.float32}),
+        ("another stream", lambda: torch.cuda.stream(torch.cuda.Stream()), {}),
+        ("capturing", capturing, {}),
         ("capturing what is new", capturing, {"n": 253}),
-        ("few are kept", lambda: patch.object(plans, "MOST", 3), {"n": 252}), ("what was let go", nullcontext, {}),
-    ]  # fmt: skip
+        ("few are kept", lambda: patch.object(plans, "MOST", 3), {"n": 252}),
+        ("what was let go", nullcontext, {}),
+    ]
     native = plan._native
     plan._native = lambda of: watch(native(of))
     for name, context, options in situations:

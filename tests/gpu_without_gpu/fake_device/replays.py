@@ -23,10 +23,17 @@ from fake_device.counters import Counters
 from fake_device.launches import passed, register
 
 CASES = (
-    "clip_loss 1024x512", "clip_loss 1000x512", "clip_loss 17x64", "clip_loss 16640x512", "siglip_loss 1024x512",
-    "siglip_loss 999x512", "clip_loss-float32 100x96", "siglip_loss-float32 100x96", "critic_moments-triton 100x64",
+    "clip_loss 1024x512",
+    "clip_loss 1000x512",
+    "clip_loss 17x64",
+    "clip_loss 16640x512",
+    "siglip_loss 1024x512",
+    "siglip_loss 999x512",
+    "clip_loss-float32 100x96",
+    "siglip_loss-float32 100x96",
+    "critic_moments-triton 100x64",
     "CIBRLoss-triton 100x64",
-)  # fmt: skip
+)
 
 
 class Kept(triton_recording.Recorder):

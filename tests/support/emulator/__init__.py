@@ -51,14 +51,27 @@ from .memory import GlobalMemory
 from .parser import Kernel
 
 __all__ = [
-    "Deadlock", "Kernel", "Machine", "MissingWait", "OutOfBounds", "PtxError", "Race", "Uninitialised", "launch",
-]  # fmt: skip
+    "Deadlock",
+    "Kernel",
+    "Machine",
+    "MissingWait",
+    "OutOfBounds",
+    "PtxError",
+    "Race",
+    "Uninitialised",
+    "launch",
+]
 
 
 def launch(
-    kernel: Kernel, grid: Sequence[int], block: Sequence[int], args: Sequence[Any],
-    known: Sequence[np.ndarray | None] | None = None, shared: Collection[int] = (), **options: Any,
-) -> Machine:  # fmt: skip
+    kernel: Kernel,
+    grid: Sequence[int],
+    block: Sequence[int],
+    args: Sequence[Any],
+    known: Sequence[np.ndarray | None] | None = None,
+    shared: Collection[int] = (),
+    **options: Any,
+) -> Machine:
     """Runs a kernel.
 
     args: numpy arrays (buffers, updated in place), ints, floats, bytes (a structure), dicts (a tensor map, as in

@@ -68,13 +68,21 @@ def _in_double(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 for _name, _f in {
-    "add": np.add, "sub": np.subtract, "neg": np.negative, "abs": np.abs, "rem": np.fmod,
+    "add": np.add,
+    "sub": np.subtract,
+    "neg": np.negative,
+    "abs": np.abs,
+    "rem": np.fmod,
     "copysign": lambda a, b: np.copysign(b, a),
-    "ex2": _in_double(np.exp2), "lg2": _in_double(np.log2), "rcp": _in_double(np.reciprocal),
-    "sqrt": _in_double(np.sqrt), "rsqrt": _in_double(lambda a: 1 / np.sqrt(a)), "sin": _in_double(np.sin),
+    "ex2": _in_double(np.exp2),
+    "lg2": _in_double(np.log2),
+    "rcp": _in_double(np.reciprocal),
+    "sqrt": _in_double(np.sqrt),
+    "rsqrt": _in_double(lambda a: 1 / np.sqrt(a)),
+    "sin": _in_double(np.sin),
     "cos": _in_double(np.cos),
     "tanh": _in_double(np.tanh),
-}.items():  # fmt: skip
+}.items():
     _define(_name, _f)
 
 
@@ -160,9 +168,17 @@ def _shift(x: Instruction) -> Run:
 
 
 _COMPARE = {
-    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
-    "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
-}  # fmt: skip
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "lo": np.less,
+    "ls": np.less_equal,
+    "hi": np.greater,
+    "hs": np.greater_equal,
+}
 _COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 

@@ -104,8 +104,17 @@ CONTROL.update({"bra": _bra, "brx": _brx, "ret": _exit, "exit": _exit, "bar": _b
 
 
 @instruction(
-    "bar", "barrier", "membar", "fence", "griddepcontrol", "discard", "setmaxnreg", "nanosleep", "prefetch",
-    "prefetchu", "applypriority",
-)  # fmt: skip
+    "bar",
+    "barrier",
+    "membar",
+    "fence",
+    "griddepcontrol",
+    "discard",
+    "setmaxnreg",
+    "nanosleep",
+    "prefetch",
+    "prefetchu",
+    "applypriority",
+)
 def _nothing(s: Machine, x: Instruction, mask: Mask) -> None:
     """No effect here: bar.warp.sync, fences (accesses happen in order), hints."""

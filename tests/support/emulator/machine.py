@@ -59,10 +59,21 @@ class Machine:
     """One launch of a kernel over (some blocks of) a grid."""
 
     def __init__(
-        self, kernel: Kernel, memory: GlobalMemory, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], *,
-        dynamic_shared: int = 0, shared_limit: int = 232448, blocks: Sequence[int] | None = None, batch: int = 8,
-        check_races: bool = True, check_conflicts: bool = True, max_instructions: int = 3_000_000,
-    ):  # fmt: skip
+        self,
+        kernel: Kernel,
+        memory: GlobalMemory,
+        grid: Sequence[int],
+        block: Sequence[int],
+        args: Sequence[Any],
+        *,
+        dynamic_shared: int = 0,
+        shared_limit: int = 232448,
+        blocks: Sequence[int] | None = None,
+        batch: int = 8,
+        check_races: bool = True,
+        check_conflicts: bool = True,
+        max_instructions: int = 3_000_000,
+    ):
         """args: addresses and numbers; blocks: linear numbers of the blocks to run, None for all."""
         self.kernel, self.memory = kernel, memory
         self.grid, self.block = (tuple(int(v) for v in d) + (1,) * (3 - len(d)) for d in (grid, block))
@@ -85,11 +96,14 @@ class Machine:
         for (name, kind, size), value in zip(kernel.params, padded, strict=True):
             self.params[name] = self._parameter(kind, size, value)
         self.units = [
-            unit for unit, used in (
-                ("wgmma", "wgmma" in kernel.ops), ("tensor", "tcgen05" in kernel.ops),
+            unit
+            for unit, used in (
+                ("wgmma", "wgmma" in kernel.ops),
+                ("tensor", "tcgen05" in kernel.ops),
                 ("tma", any(x.op == "cp" and "bulk" in x.mods for x in kernel.ins)),
-            ) if used
-        ]  # fmt: skip
+            )
+            if used
+        ]
 
     def _parameter(self, kind: str, size: int, value: Any) -> bytes:
         if isinstance(value, dict):  # a tensor map made on the host, as tma.py describes it

@@ -10,13 +10,28 @@ np.seterr(all="ignore")
 U8, U16, U32, U64 = np.uint8, np.uint16, np.uint32, np.uint64
 
 DTYPES: dict[str, Any] = {
-    "b8": np.uint8, "u8": np.uint8, "s8": np.int8,
-    "b16": np.uint16, "u16": np.uint16, "s16": np.int16, "f16": np.float16, "bf16": np.uint16,
-    "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32,
-    "bf16x2": np.uint32, "f16x2": np.uint32, "tf32": np.uint32,
-    "b64": np.uint64, "u64": np.uint64, "s64": np.int64, "f64": np.float64, "f32x2": np.uint64,
+    "b8": np.uint8,
+    "u8": np.uint8,
+    "s8": np.int8,
+    "b16": np.uint16,
+    "u16": np.uint16,
+    "s16": np.int16,
+    "f16": np.float16,
+    "bf16": np.uint16,
+    "b32": np.uint32,
+    "u32": np.uint32,
+    "s32": np.int32,
+    "f32": np.float32,
+    "bf16x2": np.uint32,
+    "f16x2": np.uint32,
+    "tf32": np.uint32,
+    "b64": np.uint64,
+    "u64": np.uint64,
+    "s64": np.int64,
+    "f64": np.float64,
+    "f32x2": np.uint64,
     "pred": np.bool_,
-}  # fmt: skip
+}
 RAW: dict[int, Any] = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}  # registers hold raw bits
 
 

@@ -19,9 +19,11 @@ def _shfl(s: Machine, x: Instruction, mask: Mask) -> None:
     b, segment, clamp = b & 31, c >> 8 & 31, c & 31
     mode = x.mods[1]
     source = {
-        "bfly": lambda: LANE ^ b, "down": lambda: LANE + b, "up": lambda: LANE - b,
+        "bfly": lambda: LANE ^ b,
+        "down": lambda: LANE + b,
+        "up": lambda: LANE - b,
         "idx": lambda: (LANE & segment) | (b & ~segment),
-    }[mode]()  # fmt: skip
+    }[mode]()
     last = (LANE & segment) | (clamp & ~segment)
     ok = source >= last if mode == "up" else source <= last
     source = np.where(ok, source, LANE)
@@ -74,9 +76,13 @@ def _redux(s: Machine, x: Instruction, mask: Mask) -> None:
     s.whole_warps(mask)
     dtype = DTYPES[x.mods[-1]]
     reduce = {
-        "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
+        "add": np.add,
+        "min": np.minimum,
+        "max": np.maximum,
+        "and": np.bitwise_and,
+        "or": np.bitwise_or,
         "xor": np.bitwise_xor,
-    }[x.mods[1]]  # fmt: skip
+    }[x.mods[1]]
     if dtype is np.float32 and "NaN" not in x.mods:
         reduce = {"min": np.fmin, "max": np.fmax}[x.mods[1]]
     values = s.lanewise(x.args[1], dtype).reshape(-1, 32)

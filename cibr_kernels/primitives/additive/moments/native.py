@@ -5,6 +5,8 @@ On the CPU a and b are read in their dtype and widened a tile at a time; scores,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,9 +34,18 @@ def forward(problem: MomentsProblem, needs: Needs) -> tuple[Tensor, Tensor, Tens
     j, el = (torch.empty(shape, dtype=torch.float32, device=a.device) for _ in range(2))
     da, db, dw = _gradients(problem, needs)
     fields = problem_fields(problem) | {
-        "first_positive": problem.first_positive, "include_diagonal": problem.include_diagonal, "need_a": need_a,
-        "need_b": need_b, "need_w": need_w, "w": problem.w, "bias": problem.bias, "j": j, "el": el, "da": da, "db": db,
-    }  # fmt: skip
+        "first_positive": problem.first_positive,
+        "include_diagonal": problem.include_diagonal,
+        "need_a": need_a,
+        "need_b": need_b,
+        "need_w": need_w,
+        "w": problem.w,
+        "bias": problem.bias,
+        "j": j,
+        "el": el,
+        "da": da,
+        "db": db,
+    }
     if cuda_call.takes(a):
         processors = cuda_call.target(a.device).processors
         machine = {**_types(problem), "processors": processors, "score_budget": SCORE_BUDGET}
@@ -44,11 +55,14 @@ def forward(problem: MomentsProblem, needs: Needs) -> tuple[Tensor, Tensor, Tens
     fields |= {"w": problem.w.float(), "dw": wide_dw, "features_dtype": DTYPES[a.dtype]}
     work = fields["n"] * fields["m"] * fields["h"]
     for k in range(problem.groups) if shape else (None,):
-        here = fields if k is None else {
-            name: value[k] if isinstance(value, Tensor) and value.numel() else value for name, value in fields.items()
-        }  # fmt: skip
+        here = fields if k is None else {name: _of_critic(value, k) for name, value in fields.items()}
         call("additive_moments", "AdditiveMoments", work, **here)
     return j, el, da, db, wide_dw.to(dw.dtype)
+
+
+def _of_critic(value: Any, k: int) -> Any:
+    """A field of one problem of the group; one that is no tensor, or is not wanted, is the same for all."""
+    return value[k] if isinstance(value, Tensor) and value.numel() else value
 
 
 def backward(
@@ -59,9 +73,14 @@ def backward(
     if not any(needs):
         return da, db, dw
     fields = problem_fields(problem) | {
-        "first_positive": problem.first_positive, "da_of_l": of_l[0], "db_of_l": of_l[1], "da": da, "db": db,
-        "g_j": None if g_j is None else g_j.contiguous(), "g_l": None if g_l is None else g_l.contiguous(),
-    }  # fmt: skip
+        "first_positive": problem.first_positive,
+        "da_of_l": of_l[0],
+        "db_of_l": of_l[1],
+        "da": da,
+        "db": db,
+        "g_j": None if g_j is None else g_j.contiguous(),
+        "g_l": None if g_l is None else g_l.contiguous(),
+    }
     if cuda_call.takes(problem.a):
         fields |= {"w": problem.w, "dw_of_l": of_l[2], "dw": dw, **_types(problem)}
         cuda_call.call("additive_moments_backward", "AdditiveMomentsBackwardCuda", **fields)

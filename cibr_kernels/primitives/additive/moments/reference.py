@@ -34,9 +34,14 @@ def moments(scores: Tensor, first_positive: int, include_diagonal: bool) -> tupl
 
 
 def additive_moments(
-    a: Tensor, b: Tensor, w: Tensor, activation: str = "relu", slope: float = 0.01, first_positive: int = 0,
+    a: Tensor,
+    b: Tensor,
+    w: Tensor,
+    activation: str = "relu",
+    slope: float = 0.01,
+    first_positive: int = 0,
     include_diagonal: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """a (n, h), b (m, h), w (h,) -> J (), L (), differentiable in all three; float32 for half-precision inputs."""
     phi = ACTIVATIONS[activation][0]
     a, b, w = map(promote, (a, b, w))

@@ -14,10 +14,30 @@ from cibr_kernels.primitives.additive.triton_activations import value_and_slope
 
 @triton.jit(do_not_specialize=SIZES)
 def additive_moments_positives_kernel(
-    a, b, w, g_j, g_l, da_of_l, db_of_l, da, db, partials, n, m, first_positive, width, slope,
-    ACTIVATION: tl.constexpr, HAS_J: tl.constexpr, HAS_L: tl.constexpr, NEED_A: tl.constexpr, NEED_B: tl.constexpr,
-    NEED_W: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    w,
+    g_j,
+    g_l,
+    da_of_l,
+    db_of_l,
+    da,
+    db,
+    partials,
+    n,
+    m,
+    first_positive,
+    width,
+    slope,
+    ACTIVATION: tl.constexpr,
+    HAS_J: tl.constexpr,
+    HAS_L: tl.constexpr,
+    NEED_A: tl.constexpr,
+    NEED_B: tl.constexpr,
+    NEED_W: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
     """da = g_l da_of_l + (g_j / n) w phi'(t) for the positives t_i = a_i + b_first_positive+i, and db likewise.
 
     A positive has one row of a and one of b: the program of the row of b writes both.  partials (blocks, h): the
@@ -51,9 +71,19 @@ def additive_moments_positives_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def additive_moments_positive_weights_kernel(
-    partials, g_j, g_l, dw_of_l, dw, n, blocks, width, HAS_J: tl.constexpr, HAS_L: tl.constexpr, BLOCK_R: tl.constexpr,
+    partials,
+    g_j,
+    g_l,
+    dw_of_l,
+    dw,
+    n,
+    blocks,
+    width,
+    HAS_J: tl.constexpr,
+    HAS_L: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_H: tl.constexpr,
-):  # fmt: skip
+):
     """dw (h,) = g_l dw_of_l + (g_j / n) times the sum of partials (blocks, h).  Grid: (blocks of h, groups)."""
     group = tl.program_id(1).to(tl.int64)
     k = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)

@@ -29,23 +29,36 @@ def forward(problem: AdditiveProblem) -> Tensor:
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=a.device)
 
-    out, packed = new(n, m), {
-        "a_packed": new(h_padded, n_padded), "b_packed": new(h_padded, m_padded), "w_packed": new(h_padded),
-        "poison": new(n_padded + m_padded),
-    }  # fmt: skip
+    out, packed = (
+        new(n, m),
+        {
+            "a_packed": new(h_padded, n_padded),
+            "b_packed": new(h_padded, m_padded),
+            "w_packed": new(h_padded),
+            "poison": new(n_padded + m_padded),
+        },
+    )
     sizes = {"n": n, "m": m, "n_padded": n_padded, "m_padded": m_padded}
     triton_call.launch(
-        _kernels().additive_scores_pack_kernel, ((n_padded + m_padded) // moments.PAD,),
-        {"a": a, "b": b, "w": w, **packed, **sizes, "width": h}, {"BLOCK_R": moments.PAD, "BLOCK_H": moments.PAD},
+        _kernels().additive_scores_pack_kernel,
+        ((n_padded + m_padded) // moments.PAD,),
+        {"a": a, "b": b, "w": w, **packed, **sizes, "width": h},
+        {"BLOCK_R": moments.PAD, "BLOCK_H": moments.PAD},
         num_warps=8,
-    )  # fmt: skip
+    )
     triton_call.launch(
-        _kernels().additive_scores_forward_kernel, (ceil_div(n, config.block) * ceil_div(m, config.block),),
+        _kernels().additive_scores_forward_kernel,
+        (ceil_div(n, config.block) * ceil_div(m, config.block),),
         {**packed, "out": out, **sizes, "width_padded": round_up(h, config.unroll), "slope": problem.slope},
-        {"ACTIVATION": problem.activation, "BLOCK_I": config.block, "BLOCK_J": config.block, "UNROLL": config.unroll,
-         "GROUP": 8},
+        {
+            "ACTIVATION": problem.activation,
+            "BLOCK_I": config.block,
+            "BLOCK_J": config.block,
+            "UNROLL": config.unroll,
+            "GROUP": 8,
+        },
         num_warps=config.num_warps,
-    )  # fmt: skip
+    )
     return out
 
 
@@ -62,19 +75,35 @@ def backward(grad: Tensor, problem: AdditiveProblem, needs: Needs) -> tuple[Tens
         first, end = sweep.rows_of(panel)
         stride = round_up(end - first, block)
         triton_call.launch(
-            _kernels().additive_scores_spread_kernel, (stride // block * tiles_j,),
-            {"grad": grad[first:end], "s": sweep.s, "s_transposed": sweep.s_transposed,
-             "wrong": wrong[first // block * tiles_j :], "rows": end - first, "m": sweep.m, "rows_padded": stride,
-             "m_padded": sweep.m_padded},
+            _kernels().additive_scores_spread_kernel,
+            (stride // block * tiles_j,),
+            {
+                "grad": grad[first:end],
+                "s": sweep.s,
+                "s_transposed": sweep.s_transposed,
+                "wrong": wrong[first // block * tiles_j :],
+                "rows": end - first,
+                "m": sweep.m,
+                "rows_padded": stride,
+                "m_padded": sweep.m_padded,
+            },
             {"KEEP": sweep.side_b, "TRANSPOSE": sweep.side_a, "BLOCK": block},
-        )  # fmt: skip
+        )
         sweep.gradients(panel)
     triton_call.launch(
-        _kernels().additive_scores_state_kernel, (1,),
-        {"wrong": wrong, "wrongs": wrong.numel(), "bad": sweep.bad, "bads": sweep.bad.numel(),
-         "w": sweep.packed["w_packed"], "width": sweep.h, "total": sweep.run[0, sweep.panels, 1:]},
+        _kernels().additive_scores_state_kernel,
+        (1,),
+        {
+            "wrong": wrong,
+            "wrongs": wrong.numel(),
+            "bad": sweep.bad,
+            "bads": sweep.bad.numel(),
+            "w": sweep.packed["w_packed"],
+            "width": sweep.h,
+            "total": sweep.run[0, sweep.panels, 1:],
+        },
         {"BLOCK": 512},
-    )  # fmt: skip
+    )
     return sweep.finish()
 
 

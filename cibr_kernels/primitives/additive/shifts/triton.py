@@ -26,11 +26,21 @@ def forward(problem: ShiftsProblem) -> Tensor:
     for done in range(0, k, MOST_SHIFTS):
         here = out[done : done + MOST_SHIFTS]
         triton_call.launch(
-            _kernels().additive_shifts_scores_kernel, (ceil_div(n, TILE["BLOCK_R"]), here.shape[0]),
-            {"a": a, "b": b, "w": w, "out": here, "n": n, "m": m, "width": h, "first": problem.first + done,
-             "slope": problem.slope},
+            _kernels().additive_shifts_scores_kernel,
+            (ceil_div(n, TILE["BLOCK_R"]), here.shape[0]),
+            {
+                "a": a,
+                "b": b,
+                "w": w,
+                "out": here,
+                "n": n,
+                "m": m,
+                "width": h,
+                "first": problem.first + done,
+                "slope": problem.slope,
+            },
             {"ACTIVATION": problem.activation, **TILE},
-        )  # fmt: skip
+        )
     return out
 
 
@@ -41,22 +51,31 @@ def backward(grad: Tensor, problem: ShiftsProblem, needs: Needs) -> tuple[Tensor
     blocks, blocks_h = ceil_div(n, TILE["BLOCK_R"]), ceil_div(h, TILE["BLOCK_H"])
     partials = torch.empty((blocks, h) if need_w else 0, dtype=torch.float32, device=a.device)
     shared = {
-        "w": w, "grad": grad, "partials": partials, "n": n, "m": m, "width": h, "first": problem.first,
-        "shifts": problem.k, "slope": problem.slope,
-    }  # fmt: skip
+        "w": w,
+        "grad": grad,
+        "partials": partials,
+        "n": n,
+        "m": m,
+        "width": h,
+        "first": problem.first,
+        "shifts": problem.k,
+        "slope": problem.slope,
+    }
     constants = {"ACTIVATION": problem.activation, **TILE}
     if need_a or need_w:
         triton_call.launch(
-            _kernels().additive_shifts_gradient_kernel, (blocks, blocks_h),
+            _kernels().additive_shifts_gradient_kernel,
+            (blocks, blocks_h),
             {"x": a, "y": b, "dx": da, "rows": n, "others": m, **shared},
             {"OF_B": False, "WEIGHTS": need_w, "STORE": need_a, **constants},
-        )  # fmt: skip
+        )
     if need_b:
         triton_call.launch(
-            _kernels().additive_shifts_gradient_kernel, (ceil_div(m, TILE["BLOCK_R"]), blocks_h),
+            _kernels().additive_shifts_gradient_kernel,
+            (ceil_div(m, TILE["BLOCK_R"]), blocks_h),
             {"x": b, "y": a, "dx": db, "rows": m, "others": n, **shared},
             {"OF_B": True, "WEIGHTS": False, "STORE": True, **constants},
-        )  # fmt: skip
+        )
     if need_w:
         triton_call.launch(
             _kernels().reduce_kernel, (blocks_h,), {"partials": partials, "out": dw, "blocks": blocks, "width": h}, TILE

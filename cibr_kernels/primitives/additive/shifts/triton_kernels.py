@@ -33,9 +33,27 @@ def additive_shifts_scores_kernel(
 
 @triton.jit
 def additive_shifts_gradient_kernel(
-    x, y, w, grad, dx, partials, rows, others, n, m, width, first, shifts, slope, OF_B: tl.constexpr,
-    WEIGHTS: tl.constexpr, STORE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
+    x,
+    y,
+    w,
+    grad,
+    dx,
+    partials,
+    rows,
+    others,
+    n,
+    m,
+    width,
+    first,
+    shifts,
+    slope,
+    OF_B: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    STORE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
     """dx = w * sum_r g phi'(x + y) over the shifts r: of a (x = a, y = b), or OF_B (x = b, y = a), by its rows' owner.
 
     grad (shifts, n).  WEIGHTS: partials (blocks of rows, h) = sum g phi(x + y).  Grid: (blocks of rows, blocks of h).

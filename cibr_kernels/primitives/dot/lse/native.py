@@ -31,10 +31,17 @@ def problem_fields(problem: DotProblem) -> dict[str, Any]:
         _, numbers = torch.unique(torch.cat((problem.row_ids, problem.col_ids)), return_inverse=True)
         row_groups, col_groups = numbers[:n].int(), numbers[n:].int()
     return {
-        "x": problem.x, "y": problem.y, "dtype": DTYPES[problem.x.dtype], "n": n, "m": m, "d": d,
-        "scale": problem.scale.item(), "row_ids": row_groups, "col_ids": col_groups,
+        "x": problem.x,
+        "y": problem.y,
+        "dtype": DTYPES[problem.x.dtype],
+        "n": n,
+        "m": m,
+        "d": d,
+        "scale": problem.scale.item(),
+        "row_ids": row_groups,
+        "col_ids": col_groups,
         "first_positive": problem.first_positive,
-    }  # fmt: skip
+    }
 
 
 def forward(problem: LseProblem, need_cols: bool, need_max: bool, stash: Tensor) -> tuple[Tensor, ...]:
@@ -57,10 +64,20 @@ def backward(
     """-> dx (n, d), dy (m, d), each empty unless needed, dscale ()."""
     dx, dy, dscale = feature_gradients(problem, problem.x.dtype, need_dx, need_dy)
     _run(
-        "dot_lse_backward", "DotBackward", problem, sums.stash, row_lse=sums.rows, row_weight=gradients.rows,
-        col_lse=sums.cols, col_weight=gradients.cols, positive_grad=gradients.positives,
-        stash_shift=sums.stash_shift.item(), dx=dx, dy=dy, dscale=dscale,
-    )  # fmt: skip
+        "dot_lse_backward",
+        "DotBackward",
+        problem,
+        sums.stash,
+        row_lse=sums.rows,
+        row_weight=gradients.rows,
+        col_lse=sums.cols,
+        col_weight=gradients.cols,
+        positive_grad=gradients.positives,
+        stash_shift=sums.stash_shift.item(),
+        dx=dx,
+        dy=dy,
+        dscale=dscale,
+    )
     return dx, dy, dscale
 
 
@@ -77,7 +94,9 @@ def feature_gradients(
 def _run(kernel: str, struct: str, problem: LseProblem, stash: Tensor, **fields: Tensor | float) -> None:
     n, m, d = problem.sizes
     shared = {
-        "mask_positives": problem.mask_positives, "row_limits": problem.row_limits, "stash": stash,
+        "mask_positives": problem.mask_positives,
+        "row_limits": problem.row_limits,
+        "stash": stash,
         "stash_dtype": DTYPES[stash.dtype],
-    }  # fmt: skip
+    }
     call(kernel, struct, n * m * d, **problem_fields(problem), **shared, **fields)

@@ -96,9 +96,19 @@ def dot_lse(
 
 @operator(SERVES)
 def dot_lse_forward(
-    x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, row_limits: Tensor | None,
-    first_positive: int, mask_positives: bool, need_cols: bool, need_max: bool, budget: int, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    row_limits: Tensor | None,
+    first_positive: int,
+    mask_positives: bool,
+    need_cols: bool,
+    need_max: bool,
+    budget: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> rows (n,), cols (m,) or (0,), positives (n,), row maxima (n,) or (0,), column maxima (m,) or (0,), stash
     shift (), stash (empty where it exceeds the budget).
 
@@ -178,9 +188,14 @@ def _backward(ctx, g_rows, g_cols, g_positives, *_):
     gradients = or_zeros((g_rows, g_cols, g_positives), saved[6:9])
     # dscale comes from <x, dx> or <y, dy>: one of the two is computed for it
     dx, dy, dscale = dot_lse_backward(
-        *gradients, *saved, ctx.first_positive, ctx.mask_positives, need_x or not need_y, need_y,
+        *gradients,
+        *saved,
+        ctx.first_positive,
+        ctx.mask_positives,
+        need_x or not need_y,
+        need_y,
         ctx.backend,
-    )  # fmt: skip
+    )
     return dx if need_x else None, dy if need_y else None, dscale if need_scale else None, *(None,) * 9
 
 

@@ -87,9 +87,12 @@ class Tiles:
         like = "sm_80" if name in TMA_TARGETS and not tma else name  # whose steps divide any aligned width
         config: Config = getattr(CONFIGS[like, x.element_size()], kernel)
         constants = {
-            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "TMA": tma,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "TMA": tma,
             "PRECISION": "tf32" if x.dtype == torch.float32 and tf32_allowed() else "ieee",
-        }  # fmt: skip
+        }
         strips = strips and tma and name == "sm_100" and kernel != "online"
         return Tiles(config, tma, strips, triton_call.target(x.device).processors, constants)
 

@@ -28,10 +28,19 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def multiply(
-    x, y, row, col, n, m, d,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
+    x,
+    y,
+    row,
+    col,
+    n,
+    m,
+    d,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """(BLOCK_M, BLOCK_N) float32 of x y^T at (row, col).  Past n and m it holds anything finite: mask what you sum.
 
     TMA: x and y are tensor descriptors with blocks (BLOCK_M, BLOCK_K) and (BLOCK_N, BLOCK_K), which fill with zeros;

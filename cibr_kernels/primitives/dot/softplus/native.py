@@ -14,9 +14,13 @@ from cibr_kernels.primitives.dot.problem import SoftplusProblem
 
 
 def forward(
-    problem: SoftplusProblem, row_weights: Tensor | None, col_weights: Tensor | None, need_cols: bool, need_dx: bool,
+    problem: SoftplusProblem,
+    row_weights: Tensor | None,
+    col_weights: Tensor | None,
+    need_cols: bool,
+    need_dx: bool,
     need_dy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> rows (n,), cols (m,) or (0,), dx (n, d), dy (m, d), each empty unless needed, dscale (), dbias ().
 
     Row weights are given where dx or dy is needed; both are float32 for float16.
@@ -29,8 +33,19 @@ def forward(
     dx, dy, dscale = feature_gradients(problem, made, need_dx, need_dy)
     dbias = torch.zeros_like(problem.bias)
     call(
-        "dot_softplus", "DotSoftplus", n * m * d, **problem_fields(problem), bias=problem.bias.item(),
-        attract=problem.attract, row_weight=row_weights, col_weight=col_weights, row_sum=rows, col_sum=cols, dx=dx,
-        dy=dy, dscale=dscale, dbias=dbias,
-    )  # fmt: skip
+        "dot_softplus",
+        "DotSoftplus",
+        n * m * d,
+        **problem_fields(problem),
+        bias=problem.bias.item(),
+        attract=problem.attract,
+        row_weight=row_weights,
+        col_weight=col_weights,
+        row_sum=rows,
+        col_sum=cols,
+        dx=dx,
+        dy=dy,
+        dscale=dscale,
+        dbias=dbias,
+    )
     return rows, cols, dx, dy, dscale, dbias
