@@ -11,7 +11,7 @@ FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 LINES = re.compile(r"^(?: {4,}|#+ |\s*\||<!--|:::).*$", re.MULTILINE)  # code, titles, tables, comments, docstrings
 ITEM = r"(?:-|\d+\.) "
 MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
-DATE = re.compile(rf"(?:\d+ )?(?:{MONTHS}) \d{{4}}")
+NAMES = re.compile(rf"(?:\d+ )?(?:{MONTHS}) \d{{4}}|\b\d{{4}}\.\d{{5}}\b")  # dates, papers of arXiv
 NUMBER = re.compile(r"(?<![\w@/.-])[-+.]?\d[\d.,]*")  # not in a name: H200, R@1, CIFAR-100
 
 
@@ -31,4 +31,4 @@ def words(sentence: str) -> int:
 
 
 def numbers(sentence: str) -> int:
-    return len(NUMBER.findall(DATE.sub("", without_code(sentence))))
+    return len(NUMBER.findall(NAMES.sub("", without_code(sentence))))
