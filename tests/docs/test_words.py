@@ -16,6 +16,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "DESIGN.md", "CONTRIBUTING.md")),
     *sorted(page for page in DOCS.rglob("*.md") if DOCS / "notes" not in page.parents),
 ]
+AS_COMMITTED = {"evidence_protocol"}  # written before the runs that it rules: its words are not touched
 NOT_YET = {
     "CHANGELOG",
     "DESIGN",
@@ -26,8 +27,6 @@ NOT_YET = {
     "conditional_mutual_information",
     "critic_moments",
     "distributed",
-    "evidence",
-    "evidence_protocol",
     "extending",
     "family",
     "first_hour",
@@ -42,7 +41,7 @@ NOT_YET = {
     "prompts",
     "siglip_loss",
 }
-PAGES = [page for page in PAGES if page.stem not in NOT_YET]
+PAGES = [page for page in PAGES if page.stem not in NOT_YET | AS_COMMITTED]
 WORDS, NUMBERS, NUMBERS_ON_AVERAGE = 25, 3, 1.0
 WITHOUT_SENTENCES = {"glossary"}  # a table
 

@@ -12,7 +12,9 @@ LINES = re.compile(r"^(?: {4,}|#+ |\s*\||<!--|:::).*$", re.MULTILINE)  # code, t
 ITEM = r"(?:-|\d+\.) "
 MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
 NAMES = re.compile(rf"(?:\d+ )?(?:{MONTHS}) \d{{4}}|\b\d{{4}}\.\d{{5}}\b")  # dates, papers of arXiv
-NUMBER = re.compile(r"(?<![\w@/.-])[-+.]?\d[\d.,]*")  # not in a name: H200, R@1, CIFAR-100
+NUMBER = re.compile(
+    r"(?<![\w@/.-])[-+.]?\d[\d.,]*(?: \([\d.]+\))?"
+)  # with its standard error; not in a name: H200, R@1
 
 
 def sentences(text: str) -> list[str]:
