@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 from cibr.config import RunConfig, check, differences, flag, of_kind, option, read_options, section_types
 from cibr.errors import UsageError, missing_extra
+from cibr.run.atomic import full_disk_in_words
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(USAGE + "\n".join(f"  {known:14}{about}" for known, (_, about) in COMMANDS.items()))
         raise SystemExit(0 if name in ("-h", "--help") else 2)
     try:
-        status = COMMANDS[name][0](rest)
+        with full_disk_in_words("Make room, and start again"):
+            status = COMMANDS[name][0](rest)
     except UsageError as error:
         print(f"cibr: {error}", file=sys.stderr)
         status = 2

@@ -22,7 +22,7 @@ from cibr.models import Batch
 from cibr.objectives import Objective
 from cibr.rates import progress, rate
 from cibr.run import checkpoint
-from cibr.run.atomic import only_writer, write_text
+from cibr.run.atomic import full_disk_in_words, only_writer, write_text
 from cibr.run.clock import stop_signals
 from cibr.run.environment import environment
 from cibr.run.journal import Journal, Silent
@@ -61,6 +61,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Outcome:
     config = resolve(config)
     run = Path(config.run.out)
     with ExitStack() as stack:
+        stack.enter_context(full_disk_in_words("Make room, and --resume goes on from the last checkpoint"))
         ranks = stack.enter_context(joined(config.run.device, config.optim.batch_size, config.run.rank_timeout))
         if ranks.first:
             stack.enter_context(only_writer(run))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cibr.errors import UsageError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _fsync(path: Path) -> None:
@@ -72,3 +75,14 @@ def only_writer(directory: Path) -> Iterator[None]:
                 f"another process is writing to {directory}; wait for it, or choose another --out"
             ) from error
         yield
+
+
+@contextmanager
+def full_disk_in_words(advice: str) -> Iterator[None]:
+    """A UsageError with `advice` where the system says that there is no room for a file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UsageError(f"{error.filename or 'a file'} could not be written: {error.strerror}. {advice}") from error

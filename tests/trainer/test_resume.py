@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import random
-import resource
 import shutil
 import signal
-import socket
-import sys
 import time
-from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -21,9 +15,9 @@ import bad_data
 import pytest
 import torch
 import toyset
-from runs import CIBR, config, flags, log_of, require_same_state, start, state, tiny_clip
+from kills import RUN, WORDS, Unkilled, campaign, child, disk_ends, finish, require_same_run, said, two_ranks
+from runs import config, flags, log_of, require_same_state, start, state, tiny_clip
 
-from cibr.config import RunConfig
 from cibr.errors import UsageError
 from cibr.run import checkpoint
 from cibr.run.atomic import only_writer
@@ -31,27 +25,6 @@ from cibr.run.journal import read_log
 from cibr.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:the estimate", "ignore:cibr_kernels")
-FORK = multiprocessing.get_context("fork")  # a new interpreter for every kill would take minutes
-RUN: dict[str, Any] = {**CIBR, "steps": 30, "save_every": 4, "log_every": 3, "keep": 3}  # an epoch has 12 steps
-
-
-def child(settings: RunConfig, *, before: Callable[[], None] = lambda: None, **environment: str) -> BaseProcess:
-    """A process that goes on with the run, and ends with 2 for a UsageError, with 128 + n after signal n."""
-
-    def body() -> None:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-        os.environ |= environment
-        try:
-            before()
-            stopped_by = train(settings, resume=True).stopped_by
-        except UsageError as error:
-            Path(settings.run.out, "said.txt").write_text(str(error))
-            os._exit(2)
-        os._exit(0 if stopped_by is None else 128 + stopped_by)
-
-    process = FORK.Process(target=body)
-    process.start()
-    return process
 
 
 def last_step(run: Path) -> int:
@@ -73,99 +46,34 @@ def killed_at(run: Path, step: int, processes: list[BaseProcess], delay: float) 
         p.join()
 
 
-def finish(settings: RunConfig, **more: Any) -> None:
-    process = child(settings, **more)
-    process.join(120)
-    assert process.exitcode == 0
-
-
-def require_same_run(run: Path, whole: Path) -> None:
-    require_same_state(run, whole)
-    shown = [[{k: v for k, v in e.items() if k not in TIMES} for e in log_of(r)] for r in (run, whole)]
-    assert shown[0] == shown[1]
-    assert not list((run / "checkpoints").glob(".*.partial-*"))
-
-
-TIMES = ("seconds", "samples_per_second", "share_of_time")
+@pytest.fixture(scope="module")
+def unkilled(tmp_path_factory: pytest.TempPathFactory) -> Unkilled:
+    return Unkilled.of(tmp_path_factory.mktemp("whole") / "run")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("whole") / "run"
-    train(config(run, **RUN))
-    return run
+def whole(unkilled: Unkilled) -> Path:
+    return unkilled.run
 
 
-@pytest.mark.parametrize(("workers", "moments"), [(0, 8), (2, 4)])
-def test_killed_at_random_moments(tmp_path: Path, whole: Path, workers: int, moments: int) -> None:
-    rng = random.Random(workers)
-    settings = config(tmp_path / "run", **RUN, workers=workers)
-    for k in range(moments):
-        target = 3 + 27 * k // moments
-        killed_at(tmp_path / "run", target, [child(settings)], rng.random() * 0.1)
-    finish(settings)
-    require_same_run(tmp_path / "run", whole)
+@pytest.mark.parametrize(("mode", "kills"), [("alone", 8), ("2 workers", 4), ("2 ranks", 4), ("in a checkpoint", 6)])
+def test_killed_at_random_moments(tmp_path: Path, unkilled: Unkilled, mode: str, kills: int) -> None:
+    """22 kills.  Counted are moments that ended a process; one that came after its end is drawn again."""
+    campaign(mode, kills, unkilled.two_ranks(tmp_path / "whole") if mode == "2 ranks" else unkilled, tmp_path)
 
 
-def two_ranks(settings: RunConfig) -> list[BaseProcess]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [child(settings, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(2)]
-
-
-def test_two_ranks_killed_at_random_moments(tmp_path: Path) -> None:
-    rng = random.Random(2)
-    for name, moments in (("whole", 0), ("killed", 3)):
-        settings = config(tmp_path / name, **RUN)
-        for k in range(moments):
-            killed_at(tmp_path / name, 3 + 9 * k, two_ranks(settings), rng.random() * 0.1)
-        ranks = two_ranks(settings)
-        for process in ranks:
-            process.join(120)
-            assert process.exitcode == 0
-    require_same_run(tmp_path / "killed", tmp_path / "whole")
-
-
-@pytest.mark.parametrize("moment", ["sha256", "atomic_directory"])
-def test_killed_during_a_checkpoint(tmp_path: Path, whole: Path, moment: str) -> None:
-    """With the tensors written and nothing else; and with all but the last rename done."""
-
-    def before() -> None:
-        calls, own = [], getattr(checkpoint, moment)
-
-        def die(*given: Any) -> Any:
-            calls.append(given)
-            if len(calls) == 5:
-                if moment == "atomic_directory":  # the third checkpoint, whole but under its working name
-                    os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
-                else:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return own(*given)
-
-        setattr(checkpoint, moment, die)
-
-    settings = config(tmp_path / "run", **RUN)
-    process = child(settings, before=before)
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
-    assert list((tmp_path / "run" / "checkpoints").glob(".*.partial-*"))
-    finish(settings)
-    require_same_run(tmp_path / "run", whole)
-
-
-def test_a_full_disk_says_so_and_loses_nothing(tmp_path: Path, whole: Path) -> None:
-    """A limit on the size of files stands for it: writing fails in the middle of the tensors."""
+@pytest.mark.parametrize("size", [60_000, 300])
+def test_a_full_disk_says_so_and_loses_nothing(tmp_path: Path, whole: Path, size: int) -> None:
+    """A limit on the size of files stands for it: writing fails in the middle of the tensors, or of config.json."""
     settings = config(tmp_path / "run", **RUN)
     first = child(settings)
     killed_at(tmp_path / "run", 6, [first], 0)
     kept = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
-    process = child(settings, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)))
+    process = child(settings, before=lambda: disk_ends(size, killed=False))
     process.join(120)
-    assert process.exitcode == 2
-    said = (tmp_path / "run" / "said.txt").read_text()
-    assert "could not be written" in said and "Make room, and --resume goes on" in said
+    assert process.exitcode == WORDS
+    text = said(tmp_path / "run")
+    assert "could not be written" in text and "Make room, and --resume goes on" in text
     assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == kept
     finish(settings)
     require_same_run(tmp_path / "run", whole)
@@ -371,7 +279,7 @@ def test_a_rank_that_hangs_is_not_waited_for_without_end(tmp_path: Path) -> None
         time.sleep(0.002)
     os.kill(second.pid or 0, signal.SIGSTOP)
     first.join(60)
-    assert first.exitcode == 2
-    assert "another rank ended, or did not answer within 3 s" in (tmp_path / "run" / "said.txt").read_text()
+    assert first.exitcode == WORDS
+    assert "another rank ended, or did not answer within 3 s" in said(tmp_path / "run")
     second.kill()
     second.join()
