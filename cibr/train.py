@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cibr.config import RunConfig
+from cibr.data.batch import dead_workers_in_words
 from cibr.errors import UsageError, missing_extra
 from cibr.models import Batch
 from cibr.objectives import Objective
@@ -61,6 +62,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Outcome:
     config = resolve(config)
     run = Path(config.run.out)
     with ExitStack() as stack:
+        stack.enter_context(dead_workers_in_words())  # torch notices wherever the program is
         stack.enter_context(full_disk_in_words("Make room, and --resume goes on from the last checkpoint"))
         ranks = stack.enter_context(joined(config.run.device, config.optim.batch_size, config.run.rank_timeout))
         if ranks.first:
