@@ -18,9 +18,10 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cibr_kernels.information.wrappers import dtype_for, hooked, in_its_dtype, inside, opened, sharded, wrapped
@@ -29,6 +30,16 @@ from cibr_kernels.primitives.additive.shifts.op import additive_shifts
 
 FUSED = ("additive_parts", "dot_parts")
 FORMS = (*FUSED, "pair_parts", "pairwise", "paired")
+
+
+class Weights(NamedTuple):
+    """The parameters of a concat critic: a = x Wx^T, b = z Wz^T + c, S = bias + w . phi(a + b)."""
+
+    wx: Tensor  # (h, dx)
+    wz: Tensor  # (h, dz)
+    c: Tensor  # (h,)
+    w: Tensor  # (1, h)
+    bias: Tensor  # (1,)
 
 
 @dataclass
@@ -96,6 +107,7 @@ class View:
     inner: Any  # what has the methods: inside DDP, another
     form: str  # the first of FORMS that shows all that the critic does, or "call"
     known: bool  # whether it is one that says its form
+    weights: Weights | None = None  # of a concat critic whose parameters are all there is to it
 
     def parts(self, x: Tensor, z: Tensor) -> Any:
         """What the method named by `form` gives."""
@@ -117,12 +129,17 @@ def view(critic: Any) -> View:
 
     A critic can say its form by an attribute `form`.  Then it looks after its hooks itself, forward(x, z, parts=form)
     gives its parts, `overridden` names methods that do not go through forward, x_dim and z_dim are widths or None.
+    One whose parameters are all there is to it says so by `plain_weights`.
     """
     if wrapped(critic):
         critic = opened(critic)
         inner = inside(critic)
     else:
         inner = critic
+        plain = None if torch.compiler.is_compiling() else getattr(critic, "plain_weights", None)
+        weights = None if plain is None else plain()
+        if weights is not None:
+            return View(critic, critic, "additive_parts", True, Weights(*weights))
     said = getattr(inner, "form", None)
     if (said is None and hooked(inner)) or (inner is not critic and hooked(critic)):
         return View(critic, inner, "call", said is not None)
@@ -131,6 +148,10 @@ def view(critic: Any) -> View:
 
 def family(critic: View, x: Tensor, z: Tensor, backend: str) -> Additive | Dot | General:
     """The critic on x (n, dx) and z (m, dz), projected or embedded once."""
+    own, inner = critic.weights, critic.inner
+    if own is not None and x.dtype == z.dtype == own.c.dtype:
+        a, b = F.linear(x, own.wx), F.linear(z, own.wz, own.c)
+        return Additive(a, b, own.w.view(-1), own.bias.view(()), inner.activation, inner.slope, backend)
     if not critic.known:
         x, z = critic.cast(x, z)
     if critic.form in FUSED:

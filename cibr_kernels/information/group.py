@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cibr_kernels.dispatch import backends, library, plans
 from cibr_kernels.information import group_device
-from cibr_kernels.information.critics import View
+from cibr_kernels.information.critics import View, Weights
 from cibr_kernels.information.group_device import Gradients, Task, Wanted
 from cibr_kernels.primitives.additive.moments.op import (
     additive_moments,
@@ -29,16 +29,6 @@ from cibr_kernels.primitives.additive.moments.op import (
 )
 
 MOST = 1 << 22  # numbers of a on a GPU, (8192, 512): past them launches are nothing, and four workspaces are much
-
-
-class Weights(NamedTuple):
-    """The parameters of a concat critic: a = x Wx^T, b = z Wz^T + c, S = bias + w . phi(a + b)."""
-
-    wx: Tensor  # (h, dx)
-    wz: Tensor  # (h, dz)
-    c: Tensor  # (h,)
-    w: Tensor  # (1, h)
-    bias: Tensor  # (1,)
 
 
 @dataclass(frozen=True)
@@ -62,20 +52,15 @@ class Group:
 
 
 def weights_of_all(critics: Sequence[View], *tensors: Tensor) -> list[Weights] | None:
-    """The parameters of critics that make a group; None where one of them has to be called, or somebody looks on.
-
-    A critic says by `plain_weights` that its parameters are all there is to it.
-    """
+    """The parameters of critics that make a group; None where one of them has to be called, or somebody looks on."""
     if not library.only_autograd_looks_on(*tensors):
         return None
     first, found = critics[0].inner, []
     for critic in critics:
-        inner = critic.inner
-        known = critic.form == "additive_parts" and critic.called is inner and hasattr(inner, "plain_weights")
-        weights = inner.plain_weights() if known else None
+        weights, inner = critic.weights, critic.inner
         if weights is None or (inner.activation, inner.slope) != (first.activation, first.slope):
             return None
-        found.append(Weights(*weights))
+        found.append(weights)
     shape, dtype = found[0].c.shape, tensors[0].dtype
     if not tensors[0].is_cpu and len(critics) > 1 and tensors[0].shape[0] * shape[0] > MOST:
         return None

@@ -21,7 +21,8 @@ from cibr_kernels.numerics import ceil_div
 from cibr_kernels.primitives.additive.moments.op import additive_moments_backward, additive_moments_forward
 
 if TYPE_CHECKING:
-    from cibr_kernels.information.group import Group, Weights
+    from cibr_kernels.information.critics import Weights
+    from cibr_kernels.information.group import Group
 
 BLOCKS = {"BLOCK_R": 64, "BLOCK_H": 64}
 Needs = tuple[bool, bool, bool]

@@ -109,7 +109,8 @@ def _moments(pairs: Pairs) -> tuple[Tensor, Tensor, bool]:
     if pairs.negatives != "all":
         scores = sampled_scores(pairs)
         return scores[0].mean(), log_mean_exp(scores[1:], backend=pairs.backend), False
-    together = _of_one_node(pairs)
+    alone = pairs.shards is pairs.marginals is None
+    together = _of_one_node(pairs) if alone and group_device.serves(pairs.x, pairs.backend) else None
     if together is not None:
         return *together, True
     scored = pairs.scored()
@@ -136,8 +137,6 @@ def _moments(pairs: Pairs) -> tuple[Tensor, Tensor, bool]:
 def _of_one_node(pairs: Pairs) -> tuple[Tensor, Tensor] | None:
     """(J, L) of a concat critic on a GPU whose parameters are all there is to it; None for any other."""
     x, z, critic = pairs.x, pairs.z, pairs.critic
-    if pairs.shards is not None or pairs.marginals is not None or not group_device.serves(x, pairs.backend):
-        return None
     weights = weights_of_all([critic], x, z)
     if weights is None or z.shape[0] != x.shape[0]:
         return None

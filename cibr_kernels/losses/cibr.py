@@ -51,7 +51,7 @@ def agree(
 
     -> who has which rows, and the critics' views, or ceb's networks.
     """
-    maximised = options.estimator in MAXIMISED
+    maximised, wanted = options.estimator in MAXIMISED, players(options.estimator)
     facts = {
         "negatives": options.negatives,
         "estimator": options.estimator,
@@ -62,12 +62,13 @@ def agree(
         **more,
     }
     with Agreement(op, process_group, **facts) as agreement:
-        features, data = rows.features(), _data_of(rows, options.estimator)
+        read = rows.read(x for x, _ in wanted.values())
+        features, data = rows.features(), _data_of(read, options.estimator)
         checks.matching(precision=False, **features, **data)
         _check_features(features, options.estimator, rows.group_ids)
         check_ids(rows.group_ids, rows.image_features)
-        seen = _seen(given, rows, options.estimator)
-        if maximised:
+        seen = _seen(given, rows, wanted, read, options.estimator)
+        if maximised and options.negatives != "all":
             check_negatives(options.negatives)
         described = {name: t for name, t in data.items() if name.endswith("_inputs")} if maximised else {}
         for name, t in data.items():  # a header has room for the widths of four tensors
@@ -79,17 +80,16 @@ def agree(
     count, world = (rows.image_features.shape[0], 1) if shards is None else (shards.total, shards.world)
     if count < 2:
         raise ValueError(f"{op} needs at least 2 rows: one pair has no negatives, got 1")
-    if maximised:
+    if maximised and options.negatives != "all":
         check_partners(options.negatives, count, world)
     return shards, seen
 
 
-def _data_of(rows: Rows, estimator: str) -> dict[str, Tensor]:
-    """The inputs and conditions that an estimator reads, by the caller's names, inputs first."""
-    names = sorted((x for x, _ in players(estimator).values()), key=lambda name: name.endswith("_condition"))
+def _data_of(read: Mapping[str, tuple[str, Tensor | None]], estimator: str) -> dict[str, Tensor]:
+    """The inputs and conditions that an estimator reads, `Rows.read`, by the caller's names, inputs first."""
     data: dict[str, Tensor] = {}
-    for wanted in names:
-        name, t = rows.read(wanted)
+    for wanted in sorted(read, key=lambda name: name.endswith("_condition")):
+        name, t = read[wanted]
         if t is None:
             more = f", or {wanted}" if name != wanted else ""
             raise ValueError(f"estimator {estimator!r} needs {name}{more}")
@@ -111,8 +111,14 @@ def _check_features(features: Mapping[str, Tensor], estimator: str, group_ids: T
         raise ValueError("estimator 'variance' needs image_features2 or text_features2, second views, or group_ids")
 
 
-def _seen(given: Players | None, rows: Rows, estimator: str) -> Mapping[str, Any]:
-    wanted = players(estimator)
+def _seen(
+    given: Players | None,
+    rows: Rows,
+    wanted: Mapping[str, tuple[str, str]],
+    read: Mapping[str, tuple[str, Tensor | None]],
+    estimator: str,
+) -> Mapping[str, Any]:
+    """wanted: the estimator's `players`; read: `Rows.read` of their data."""
     if not wanted:
         return {}
     if given is None:
@@ -120,7 +126,7 @@ def _seen(given: Players | None, rows: Rows, estimator: str) -> Mapping[str, Any
     _check_names("critics", given, wanted)
     if estimator not in MAXIMISED:
         for name, (y, z) in wanted.items():
-            called, t = rows.read(y)
+            called, t = read[y]
             assert t is not None
             for what, of, dim in ((called, t, "y_dim"), (z, getattr(rows, z), "z_dim")):  # nn.MeanNetwork's
                 checks.width(what, of, getattr(given[name], dim, of.shape[1]), f"the network {name}")
@@ -128,7 +134,7 @@ def _seen(given: Players | None, rows: Rows, estimator: str) -> Mapping[str, Any
         return {name: given[name] for name in wanted}
     seen = {name: view(given[name]) for name in wanted}
     for name, (x, z) in wanted.items():
-        called, t = rows.read(x)
+        called, t = read[x]
         assert t is not None
         check(seen[name], t, getattr(rows, z), names=(called, z), made=f"the critic {name}")
     return seen

@@ -71,10 +71,13 @@ def play(
 
     Of all pairs of one rank, by estimators "mine" without an average and "dv"; outside of autocast.
     """
-    z, data = rows.image_features, _data(rows)
+    z = rows.image_features
     if options.estimator not in ESTIMATORS or lam.requires_grad or z.dtype == torch.float64:
         return None
-    if not group_device.serves(lam, backend) or any(t.dtype == torch.float64 for t in data):
+    if not group_device.serves(lam, backend):
+        return None
+    data = _data(rows)
+    if any(t.dtype == torch.float64 for t in data):
         return None
     data = [t.detach().float().contiguous() for t in data]
     weights = weights_of_all([critics[name] for name in TERMS], *data)

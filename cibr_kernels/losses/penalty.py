@@ -14,7 +14,7 @@ their gradient is scaled by lam already, critics' and networks' is not.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from cibr_kernels.information.group import Group, ScaledGradient, grouped_moment
 from cibr_kernels.information.negatives import Negatives
 from cibr_kernels.information.pairs import Pairs
 from cibr_kernels.losses.scatter import variance_in_groups
-from cibr_kernels.numerics import promote
+from cibr_kernels.numerics import WIDE, promote
 
 TERMS = {  # the critics, and what each of them sees
     "image_own": ("image_inputs", "image_features"),
@@ -70,11 +70,14 @@ class Rows:
     text_features2: Tensor | None = None
     group_ids: Tensor | None = None
 
-    def read(self, name: str) -> tuple[str, Tensor | None]:
-        """The tensor that goes by a name of TERMS or MEANS, with the name under which the caller gave it."""
-        if name.endswith("_condition") and getattr(self, name) is None:
-            name = name.replace("_condition", "_inputs")
-        return name, getattr(self, name)
+    def read(self, names: Iterable[str]) -> dict[str, tuple[str, Tensor | None]]:
+        """The tensors that go by names of TERMS or MEANS, each with the name under which the caller gave it."""
+        found = {}
+        for name in names:
+            stands = name.endswith("_condition") and getattr(self, name) is None
+            given = name.replace("_condition", "_inputs") if stands else name
+            found[name] = given, getattr(self, given)
+        return found
 
     def features(self) -> dict[str, Tensor]:
         """The embeddings that were given, second views among them."""
@@ -83,7 +86,10 @@ class Rows:
 
     def scaled(self, lam: Tensor | float) -> Rows:
         """The same with float32 (float64) features whose gradient is multiplied by lam."""
-        return replace(self, **{name: scale_gradient(promote(z), lam) for name, z in self.features().items()})
+        scaled = {}
+        for name, z in self.features().items():
+            scaled[name] = scale_gradient(z if z.dtype in WIDE else promote(z), lam)
+        return replace(self, **scaled)
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ def noisy(
     With `shards` each rank draws the noise of the whole batch and takes its rows: ranks seeded alike get what a single
     process would draw, ranks seeded differently independent noise.
     """
-    z = promote(z)
+    z = z if z.dtype in WIDE else promote(z)
     n, d = z.shape
     total, first = (n, 0) if shards is None else (shards.total, shards.offset)
     drawn: dict[str, Any] = {} if generator is None else {"generator": generator}  # refused beside a symbolic size
@@ -192,10 +198,11 @@ def _one_by_one(
 ) -> Tensor:
     """The estimates of any four critics, (4,), in the order of TERMS."""
     nats = []
+    data = _data(branch, (x for x, _ in TERMS.values()), next(iter(tensors.values())))
     for name, (x, z) in TERMS.items():
         seen = tensors[z]
         pairs = Pairs(
-            _data(branch, x, seen),
+            data[x],
             scale_gradient(seen, -1.0) if name.endswith("own") else seen,
             None,
             critics[name],
@@ -224,7 +231,8 @@ def _together(
         return None
     inner = critics["image_own"].inner
     group = Group((0, 0, 1, 1), (-1.0, 1.0) * 2, inner.activation, inner.slope, options.diagonal == "include", backend)
-    j, el = grouped_moments([_data(branch, x, zs[0]) for x, _ in TERMS.values()], zs, weights, group)
+    data = _data(branch, (x for x, _ in TERMS.values()), zs[0])
+    j, el = grouped_moments([*data.values()], zs, weights, group)
     if ema is None:
         return bounds.value(j, el, options.estimator)
     each = zip(TERMS, j.unbind(0), el.unbind(0), strict=True)
@@ -234,7 +242,7 @@ def _together(
 def _by_network(branch: Rows, name: str, options: Options, network: Any, shards: Shards | None) -> Tensor:
     y, features = MEANS[name]
     z = getattr(branch, features)
-    return _mean(gaussian.ceb(z, _data(branch, y, z), network, options.noise_std, name=name), shards)
+    return _mean(gaussian.ceb(z, _data(branch, (y,), z)[y], network, options.noise_std, name=name), shards)
 
 
 def _by_variance(branch: Rows, modality: str, options: Options, shards: Shards | None) -> Tensor:
@@ -247,11 +255,15 @@ def _by_variance(branch: Rows, modality: str, options: Options, shards: Shards |
     return variance_in_groups(z, branch.group_ids, options.noise_std, shards)
 
 
-def _data(rows: Rows, name: str, like: Tensor) -> Tensor:
-    """Inputs or a condition without gradient, in the dtype of the features."""
-    t = rows.read(name)[1]
-    assert t is not None
-    return checks.usable(t.detach()).to(like.dtype)
+def _data(rows: Rows, names: Iterable[str], like: Tensor) -> dict[str, Tensor]:
+    """Inputs or conditions without gradient, in the dtype of the features; what stands for two is one tensor."""
+    read = rows.read(names)
+    made: dict[str, Tensor] = {}
+    for given, t in read.values():
+        if given not in made:
+            assert t is not None
+            made[given] = checks.usable(t.detach()).to(like.dtype)
+    return {name: made[given] for name, (given, _) in read.items()}
 
 
 def _mean(nats: Tensor, shards: Shards | None) -> Tensor:

@@ -287,6 +287,8 @@ class CIBRLoss(OnGroup):
 
     def _kind(self, rows: Rows) -> tuple[Any, ...] | None:
         """What checks ask of a call's tensors, if it may be one that `game.replay` knows: on a GPU, of one rank."""
+        if not (isinstance(rows.image_features, Tensor) and rows.image_features.is_cuda):
+            return None
         if self.ema is not None or self.options.estimator not in game.ESTIMATORS or self.options.negatives != "all":
             return None
         given = (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cibr_kernels import checks
 from cibr_kernels.distributed import Shards, merge
 from cibr_kernels.nn import statistics_device
-from cibr_kernels.numerics import promote
+from cibr_kernels.numerics import WIDE, promote
 
 
 class _Float32Buffers(nn.Module):
@@ -126,9 +126,11 @@ class Standardize(_Float32Buffers):
             return self._forward(x, shards)
 
     def _forward(self, x: Tensor, shards: Shards | None) -> Tensor:
-        checks.matrix("x", x)
+        checks.matching(x=x)
         checks.width("x", x, self.dim, "Standardize")
-        mean, var = promote(self.mean), promote(self.var)
+        mean, var = self.mean, self.var
+        if mean.dtype not in WIDE or var.dtype not in WIDE:  # loaded with assign=True
+            mean, var = promote(mean), promote(var)
         if self.training and shards is None and mean is self.mean and statistics_device.serves(x, mean):
             return statistics_device.train(x, mean, var, self.started, self.momentum, self.eps)
         x = x.detach().to(mean.dtype)

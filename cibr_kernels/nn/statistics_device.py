@@ -19,7 +19,7 @@ FLAGS = 64  # of the flags of blocks, how many are read at a time
 def serves(x: Tensor, mean: Tensor) -> bool:
     """Whether x (n, dim) goes this way."""
     float32 = mean.dtype == torch.float32 and x.dtype != torch.float64
-    return float32 and library.only_autograd_looks_on(x, mean) and triton_call.unsupported(x) is None
+    return float32 and triton_call.unsupported(x) is None and library.only_autograd_looks_on(x, mean)
 
 
 def known(x: Any, buffers: Mapping[str, Any], momentum: float, eps: float) -> Tensor | None:

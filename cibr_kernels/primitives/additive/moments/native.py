@@ -55,14 +55,13 @@ def forward(problem: MomentsProblem, needs: Needs) -> tuple[Tensor, Tensor, Tens
     fields |= {"w": problem.w.float(), "dw": wide_dw, "features_dtype": DTYPES[a.dtype]}
     work = fields["n"] * fields["m"] * fields["h"]
     for k in range(problem.groups) if shape else (None,):
-        here = fields if k is None else {name: _of_critic(value, k) for name, value in fields.items()}
-        call("additive_moments", "AdditiveMoments", work, **here)
+        call("additive_moments", "AdditiveMoments", work, **(fields if k is None else _of_critic(fields, k)))
     return j, el, da, db, wide_dw.to(dw.dtype)
 
 
-def _of_critic(value: Any, k: int) -> Any:
-    """A field of one problem of the group; one that is no tensor, or is not wanted, is the same for all."""
-    return value[k] if isinstance(value, Tensor) and value.numel() else value
+def _of_critic(fields: dict[str, Any], k: int) -> dict[str, Any]:
+    """The fields of one problem of the group; what is no tensor, or is not wanted, is the same for all."""
+    return {name: t[k] if isinstance(t, Tensor) and t.numel() else t for name, t in fields.items()}
 
 
 def backward(
