@@ -15,6 +15,11 @@ def promote(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
+def sum_dtype(t: Tensor) -> torch.dtype:
+    """The dtype of scores and sums of tensors like `t`: what `promote` makes of them."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
 def softplus(t: Tensor) -> Tensor:
     """log(1 + exp t); F.softplus stops being exact at 20."""
     return torch.logaddexp(t, torch.zeros_like(t))
@@ -31,6 +36,15 @@ def log_count(count: int, like: Tensor) -> Tensor | float:
     if torch.compiler.is_compiling():
         return torch.full((), count, dtype=torch.float64, device=like.device).log().to(like.dtype)
     return math.log(count)
+
+
+def log_mean_exp_of_rows(rows: Tensor, per_row: int) -> Tensor:
+    """rows (n,), log-sum-exps of `per_row` numbers each -> the log-mean-exp of all, ().
+
+    In float64, O(n): it is often near 0, where the logarithm of the sum less that of the count cancels.
+    """
+    rows64 = rows.double()
+    return (rows64.logsumexp(0) - log_count(rows.shape[0] * per_row, rows64)).to(rows.dtype)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -103,38 +103,42 @@ class Clip(Objective):
         )
 
 
-class Clip2(Clip):
+class Twice(Clip):
+    """The mean of CLIP's loss and the same of other features; in evaluation, which has none, CLIP's."""
+
+    def again(self, output: Output, batch: Batch) -> Tensor | None:
+        """CLIP's loss of the other features, where a batch has them."""
+        raise NotImplementedError
+
+    def forward(self, output: Output, batch: Batch) -> dict[str, Tensor]:
+        found, more = super().forward(output, batch), self.again(output, batch)
+        return found if more is None else {**found, "loss": (found["loss"] + more) / 2}
+
+
+class Clip2(Twice):
     Options = Clip2Options
 
     @classmethod
     def needs(cls, options: Any) -> Needs:
         return Needs(second=True)
 
-    def forward(self, output: Output, batch: Batch) -> dict[str, Tensor]:
-        """Without a second image and caption, in evaluation, it is CLIP's."""
-        found = super().forward(output, batch)
+    def again(self, output: Output, batch: Batch) -> Tensor | None:
         if output.image_2 is None or output.text_2 is None:
-            return found
-        second = self.clip(output.image_2, output.text_2, output, batch.get("group_ids" + SECOND))
-        return {**found, "loss": (found["loss"] + second) / 2}
+            return None
+        return self.clip(output.image_2, output.text_2, output, batch.get("group_ids" + SECOND))
 
 
-class MeanPos(Clip):
+class MeanPos(Twice):
     Options = MeanPosOptions
 
     @classmethod
     def needs(cls, options: Any) -> Needs:
         return Needs(captions=True)
 
-    def forward(self, output: Output, batch: Batch) -> dict[str, Tensor]:
-        """Without all captions, in evaluation, it is CLIP's."""
-        found = super().forward(output, batch)
+    def again(self, output: Output, batch: Batch) -> Tensor | None:
         if output.captions is None:
-            return found
-        return {
-            **found,
-            "loss": (found["loss"] + self.clip(output.image, output.captions, output, batch.get("group_ids"))) / 2,
-        }
+            return None
+        return self.clip(output.image, output.captions, output, batch.get("group_ids"))
 
 
 class SigLip(Objective):

@@ -17,12 +17,11 @@ from cibr_kernels.distributed import merge
 from cibr_kernels.distributed.lse import sharded_dot_lse
 from cibr_kernels.distributed.softplus import sharded_dot_softplus
 from cibr_kernels.information.critics import Additive, Dot
-from cibr_kernels.information.moments import log_mean_exp_of_rows
 from cibr_kernels.information.pairs import Pairs
 from cibr_kernels.information.panels import dot_clamped, general_sums
 from cibr_kernels.information.sampled import sampled_scores
 from cibr_kernels.information.scores import additive_contrast
-from cibr_kernels.numerics import log_count, promote, softplus
+from cibr_kernels.numerics import log_count, log_mean_exp_of_rows, promote, softplus
 from cibr_kernels.primitives.dot.lse.op import dot_lse
 from cibr_kernels.primitives.dot.softplus.op import dot_softplus
 
@@ -53,7 +52,7 @@ def contrast(pairs: Pairs, estimator: str, *, tau: float = 5.0) -> Tensor:
 
 def _log_mean_exp(clamped: Tensor, pairs: Pairs) -> Tensor:
     if isinstance(pairs.negatives, str):
-        return log_mean_exp_of_rows(clamped, pairs)
+        return log_mean_exp_of_rows(clamped, pairs.per_row)
     clamped64 = clamped.double()
     return (clamped64.logsumexp(0) - log_count(clamped.shape[0] * pairs.negatives.k, clamped64)).to(clamped.dtype)
 
@@ -88,7 +87,7 @@ def _all(pairs: Pairs, kind: str, clamp: float | None) -> Parts:
     positives, sums, clamped = general_sums(
         scored, right, "softplus", first_positive=pairs.first_positive, include=pairs.include, tau=clamp
     )
-    return _js(positives, sums, _per_row(pairs)), positives, clamped
+    return _js(positives, sums, pairs.per_row), positives, clamped
 
 
 def _dot(f: Tensor, g: Tensor, pairs: Pairs, kind: str, clamp: float | None) -> Parts:
@@ -99,20 +98,20 @@ def _dot(f: Tensor, g: Tensor, pairs: Pairs, kind: str, clamp: float | None) -> 
             f, g, one, first_positive=pairs.first_positive, need_cols=False, backend=pairs.backend
         )
         return softplus(rows - positives).mean(), positives, none
-    weights = one.new_full((n,), 1 / (n * _per_row(pairs)))
+    weights = one.new_full((n,), 1 / (n * pairs.per_row))
     first = pairs.first_positive
-    off = dot_softplus(f, g, one, one.new_zeros(()), weights, first_positive=first, backend=pairs.backend)
+    negatives = dot_softplus(f, g, one, one.new_zeros(()), weights, first_positive=first, backend=pairs.backend)
     positives = (promote(f) * promote(g[first : first + n])).sum(1)
-    loss = _dot_js(positives, off, pairs)
+    loss = _dot_js(positives, negatives, pairs)
     if clamp is None:
         return loss, positives, none
     return loss, positives, dot_clamped(f, g, first_positive=pairs.first_positive, include=pairs.include, tau=clamp)
 
 
-def _dot_js(positives: Tensor, off: Tensor, pairs: Pairs) -> Tensor:
-    """positives (n,); off (), the sum of softplus over the other scores, over n and a row's count -> the loss ()."""
-    loss = softplus(-positives).mean() + off
-    return loss + softplus(positives).mean() / _per_row(pairs) if pairs.include else loss
+def _dot_js(positives: Tensor, negatives: Tensor, pairs: Pairs) -> Tensor:
+    """positives (n,); negatives (), softplus over the other scores summed, over n and a row's count -> the loss ()."""
+    loss = softplus(-positives).mean() + negatives
+    return loss + softplus(positives).mean() / pairs.per_row if pairs.include else loss
 
 
 def _ring(pairs: Pairs, kind: str) -> Parts:
@@ -126,12 +125,12 @@ def _ring(pairs: Pairs, kind: str) -> Parts:
         )
         return softplus(rows - positives).mean(), positives, none
     # a shard's gradient is made by every rank and scaled by its owner: weights that are those of the whole batch
-    weights = one.new_full((f.shape[0],), 1 / (pairs.shards.total * _per_row(pairs)))
-    off = sharded_dot_softplus(
+    weights = one.new_full((f.shape[0],), 1 / (pairs.shards.total * pairs.per_row))
+    negatives = sharded_dot_softplus(
         f, g, one, one.new_zeros(()), weights, None, pairs.shards, strategy="ring", backend=pairs.backend
     )
     positives = (promote(f) * promote(g)).sum(1)
-    return _dot_js(positives, off * (pairs.shards.total / f.shape[0]), pairs), positives, none
+    return _dot_js(positives, negatives * (pairs.shards.total / f.shape[0]), pairs), positives, none
 
 
 def _sampled(pairs: Pairs, kind: str, clamp: float | None) -> Parts:
@@ -147,8 +146,3 @@ def _sampled(pairs: Pairs, kind: str, clamp: float | None) -> Parts:
 def _js(positives: Tensor, sums: Tensor, per_row: int) -> Tensor:
     """positives (n,), each row's sum of softplus over per_row scores (n,) -> ()."""
     return softplus(-positives).mean() + sums.mean() / per_row
-
-
-def _per_row(pairs: Pairs) -> int:
-    """Marginal scores of a row."""
-    return pairs.columns - (0 if pairs.include else 1)

@@ -19,14 +19,14 @@ from cibr_kernels.distributed import merge
 from cibr_kernels.distributed.shards import Shards
 from cibr_kernels.information import group_device
 from cibr_kernels.information.critics import Additive, Dot
-from cibr_kernels.information.dot_moments.op import dot_moments, sharded_dot_moments
+from cibr_kernels.information.dot_moments import dot_moments, sharded_dot_moments
 from cibr_kernels.information.group import Group, grouped_moments, known_moments, weights_of_all
 from cibr_kernels.information.negatives import Negatives, derangement, permutation, shifts
 from cibr_kernels.information.negatives import Shifts as Shifts
 from cibr_kernels.information.pairs import DIAGONALS, Pairs, agree
 from cibr_kernels.information.panels import general_sums
 from cibr_kernels.information.sampled import sampled_scores
-from cibr_kernels.numerics import WIDE, log_count, promote
+from cibr_kernels.numerics import WIDE, log_mean_exp_of_rows, promote
 from cibr_kernels.primitives.additive.moments.op import additive_moments
 from cibr_kernels.primitives.log_mean_exp.op import log_mean_exp
 
@@ -131,7 +131,7 @@ def _moments(pairs: Pairs) -> tuple[Tensor, Tensor, bool]:
     if isinstance(scored, Dot):
         return *dot_moments(scored.left, right, **common), False
     positives, rows, _ = general_sums(scored, right, "lse", first_positive=first_positive, include=pairs.include)
-    return positives.mean(), log_mean_exp_of_rows(rows, pairs), False
+    return positives.mean(), log_mean_exp_of_rows(rows, pairs.per_row), False
 
 
 def _of_one_node(pairs: Pairs) -> tuple[Tensor, Tensor] | None:
@@ -147,13 +147,3 @@ def _of_one_node(pairs: Pairs) -> tuple[Tensor, Tensor] | None:
         weights,
         Group((0,), (1.0,), inner.activation, inner.slope, pairs.include, pairs.backend, alone=True),
     )
-
-
-def log_mean_exp_of_rows(rows: Tensor, pairs: Pairs) -> Tensor:
-    """rows (n,), the log-sum-exp of each row's marginal scores -> ().
-
-    In float64, O(n): L is often near 0, where the logarithm of the sum less that of the count cancels.
-    """
-    per_row = pairs.columns - (0 if pairs.include else 1)
-    rows64 = rows.double()
-    return (rows64.logsumexp(0) - log_count(rows.shape[0] * per_row, rows64)).to(rows.dtype)

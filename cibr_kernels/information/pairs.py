@@ -45,6 +45,11 @@ class Pairs:
         rows = self.z.shape[0] if self.shards is None else self.shards.total
         return rows + (0 if self.marginals is None else self.marginals.shape[0])
 
+    @property
+    def per_row(self) -> int:
+        """Columns that are a row's marginal pairs."""
+        return self.columns - (0 if self.include else 1)
+
     def scored(self) -> critics.Additive | critics.Dot | critics.General:
         """The critic on this rank's rows of x and its own columns; `all_columns` brings the others."""
         z = self.z if self.marginals is None else torch.cat([self.z, self.marginals])
@@ -92,18 +97,15 @@ def agree(
     ring: whether the estimate can be had from shards that go round.  one_argument: the critic is a function of x alone.
     facts: what else must be alike on all ranks.
     """
+    pairs = Pairs(x, z, marginals, critics.view(critic), negatives, diagonal == "include", None, strategy, backend)
     if process_group is None:
-        pairs = _checked(
-            x, z, critic, negatives, diagonal, marginals, strategy, backend, ring=ring, one_argument=one_argument
-        )
+        _check(pairs, diagonal, ring, one_argument)
     else:
         checks.choice("strategy", strategy, STRATEGIES)
         shape = None if marginals is None else tuple(marginals.shape)
         options = {"negatives": negatives, "diagonal": diagonal, "strategy": strategy, "marginals": shape, **facts}
         with Agreement(op, process_group, **options) as agreement:
-            pairs = _checked(
-                x, z, critic, negatives, diagonal, marginals, strategy, backend, ring=ring, one_argument=one_argument
-            )
+            _check(pairs, diagonal, ring, one_argument)
             agreement.describe(x=pairs.x, z=pairs.z)
         pairs.shards = agreement.shards
     rows, world = (x.shape[0], 1) if pairs.shards is None else (pairs.shards.total, pairs.shards.world)
@@ -114,47 +116,32 @@ def agree(
     return pairs
 
 
-def _checked(
-    x: Tensor,
-    z: Tensor,
-    critic: Any,
-    negatives: Negatives,
-    diagonal: str,
-    marginals: Tensor | None,
-    strategy: str,
-    backend: str,
-    *,
-    ring: bool,
-    one_argument: bool,
-) -> Pairs:
-    """This rank's arguments, promoted, and what estimators see of the critic."""
-    checks.matching(x=x, z=z)
+def _check(pairs: Pairs, diagonal: str, ring: bool, one_argument: bool) -> None:
+    """Checks this rank's arguments, and promotes its tensors."""
+    p = pairs
+    checks.matching(x=p.x, z=p.z)
     if diagonal not in DIAGONALS:
         checks.choice("diagonal", diagonal, DIAGONALS)
-    seen = critics.view(critic)
-    if negatives != "all" or marginals is not None or strategy != "gather":
-        _check_options(seen, negatives, marginals, z, strategy, ring)
-    if x.dtype not in WIDE or z.dtype not in WIDE:
-        x, z = promote(x), promote(z)
-    if marginals is not None:
-        checks.one_precision(z=z, marginals=marginals)
-        marginals = promote(marginals)
-    critics.check(seen, x, z, arguments=1 if one_argument else 2)
-    return Pairs(x, z, marginals, seen, negatives, diagonal == "include", None, strategy, backend)
+    if p.negatives != "all" or p.marginals is not None or p.strategy != "gather":
+        _check_options(p, ring)
+    if p.x.dtype not in WIDE or p.z.dtype not in WIDE:
+        p.x, p.z = promote(p.x), promote(p.z)
+    if p.marginals is not None:
+        checks.one_precision(z=p.z, marginals=p.marginals)
+        p.marginals = promote(p.marginals)
+    critics.check(p.critic, p.x, p.z, arguments=1 if one_argument else 2)
 
 
-def _check_options(
-    critic: critics.View, chosen: Negatives, marginals: Tensor | None, z: Tensor, strategy: str, ring: bool
-) -> None:
-    checks.choice("strategy", strategy, STRATEGIES)
-    check_negatives(chosen)
-    if marginals is not None:
-        checks.matrix("marginals", marginals)
-        checks.same_width(z=z, marginals=marginals)
-        if chosen != "all":
-            raise ValueError(f"marginals are further columns of all pairs, got negatives {chosen!r}")
-    if strategy == "ring":
-        if critic.form != "dot_parts":
+def _check_options(p: Pairs, ring: bool) -> None:
+    checks.choice("strategy", p.strategy, STRATEGIES)
+    check_negatives(p.negatives)
+    if p.marginals is not None:
+        checks.matrix("marginals", p.marginals)
+        checks.same_width(z=p.z, marginals=p.marginals)
+        if p.negatives != "all":
+            raise ValueError(f"marginals are further columns of all pairs, got negatives {p.negatives!r}")
+    if p.strategy == "ring":
+        if p.critic.form != "dot_parts":
             raise ValueError("strategy 'ring' is for critics with dot_parts (nn.SeparableCritic); others use 'gather'")
-        if not ring or marginals is not None:
+        if not ring or p.marginals is not None:
             raise ValueError("strategy 'ring' has no marginals, and neither smile nor club: use 'gather'")

@@ -37,8 +37,8 @@ def row_sums(kind: str, scores: Tensor, column: int, include: bool) -> tuple[Ten
     kind: "lse", log-sum-exp, or "softplus".  The positives take part with `include`.
     """
     positives = scores.diagonal(column)[: scores.shape[0]]
-    off = scores if include else scores.masked_fill(_diagonal(scores, column), -math.inf)
-    return positives, off.logsumexp(1) if kind == "lse" else softplus(off).sum(1)
+    negatives = scores if include else scores.masked_fill(_diagonal(scores, column), -math.inf)
+    return positives, negatives.logsumexp(1) if kind == "lse" else softplus(negatives).sum(1)
 
 
 @torch.no_grad()

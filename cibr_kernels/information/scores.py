@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cibr_kernels.dispatch.library import operator, or_zeros
 from cibr_kernels.information.panels import log_sum_clamped, row_sums
-from cibr_kernels.numerics import early_dtype, panel_rows, softplus
+from cibr_kernels.numerics import early_dtype, panel_rows, softplus, sum_dtype
 from cibr_kernels.primitives.additive.scores.op import (
     additive_scores,
     additive_scores_backward,
@@ -111,7 +111,7 @@ def additive_contrast_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> loss (), positives (n,), clamped (n,) or (0,), its gradients: (n, h), (m, h), (h,), or (0,) each, and ()."""
-    (n, m), sums = (a.shape[0], b.shape[0]), _sums(a)
+    (n, m), sums = (a.shape[0], b.shape[0]), sum_dtype(a)
     per_row = m if include_diagonal else m - 1
     loss, dbias = (torch.zeros((), dtype=torch.float64, device=a.device) for _ in range(2))
     positives, clamped = a.new_empty(n, dtype=sums), a.new_empty(0 if clamp is None else n, dtype=sums)
@@ -147,13 +147,13 @@ def _js(
     scores: Tensor, positives: Tensor, column: int, include: bool, per_row: int, need: bool
 ) -> tuple[Tensor, Tensor]:
     """scores (p, m) -> the rows' losses (p,) in float64, and their gradient (p, m), made in place of the scores."""
-    off = softplus(scores)
+    negatives = softplus(scores)
     if not include:
-        off.diagonal(column)[: len(positives)].zero_()
-    losses = softplus(-positives).double() + off.sum(1, dtype=torch.float64) / per_row
+        negatives.diagonal(column)[: len(positives)].zero_()
+    losses = softplus(-positives).double() + negatives.sum(1, dtype=torch.float64) / per_row
     if not need:
         return losses, scores
-    del off
+    del negatives
     g = scores.sigmoid_().div_(per_row)
     diagonal = g.diagonal(column)[: len(positives)]
     diagonal.copy_((diagonal if include else 0) - (-positives).sigmoid())
@@ -171,10 +171,6 @@ def _infonce(scores: Tensor, positives: Tensor, column: int, need: bool) -> tupl
         scores.sub_(rows[:, None]).exp_().mul_(share[:, None])
         diagonal.copy_(-share)
     return losses, scores
-
-
-def _sums(a: Tensor) -> torch.dtype:
-    return torch.float64 if a.dtype == torch.float64 else torch.float32
 
 
 @additive_contrast_forward.register_fake
@@ -196,7 +192,7 @@ def _(
     need_bias,
     backend,
 ):
-    n, sums = a.shape[0], _sums(a)
+    n, sums = a.shape[0], sum_dtype(a)
     grads = [t.new_empty(t.shape if need else 0) for t, need in ((a, need_a), (b, need_b), (w, need_w))]
     positives, clamped = a.new_empty(n, dtype=sums), a.new_empty(0 if clamp is None else n, dtype=sums)
     return a.new_empty((), dtype=sums), positives, clamped, *grads, torch.empty_like(bias)

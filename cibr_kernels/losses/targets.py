@@ -12,6 +12,7 @@ from cibr_kernels import checks
 from cibr_kernels.distributed import merge
 from cibr_kernels.distributed.collectives import gather
 from cibr_kernels.distributed.shards import Shards
+from cibr_kernels.numerics import sum_dtype
 
 GROUP_MODES = ("mask", "positives")
 REDUCTIONS = ("mean", "sum", "none")
@@ -48,7 +49,7 @@ def check_weights(weights: Tensor | None, like: Tensor) -> Tensor | None:
         kind = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(f"weights must be a floating tensor, got {kind}")
     _same_rows("weights", weights, like)
-    return checks.usable(weights.to(torch.float64 if like.dtype == torch.float64 else torch.float32))
+    return checks.usable(weights.to(sum_dtype(like)))
 
 
 def _same_rows(name: str, t: Tensor, like: Tensor) -> None:

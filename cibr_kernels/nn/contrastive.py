@@ -21,12 +21,19 @@ from cibr_kernels.nn.groups import OnGroup
 
 
 class _OnRanks(OnGroup):
-    """A loss with open_clip's rank and world_size, or a process_group."""
+    """A loss with open_clip's rank and world_size, or a process_group, and negatives for every call."""
 
-    def __init__(self, rank: int, world_size: int, process_group: ProcessGroup | None, strategy: str) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        negatives: Negatives | None,
+        process_group: ProcessGroup | None,
+        strategy: str,
+    ) -> None:
         super().__init__(process_group)
         checks.choice("strategy", strategy, STRATEGIES)
-        self.rank, self.world_size, self.strategy = rank, world_size, strategy
+        self.rank, self.world_size, self.negatives, self.strategy = rank, world_size, negatives, strategy
 
     def _group(self) -> ProcessGroup | None:
         given = self.process_group
@@ -69,8 +76,7 @@ class ClipLoss(_OnRanks):
         process_group: ProcessGroup | None = None,
         strategy: str = "gather",
     ) -> None:
-        super().__init__(rank, world_size, process_group, strategy)
-        self.negatives = negatives
+        super().__init__(rank, world_size, negatives, process_group, strategy)
         self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
         self.use_horovod = use_horovod
 
@@ -128,8 +134,7 @@ class SigLipLoss(_OnRanks):
         process_group: ProcessGroup | None = None,
         strategy: str = "gather",
     ) -> None:
-        super().__init__(rank, world_size, process_group, strategy)
-        self.negatives = negatives
+        super().__init__(rank, world_size, negatives, process_group, strategy)
         checks.choice("dist_impl", dist_impl or "bidir", ("bidir", "shift", "reduce", "gather"))
         self.cache_labels, self.dist_impl = cache_labels, dist_impl
 

@@ -20,10 +20,29 @@ def column_moments_kernel(x, partials, n, width, BLOCK_R: tl.constexpr, BLOCK_H:
     inside = (r < n)[:, None] & (k < width)[None, :]
     here = tl.load(x + r.to(tl.int64)[:, None] * width + k[None, :], mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(here, 0) / tl.minimum(n - block * BLOCK_R, BLOCK_R)
-    off = tl.where(inside, here - mean[None, :], 0.0)
+    deviation = tl.where(inside, here - mean[None, :], 0.0)
     partials += block.to(tl.int64) * 2 * width
     tl.store(partials + k, mean, mask=k < width)
-    tl.store(partials + width + k, tl.sum(off * off, 0), mask=k < width)
+    tl.store(partials + width + k, tl.sum(deviation * deviation, 0), mask=k < width)
+
+
+@triton.jit
+def _partials(partials, at, k, n, width, blocks, ROWS, BLOCK_R: tl.constexpr):
+    """Of the partials from `at` on: where their means are, which are inside, and the rows of each."""
+    r = at + tl.arange(0, BLOCK_R)
+    inside = (r < blocks)[:, None] & (k < width)[None, :]
+    count = tl.minimum(n - r * ROWS, ROWS).to(tl.float32)
+    return partials + (2 * r.to(tl.int64))[:, None] * width + k[None, :], inside, count
+
+
+@triton.jit
+def _strange(bad, count, BLOCK: tl.constexpr):
+    """The sum of bad (count,)."""
+    found = tl.zeros((BLOCK,), tl.int32)
+    for at in range(0, count, BLOCK):
+        b = at + tl.arange(0, BLOCK)
+        found += tl.load(bad + b, mask=b < count, other=0)
+    return tl.sum(found, 0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -37,20 +56,14 @@ def merge_moments_kernel(
     k = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     mean = tl.zeros((BLOCK_H,), tl.float32)
     for at in range(0, blocks, BLOCK_R):
-        r = at + tl.arange(0, BLOCK_R)
-        inside = (r < blocks)[:, None] & (k < width)[None, :]
-        count = tl.minimum(n - r * ROWS, ROWS).to(tl.float32)
-        here = tl.load(partials + (2 * r.to(tl.int64))[:, None] * width + k[None, :], mask=inside, other=0.0)
-        mean += tl.sum(here * (count / n)[:, None], 0)
+        places, inside, count = _partials(partials, at, k, n, width, blocks, ROWS, BLOCK_R)
+        mean += tl.sum(tl.load(places, mask=inside, other=0.0) * (count / n)[:, None], 0)
     squares = tl.zeros((BLOCK_H,), tl.float32)
     for at in range(0, blocks, BLOCK_R):
-        r = at + tl.arange(0, BLOCK_R)
-        inside = (r < blocks)[:, None] & (k < width)[None, :]
-        count = tl.minimum(n - r * ROWS, ROWS).to(tl.float32)
-        places = partials + (2 * r.to(tl.int64))[:, None] * width + k[None, :]
-        off = tl.load(places, mask=inside, other=0.0) - mean[None, :]
+        places, inside, count = _partials(partials, at, k, n, width, blocks, ROWS, BLOCK_R)
+        deviation = tl.load(places, mask=inside, other=0.0) - mean[None, :]
         squares += tl.sum(tl.load(places + width, mask=inside, other=0.0), 0)
-        squares += tl.sum(tl.where(inside, off * off * count[:, None], 0.0), 0)
+        squares += tl.sum(tl.where(inside, deviation * deviation * count[:, None], 0.0), 0)
     var = squares / n
     tl.store(merged + k, mean, mask=k < width)
     tl.store(merged + width + k, var, mask=k < width)
@@ -73,12 +86,8 @@ def move_statistics_kernel(
     Grid: (blocks of columns,).
     """
     k = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    strange = tl.zeros((BLOCK,), tl.int32)
-    for at in range(0, count, BLOCK):
-        b = at + tl.arange(0, BLOCK)
-        strange += tl.load(bad + b, mask=b < count, other=0)
     weight = tl.where(tl.load(started) != 0, momentum, 1.0)
-    inside = (k < width) & (tl.sum(strange, 0) == 0)
+    inside = (k < width) & (_strange(bad, count, BLOCK) == 0)
     new_mean = tl.load(merged + k, mask=inside, other=0.0)
     new_var = tl.load(merged + width + k, mask=inside, other=0.0)
     tl.store(mean + k, _moved(tl.load(mean + k, mask=inside, other=0.0), new_mean, weight), mask=inside)
@@ -114,9 +123,5 @@ def standardize_kernel(
     here = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + at, (here - middle[None, :]) * scale[None, :], mask=inside)
     if tl.program_id(0) + tl.program_id(1) == 0:
-        strange = tl.zeros((BLOCK,), tl.int32)
-        for first in range(0, count, BLOCK):
-            b = first + tl.arange(0, BLOCK)
-            strange += tl.load(bad + b, mask=b < count, other=0)
         was = tl.load(started)
-        tl.store(started, tl.where(tl.sum(strange, 0) == 0, 1, was).to(tl.uint8))
+        tl.store(started, tl.where(_strange(bad, count, BLOCK) == 0, 1, was).to(tl.uint8))

@@ -1,4 +1,4 @@
-"""Writes the numbers of pieces.h: fitted pieces of Phi, where t Phi(t) = phi(t) is gelu or gelu_tanh, and logarithms.
+"""Writes the numbers of polynomials.h: fitted pieces of Phi, where t Phi(t) = phi(t) is gelu or gelu_tanh, and logs.
 
 Piece i in [-15, 15] is the polynomial P of degree 5 in r = t - i step whose largest error is least, over 80 Chebyshev
 nodes of the t in [-bound, bound] with per_unit t nearest to i.  Two errors count alike: that of the value,
@@ -9,12 +9,12 @@ The outermost pieces are bound to P = 0 or 1 and P' = 0 at r = 0, that is at t =
 The middle piece's even coefficients are 0 but for the constant: Phi - 1/2 is odd.  The step is a multiple of 2^-18, so
 that i step is exact.  A larger bound costs digits everywhere, a smaller one at the ends: BOUNDS are good compromises.
 
-    python csrc/additive/fit_polynomials.py           # writes the numbers of pieces.h; its comment is written by hand
+    python csrc/additive/fit_polynomials.py           # writes its numbers; its comment is written by hand
     python csrc/additive/fit_polynomials.py --check   # writes nothing
 
 Both print, per activation, the fit's largest error before rounding, and the largest errors of value and slope with the
-numbers of pieces.h in the kernel's float32 arithmetic, at 300 001 t in [-6.5, 6.5].  Both exit with 1 if these exceed
-those that the comment of pieces.h states, or if the numbers differ from the fit's by more than rounding.
+numbers of polynomials.h in the kernel's float32 arithmetic, at 300 001 t in [-6.5, 6.5].  Both exit with 1 if these
+exceed those that its comment states, or if the numbers differ from the fit's by more than rounding.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def simulate(numbers: Floats, function: Function) -> tuple[float, float]:
 
 
 def written(numbers: Floats, single: int) -> str:
-    """As in pieces.h, between the braces of a constant: some single numbers, then rows of 32."""
+    """As in polynomials.h, between the braces of a constant: some single numbers, then rows of 32."""
     short = [f"{x:.9g}" for x in numbers.tolist()]
     text = [(x if "." in x or "e" in x else x + ".0") + "f," for x in short]
     rows: list[str] = []

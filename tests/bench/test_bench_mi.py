@@ -17,14 +17,6 @@ X, Z = ("x",), ("z",)
 BMI = {model.name: model for model in mi_tasks.bmi_models()}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def rows_of(model, n: int = 200_000, seed: int = 0) -> dict[str, torch.Tensor]:
     return model.sample(n, torch.Generator().manual_seed(seed))
 

@@ -22,14 +22,6 @@ from cibr.omib.options import OmibOptions
 RESULTS = Path(bench.__file__).parent / "results"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ------------------------------------------------------------------------------------------- family
 @pytest.mark.parametrize("p", [0.0, 0.2, 0.9])
 def test_the_familys_truth_is_the_toys(p):

@@ -11,14 +11,6 @@ from bench import cli
 from bench.experiments import frame, toy
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_closed_form_of_an_encoder_that_keeps_only_shared_factors():
     q = torch.linalg.qr(torch.randn(toy.X_DIM, toy.X_DIM, dtype=torch.float64))[0]
     weight = torch.zeros(toy.Z_DIM, toy.X_DIM, dtype=torch.float64)

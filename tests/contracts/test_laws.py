@@ -13,7 +13,7 @@ from cases import LARGE, each_dtype, each_isa, towers, with_gradients
 
 import cibr_kernels as ck
 from cibr_kernels import testing
-from cibr_kernels.information.dot_moments.op import dot_moments
+from cibr_kernels.information.dot_moments import dot_moments
 from cibr_kernels.primitives.additive.moments.op import additive_moments
 
 SCALE = torch.tensor(14.3)

@@ -10,12 +10,9 @@ import pytest
 import torch
 from cases import DTYPES, limits_between, towers
 from covering import pairs
-from executor import emulated
+from executor import assert_tensor_cores, emulated, strips_of
 from torch import Tensor
 
-import cibr_kernels as ck
-from cibr_kernels.dispatch import triton_call
-from cibr_kernels.losses.clip.reference import clip_loss as clip_reference
 from cibr_kernels.primitives.dot import triton_parts
 from cibr_kernels.primitives.dot.lse import reference, triton_configs
 from cibr_kernels.primitives.dot.lse import triton as backend
@@ -297,60 +294,6 @@ def test_columns_of_a_panel():
     assert triton_parts.cols_of_panel(most, size, 8192, 70001, 70001, 96, 4) % 128 == 0
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype", "n", "d", "kind", "one_way", "rows"),
-    [
-        (90, torch.bfloat16, 200, 130, "unit", False, 8192),
-        (80, torch.float32, 37, 24, "unit", True, 8192),
-        (100, torch.bfloat16, 140, 40, "opposed", False, 8192),  # underflows, then online
-        (90, torch.bfloat16, 140, 136, "opposed", False, 128),  # the same in panels
-        (120, torch.float32, 1, 1, "unit", False, 8192),
-        (90, torch.float16, 40, 32, "unit", False, 8192),  # its ends are PyTorch's
-    ],
-)
-def test_clip_loss_and_its_gradients(monkeypatch, capability, dtype, n, d, kind, one_way, rows):
-    """The loss without options, whose ends are kernels too, against float64."""
-    monkeypatch.setattr(backend, "panels", backend.Panels(rows, rows))
-    x, y = (t.to(dtype) for t in towers(n, n, d, 0, kind))
-    scale = torch.tensor(100.0)
-    with emulated(capability) as gpu:
-        ours = loss_and_gradients(lambda *t: ck.clip_loss(*t, one_way=one_way, backend="triton"), x, y, scale)
-    eager = loss_and_gradients(lambda *t: clip_reference(*t, 0, one_way), x, y, scale)
-    truth = loss_and_gradients(lambda *t: clip_reference(*t, 0, one_way), x.double(), y.double(), scale.double())
-    products = x.double() @ y.double().T
-    for name, t in truth.items():
-        features = torch.float32 if name == "loss" else dtype
-        assert_close(
-            name,
-            ours[name],
-            eager[name],
-            t,
-            terms=n,
-            exponent=100 * products.abs().max().item(),
-            features=features,
-            magnitude=products.abs().max().item(),
-        )
-    names = [name for name, _ in gpu.launches]
-    assert ("ends_kernel" in names, "exponent_kernel" in names) == (
-        (True, False) if dtype != torch.float16 else (False, True)
-    )
-
-
-def loss_and_gradients(loss, *inputs: Tensor) -> dict[str, Tensor]:
-    leaves = [t.clone().requires_grad_() for t in inputs]
-    value = loss(*leaves)
-    gradients = torch.autograd.grad(3 * value, leaves)  # of which upstream's share shows
-    return dict(zip(("loss", "dx", "dy", "dscale"), [value.detach(), *gradients], strict=True))
-
-
-def test_clip_loss_of_what_is_not_finite():
-    x, y = towers(20, 20, 32, 0)
-    y[3, 3] = math.inf
-    with emulated(80):
-        ours = loss_and_gradients(lambda *t: ck.clip_loss(*t, backend="triton"), x, y, torch.tensor(10.0))
-    assert all(t.isnan().all() for t in ours.values()), ours
-
-
 def test_a_long_sum_is_made_by_several_programs(monkeypatch):
     monkeypatch.setattr(triton_parts, "LONG_TOTAL", 1024)
     parts = torch.rand(4 * 1024 + 5)
@@ -363,15 +306,7 @@ def test_a_long_sum_is_made_by_several_programs(monkeypatch):
 def test_strips_of_several_tiles(monkeypatch):
     monkeypatch.setattr(Tiles, "strip_tiles", lambda self, rows, cols: 2)
     monkeypatch.setattr(backend, "panels", backend.Panels(forward_rows=384, backward_rows=256))
-    grids = []
-    launch = triton_call.launch
-
-    def keep(kernel, grid, args, constants, **options):
-        if constants.get("STRIPS"):
-            grids.append((kernel.__name__, grid, args["strips"]))
-        launch(kernel, grid, args, constants, **options)
-
-    monkeypatch.setattr(triton_call, "launch", keep)
+    grids = strips_of(monkeypatch)
     for stash in (False, True):
         compare(100, torch.bfloat16, Case(n=300, m=310, first_positive=0, stash=stash))
     # 300 x 310: 3 x 3 tiles forward, 2 and 1 rows of tiles backward
@@ -409,18 +344,7 @@ def test_float16_keeps_the_digits_of_small_and_large_gradients(size):
 
 
 def test_uses_the_tensor_cores():
-    """Compiled for what it should be: warp-group and fifth-generation instructions, fed by the TMA unit."""
-    expected = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
-    for capability, instruction in expected.items():
-        code: dict[str, str] = {}
-
-        def keep(name: str, ptx: str, code: dict[str, str] = code) -> str:
-            code[name] = ptx
-            return ptx
-
-        case = Case(n=16, m=16, d=64, first_positive=0)
-        with emulated(capability, edit_ptx=keep):
-            run(backend, case, *problem(case, torch.bfloat16))
-        for name in ("scores_kernel", "gradient_kernel"):
-            assert instruction in code[name], (capability, name)
-            assert ("cp.async.bulk.tensor" in code[name]) == (capability >= 90), (capability, name)
+    case = Case(n=16, m=16, d=64, first_positive=0)
+    assert_tensor_cores(
+        lambda: run(backend, case, *problem(case, torch.bfloat16)), ("scores_kernel", "gradient_kernel")
+    )

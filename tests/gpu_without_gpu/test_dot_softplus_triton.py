@@ -9,12 +9,9 @@ import pytest
 import torch
 from cases import DTYPES, towers
 from covering import pairs
-from executor import emulated
+from executor import assert_tensor_cores, emulated, strips_of
 from torch import Tensor
 
-import cibr_kernels as ck
-from cibr_kernels.dispatch import triton_call
-from cibr_kernels.losses.siglip.reference import siglip_loss as siglip_reference
 from cibr_kernels.primitives.dot.lse.triton_configs import Tiles
 from cibr_kernels.primitives.dot.problem import SoftplusProblem
 from cibr_kernels.primitives.dot.softplus import reference
@@ -162,71 +159,14 @@ def test_launches():
     assert compare(90, torch.bfloat16, RAGGED) == expected
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype", "n", "d"),
-    [
-        (90, torch.bfloat16, 300, 96),
-        (80, torch.float32, 37, 24),
-        (120, torch.float16, 140, 40),
-        (100, torch.bfloat16, 1, 1),
-    ],
-)
-def test_the_loss_with_its_positives(capability, dtype, n, d):
-    """siglip_loss without options is one node: loss and gradients against float64, and no launch besides."""
-    x, y = (t.to(dtype) for t in towers(n, n, d))
-    scale, bias = torch.tensor(10.0), torch.tensor(-4.0)
-    with emulated(capability) as gpu:
-        ours = losses_and_gradients(lambda *leaves: ck.siglip_loss(*leaves, backend="triton"), x, y, scale, bias)
-    eager = losses_and_gradients(lambda *leaves: siglip_reference(*leaves).mean(), x, y, scale, bias)
-    wide = [t.double() for t in (x, y, scale, bias)]
-    truth = losses_and_gradients(lambda *leaves: siglip_reference(*leaves).mean(), *wide)
-    magnitude = truth["loss"].item()
-    for name, t in truth.items():
-        features = torch.float32 if name in ("loss", "dbias") else dtype
-        assert_close(name, ours[name], eager[name], t, terms=n, exponent=14.0, features=features, magnitude=magnitude)
-    panels = -(-n // 128)
-    sweep = [*["softplus_kernel"] * panels, "losses_kernel", "features_gradient_kernel"] * panels
-    last = ["features_gradient_kernel"]
-    if panels == 1:
-        sweep, last = ["softplus_kernel", "losses_kernel"], ["both_features_gradients_kernel"]
-    expected = ["positives_kernel", "total_kernel", *sweep, *last, *["total_kernel"] * 3, "times_kernel"]
-    assert [name for name, _ in gpu.launches] == expected
-
-
-def losses_and_gradients(loss, *inputs: Tensor) -> dict[str, Tensor]:
-    leaves = [t.clone().requires_grad_() for t in inputs]
-    value = loss(*leaves)
-    names = ("loss", "dx", "dy", "dscale", "dbias")
-    gradients = torch.autograd.grad(3 * value, leaves)  # of which upstream's share shows
-    return dict(zip(names, [value.detach(), *gradients], strict=True))
-
-
-@pytest.mark.parametrize(("name", "value"), [("x", math.nan), ("y", -math.inf), ("bias", math.inf)])
-def test_what_is_not_finite_reaches_the_loss_and_its_gradients(name, value):
-    inputs = dict(zip(("x", "y"), towers(20, 20, 32), strict=True))
-    inputs |= {"scale": torch.tensor(10.0), "bias": torch.tensor(-4.0)}
-    inputs[name].view(-1)[-1] = value
-    with emulated(80):
-        ours = losses_and_gradients(lambda *leaves: ck.siglip_loss(*leaves, backend="triton"), *inputs.values())
-    assert all(t.isnan().all() for t in ours.values()), ours
-
-
 def test_strips_of_several_tiles(monkeypatch):
     monkeypatch.setattr(Tiles, "strip_tiles", lambda self, rows, cols: 2)
     monkeypatch.setattr(backend, "panels", backend.Panels(rows=384, gradient_rows=256))
-    grids = []
-    launch = triton_call.launch
-
-    def keep(kernel, grid, args, constants, **options):
-        if constants.get("STRIPS"):
-            grids.append((grid, args["strips"]))
-        launch(kernel, grid, args, constants, **options)
-
-    monkeypatch.setattr(triton_call, "launch", keep)
+    grids = strips_of(monkeypatch)
     case = Case(n=300, m=310, first_positive=0)
     compare(100, torch.bfloat16, case)
     compare(100, torch.bfloat16, case._replace(weights="none"))
-    assert grids == [((5,), 1), ((5,), 1), ((6,), 2)]  # tiles of 128 x 64, then of 128 x 128
+    assert [grid[1:] for grid in grids] == [((5,), 1), ((5,), 1), ((6,), 2)]  # tiles of 128 x 64, then of 128 x 128
 
 
 def test_features_that_start_anywhere_and_weights_of_one_number():
@@ -320,17 +260,5 @@ def test_the_operators(sums):
 
 
 def test_uses_the_tensor_cores():
-    """Compiled for what it should be: warp-group and fifth-generation instructions, fed by the TMA unit."""
-    expected = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
-    for capability, instruction in expected.items():
-        code: dict[str, str] = {}
-
-        def keep(name: str, ptx: str, code: dict[str, str] = code) -> str:
-            code[name] = ptx
-            return ptx
-
-        case = RAGGED._replace(n=10, m=30)
-        with emulated(capability, edit_ptx=keep):
-            run(backend, case, problem(case, torch.bfloat16))
-        assert instruction in code["softplus_kernel"], capability
-        assert ("cp.async.bulk.tensor" in code["softplus_kernel"]) == (capability >= 90), capability
+    case = RAGGED._replace(n=10, m=30)
+    assert_tensor_cores(lambda: run(backend, case, problem(case, torch.bfloat16)), ("softplus_kernel",))

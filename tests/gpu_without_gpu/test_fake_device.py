@@ -81,14 +81,6 @@ def copy_block(source, target, BLOCK: tl.constexpr):
 """
 
 
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    try:
-        return fake_device.build(tmp_path_factory.mktemp("device"))
-    except fake_device.Unavailable as error:
-        pytest.skip(str(error))
-
-
 def test_launches_maps_copies_and_waits_are_counted(device: Path, tmp_path: Path) -> None:
     (tmp_path / "triton_program.py").write_text(KERNEL)
     environment = fake_device.environment(device) | {"PYTHONPATH": f"{host.ROOT}:{host.FAKE_DEVICE}:{tmp_path}"}

@@ -22,14 +22,6 @@ from cibr_kernels.dispatch.triton_recording import Recorder
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    try:
-        return fake_device.build(tmp_path_factory.mktemp("device"))
-    except fake_device.Unavailable as error:
-        pytest.skip(str(error))
-
-
 def run(device: Path, program: str, **environment: str) -> dict[str, Any]:
     """What a program of fake_device prints, on the fake device."""
     if plans._native() is None:

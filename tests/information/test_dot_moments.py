@@ -12,14 +12,19 @@ from covering import each_pair
 from torch import Tensor
 
 from cibr_kernels import testing
-from cibr_kernels.information.dot_moments.op import dot_moments
-from cibr_kernels.information.dot_moments.reference import dot_moments as reference
-from cibr_kernels.primitives.additive.moments.reference import pair_mask
+from cibr_kernels.information.dot_moments import dot_moments
+from cibr_kernels.numerics import promote
+from cibr_kernels.primitives.additive.moments.reference import moments, pair_mask
 
 WEIGHTS = (0.7, -1.3)  # of J and L: neither DV's nor each other's
 SHAPES = [(2, 2, 0, 3), (5, 5, 0, 31), (64, 64, 0, 32), (33, 33, 0, 100), (40, 100, 17, 65), (300, 301, 1, 33)]
 PANELS = (600, 4500, 1000, 40)
 NAMES = ("J", "L", "df", "dg")
+
+
+def reference(f: Tensor, g: Tensor, first_positive: int, include: bool = False) -> tuple[Tensor, Tensor]:
+    """f (n, k), g (m, k) -> J (), L (): the specification."""
+    return moments(promote(f) @ promote(g).T, first_positive, include)
 
 
 @functools.lru_cache(maxsize=2)
@@ -28,15 +33,16 @@ def expected(shape: tuple, dtype: torch.dtype, kind: str, scale: float, include:
     f, g = towers(n, m, k, first_positive, kind)
     f, g = (f * scale).to(dtype), g.to(dtype)
 
-    def moments(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    def defined(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         return reference(f, g, first_positive, include)
 
-    eager = with_gradients(moments, f, g, weights=WEIGHTS)
-    truth = with_gradients(moments, f, g, weights=WEIGHTS, dtype=torch.float64)
+    eager = with_gradients(defined, f, g, weights=WEIGHTS)
+    truth = with_gradients(defined, f, g, weights=WEIGHTS, dtype=torch.float64)
     f64, g64 = f.double(), g.double()
     scores = f64 @ g64.T
     pairs = n * m - (0 if include else n)
-    weight = abs(WEIGHTS[1]) * (scores - truth[1]).exp() / pairs * pair_mask(n, m, first_positive, include, f.device)
+    mask = pair_mask(n, m, first_positive, include, f.device)
+    weight = abs(WEIGHTS[1]) * (scores - truth[1]).exp() / pairs * mask
     weight.diagonal(first_positive)[:n] += WEIGHTS[0] / n
     magnitudes = [
         (f64 * g64[first_positive : first_positive + n]).abs().sum(1).mean().item(),  # J

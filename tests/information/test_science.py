@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import cibr_kernels as ck
-from cibr_kernels.information.dot_moments.op import dot_moments
+from cibr_kernels.information.dot_moments import dot_moments
 from cibr_kernels.primitives.additive.moments.op import additive_moments
 
 N = 4096

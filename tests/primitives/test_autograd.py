@@ -11,7 +11,7 @@ from cases import LARGE, Recorded, leaves, towers
 from torch import Tensor
 
 import cibr_kernels as ck
-from cibr_kernels.information.dot_moments.op import dot_moments
+from cibr_kernels.information.dot_moments import dot_moments
 from cibr_kernels.primitives.additive.moments.op import additive_moments
 from cibr_kernels.primitives.additive.scores.op import additive_scores
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 import cibr_kernels as ck
-from cibr_kernels.information.dot_moments.op import dot_moments
+from cibr_kernels.information.dot_moments import dot_moments
 from cibr_kernels.information.estimators import BOUNDS
 from cibr_kernels.primitives.additive.activations import ACTIVATIONS
 from cibr_kernels.primitives.additive.moments.op import additive_moments

@@ -50,11 +50,11 @@ TARGETS = {  # capability: multiprocessors (few: grids that depend on them stay 
 }
 MAKERS = ("empty", "empty_like", "empty_strided")
 METHODS = ("new_empty", "new_empty_strided")
-SHARED = {  # (kernel, argument): why its blocks may read and write it without order
+SHARED = {  # (kernel, argument): its blocks may read and write it without order
     (
         "fold_kernel",
         "mode",
-    ): "all writers write ONLINE, and what a block left out or wrote the next launch writes again",
+    ),  # all write ONLINE; what a block left out the next launch writes again
 }
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
@@ -263,3 +263,34 @@ def _makers(found: Emulator) -> Iterator[None]:
             setattr(torch, name, f)
         for name in METHODS:
             delattr(Tensor, name)
+
+
+def strips_of(monkeypatch: Any) -> list[tuple[str, Any, int]]:
+    """-> a list that grows by (kernel, grid, strips) with every launch of a kernel that has strips of tiles."""
+    found: list[tuple[str, Any, int]] = []
+    launch = triton_call.launch
+
+    def keep(kernel: Any, grid: Any, args: Any, constants: Any, **options: Any) -> None:
+        if constants.get("STRIPS"):
+            found.append((kernel.__name__, grid, args["strips"]))
+        launch(kernel, grid, args, constants, **options)
+
+    monkeypatch.setattr(triton_call, "launch", keep)
+    return found
+
+
+def assert_tensor_cores(run: Callable[[], Any], kernels: tuple[str, ...]) -> None:
+    """Compiled for what it should be: warp-group and fifth-generation instructions, fed by the TMA unit."""
+    expected = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+    for capability, instruction in expected.items():
+        code: dict[str, str] = {}
+
+        def keep(name: str, ptx: str, code: dict[str, str] = code) -> str:
+            code[name] = ptx
+            return ptx
+
+        with emulated(capability, edit_ptx=keep):
+            run()
+        for name in kernels:
+            assert instruction in code[name], (capability, name)
+            assert ("cp.async.bulk.tensor" in code[name]) == (capability >= 90), (capability, name)

@@ -12,6 +12,7 @@ from torch import Tensor
 from cibr_kernels import checks
 from cibr_kernels.dispatch import backends
 from cibr_kernels.dispatch.library import operator
+from cibr_kernels.numerics import sum_dtype
 
 SERVES = "log_mean_exp, or an estimate with k partners"
 
@@ -66,7 +67,7 @@ def log_mean_exp_forward(scores: Tensor, mask: Tensor | None, backend: str) -> T
 
 @log_mean_exp_forward.register_fake
 def _(scores, mask, backend):
-    return scores.new_empty((), dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    return scores.new_empty((), dtype=sum_dtype(scores))
 
 
 @operator(SERVES)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cibr_kernels.dispatch import triton_call
+from cibr_kernels.numerics import ceil_div
 
 PIECE = 4096  # scores of one program
 BLOCK = 512  # pieces that the second launch reads at a time
@@ -15,7 +16,7 @@ BLOCK = 512  # pieces that the second launch reads at a time
 
 def forward(scores: Tensor, mask: Tensor | None) -> Tensor:
     """-> L (), float32.  NaN where the mask has no True: reading it would stall the device."""
-    number = -(-scores.numel() // PIECE)
+    number = ceil_div(scores.numel(), PIECE)
     tops, sums = (torch.empty(number, dtype=torch.float32, device=scores.device) for _ in range(2))
     pairs = torch.empty(number, dtype=torch.int32, device=scores.device)
     el = torch.empty((), dtype=torch.float32, device=scores.device)
@@ -38,7 +39,7 @@ def backward(grad: Tensor, scores: Tensor, mask: Tensor | None, el: Tensor) -> T
     pairs = el if mask is None else mask.sum()
     triton_call.launch(
         _kernels().log_mean_exp_backward_kernel,
-        (-(-scores.numel() // PIECE),),
+        (ceil_div(scores.numel(), PIECE),),
         {**_problem(scores, mask), "grad": grad, "el": el, "pairs": pairs, "dscores": dscores},
         {"MASKED": mask is not None, "BLOCK": PIECE},
     )

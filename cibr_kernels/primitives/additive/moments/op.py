@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cibr_kernels.dispatch import backends
 from cibr_kernels.dispatch.library import operator
-from cibr_kernels.numerics import early_dtype
+from cibr_kernels.numerics import early_dtype, sum_dtype
 from cibr_kernels.primitives.additive.problem import MomentsProblem
 
 SERVES = "an estimate with a concat critic"
@@ -52,11 +52,6 @@ def additive_moments(
     return j, el
 
 
-def _sums(a: Tensor) -> torch.dtype:
-    """The dtype of scores, sums and moments."""
-    return torch.float64 if a.dtype == torch.float64 else torch.float32
-
-
 @operator(SERVES)
 def additive_moments_forward(
     a: Tensor,
@@ -80,7 +75,7 @@ def additive_moments_forward(
 @additive_moments_forward.register_fake
 def _(a, b, w, bias, activation, slope, first_positive, include_diagonal, need_a, need_b, need_w, backend):
     empty = [torch.empty_like(t) if need else t.new_empty(0) for t, need in ((a, need_a), (b, need_b), (w, need_w))]
-    moment = a.new_empty(a.shape[:-2], dtype=_sums(a))
+    moment = a.new_empty(a.shape[:-2], dtype=sum_dtype(a))
     return moment, torch.empty_like(moment), *empty
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cibr_kernels.numerics import sum_dtype
 from cibr_kernels.primitives.additive.problem import MomentsProblem, Needs
 
 OfL = tuple[Tensor, Tensor, Tensor]  # the gradients of L in a, b and w, each empty unless it is needed
@@ -19,7 +20,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """g_j, g_l () or (groups,), None for 0 -> da (n, h), db (m, h), dw (h,), each empty unless needed."""
     (n, _, _), (a, b, w), (need_a, need_b, need_w) = problem.sizes, problem.tensors, needs
-    sums = torch.float64 if a.dtype == torch.float64 else torch.float32
+    sums = sum_dtype(a)
     zero = torch.zeros(problem.grouped, dtype=sums, device=a.device) if g_j is None or g_l is None else None
     g_j, g_l = (zero if g is None else g for g in (g_j, g_l))
     assert g_j is not None and g_l is not None

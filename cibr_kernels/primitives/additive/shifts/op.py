@@ -9,11 +9,12 @@ Every row of a gradient is a sum over the shifts, in their order, by the one pro
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from cibr_kernels.dispatch import backends
 from cibr_kernels.dispatch.library import operator
+from cibr_kernels.numerics import sum_dtype
+from cibr_kernels.primitives.additive.gradients import differentiable
 from cibr_kernels.primitives.additive.problem import ShiftsProblem
 
 SERVES = "an estimate with a concat critic and k partners"
@@ -49,8 +50,7 @@ def additive_shifts_forward(
 
 @additive_shifts_forward.register_fake
 def _(a, b, w, first, k, activation, slope, backend):
-    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
-    return a.new_empty((k, a.shape[0]), dtype=dtype)
+    return a.new_empty((k, a.shape[0]), dtype=sum_dtype(a))
 
 
 @operator(SERVES)
@@ -74,20 +74,4 @@ def additive_shifts_backward(
     return backends.run("additive_shifts", "backward", backend, problem.tensors, grad, problem, needs)
 
 
-@additive_shifts_backward.register_fake
-def _(grad, a, b, w, first, k, activation, slope, need_a, need_b, need_w, backend):
-    return tuple(torch.empty_like(t) if need else t.new_empty(0) for t, need in ((a, need_a), (b, need_b), (w, need_w)))
-
-
-def _setup(ctx, inputs, output) -> None:
-    a, b, w, *ctx.options, ctx.backend = inputs
-    ctx.save_for_backward(a, b, w)
-
-
-def _backward(ctx, grad):
-    needs = ctx.needs_input_grad[:3]
-    grads = additive_shifts_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options, *needs, ctx.backend)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 5
-
-
-additive_shifts_forward.register_autograd(_backward, setup_context=_setup)
+differentiable(additive_shifts_forward, additive_shifts_backward)
