@@ -86,10 +86,8 @@ FAULTS = [
         "tl.where(inside, here - mean[None, :], 0.0)",
         "here - mean[None, :]",
     ),
-    Fault("blocks weighed alike", "standardize", STATISTICS, "here * (count / n)[:, None]", "here * (ROWS / n)"),
-    Fault(
-        "blocks' means do not vary", "standardize", STATISTICS, "off * off * count[:, None], 0.0)", "off * 0.0, 0.0)"
-    ),
+    Fault("blocks weighed alike", "standardize", STATISTICS, "* (count / n)[:, None]", "* (ROWS / n)"),
+    Fault("blocks' means do not vary", "standardize", STATISTICS, "deviation * count[:, None], 0.0)", "0.0, 0.0)"),
     Fault(
         "means in the place of squares",
         "standardize",
@@ -102,20 +100,22 @@ FAULTS = [
         "statistics moved by a NaN elsewhere",
         "standardize",
         STATISTICS,
-        "(k < width) & (tl.sum(strange, 0) == 0)",
-        "(k < width) & (tl.sum(strange, 0) >= 0)",
+        "(k < width) & (_strange(bad, count, BLOCK) == 0)",
+        "(k < width) & (_strange(bad, count, BLOCK) >= 0)",
     ),
     Fault(
         "only the first flag read",
         "standardize",
         STATISTICS,
-        "b = at + tl.arange(0, BLOCK)\n        strange += tl.load(bad + b, mask=b < count,",
-        "b = at + tl.arange(0, BLOCK)\n        strange += tl.load(bad + b, mask=b < 1,",
+        "b = at + tl.arange(0, BLOCK)\n        found += tl.load(bad + b, mask=b < count,",
+        "b = at + tl.arange(0, BLOCK)\n        found += tl.load(bad + b, mask=b < 1,",
     ),
     Fault(
         "weight of the old statistics", "standardize", STATISTICS, "!= 0, momentum, 1.0)", "!= 0, 1 - momentum, 1.0)"
     ),
-    Fault("started by a NaN", "standardize", STATISTICS, "tl.sum(strange, 0) == 0, 1, was)", "count > 0, 1, was)"),
+    Fault(
+        "started by a NaN", "standardize", STATISTICS, "_strange(bad, count, BLOCK) == 0, 1, was)", "count > 0, 1, was)"
+    ),
     Fault(
         "eps left out", "standardize", STATISTICS, "mask=k < width, other=1.0) + eps)", "mask=k < width, other=1.0))"
     ),
