@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -84,10 +85,23 @@ int main() {
 CASES = {"additive/moments": MOMENTS, "additive/shifts": SHIFTS}
 
 
+def source(op, folder):
+    """The op's file, in which activations that no driver above asks for are SiLU again: half as much to compile."""
+    text, count = re.subn(
+        r"^(CK_\w+\((?:gelu|gelu_tanh|elu|softplus|tanh), )\w+",
+        r"\1Silu",
+        (CSRC / op / "cuda.cu").read_text(),
+        flags=re.M,
+    )
+    assert count >= 5
+    (folder / "cuda.cu").write_text(text)
+    return folder / "cuda.cu"
+
+
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
 @pytest.mark.parametrize("op", list(CASES))
-def test_clean(op, sanitizer):
-    report = sanitizers.check(CSRC / op / "cuda.cu", CASES[op], sanitizer, include=[CSRC])
+def test_clean(op, sanitizer, tmp_path):
+    report = sanitizers.check(source(op, tmp_path), CASES[op], sanitizer, include=[CSRC])
     assert report.clean, report.text[:4000]
 
 
@@ -98,10 +112,6 @@ def test_a_missing_barrier_is_reported(header, tmp_path):
     (tmp_path / "additive/moments").mkdir(parents=True)
     (tmp_path / "additive/moments" / header).write_text(text[:loop_end] + text[loop_end + len("__syncthreads();") :])
     # h of 2 stages, so that the loop's barrier matters
-    report = sanitizers.check(
-        CSRC / "additive/moments/cuda.cu",
-        MOMENTS,
-        "thread",
-        include=[tmp_path, CSRC],
-    )
+    changed = source("additive/moments", tmp_path)
+    report = sanitizers.check(changed, MOMENTS, "thread", include=[tmp_path, CSRC])
     assert not report.clean
