@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,7 @@ import cibr_kernels as ck
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first, and first of them those of the static table, for which one worker compiles for five minutes.
+    """Slow tests first, and first of them those of the static table, for which one worker may compile for minutes.
 
     A worker that is free takes tests from the end of another's, so no other waits for that table.
     """
@@ -20,6 +21,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return item.get_closest_marker("slow") is None, item.path.stem != "test_static"
 
     items.sort(key=key)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Sets aside what lives after a file's tests: a collection among a worker's millions of objects takes seconds."""
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
