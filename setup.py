@@ -18,8 +18,6 @@ ROOT = Path(__file__).parent.resolve()
 
 class CMakeBuild(build_ext):
     def build_extensions(self) -> None:
-        import pybind11
-
         output = Path(self.get_ext_fullpath(self.extensions[0].name)).resolve().parent  # of all of them
         # kept, so that the next install compiles what has changed; pip's own build folders are new each time
         build = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
@@ -27,11 +25,27 @@ class CMakeBuild(build_ext):
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}", "-DPYBIND11_FINDPYTHON=ON",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+            f"-Dpybind11_DIR={kept_pybind11(build) / 'share/cmake/pybind11'}",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "-j", str(os.cpu_count() or 1)], check=True)
+
+
+def kept_pybind11(build: Path) -> Path:
+    """A copy of pybind11's headers and CMake files: pip has them in a new folder each time, and with a new path the
+    bindings, half a minute of a core, would be compiled again."""
+    import pybind11
+
+    kept = build / f"pybind11-{pybind11.__version__}"
+    if not kept.exists():
+        partial = build / "pybind11.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        for part in ("include", "share"):
+            shutil.copytree(Path(pybind11.__file__).parent / part, partial / part)
+        partial.rename(kept)
+    return kept
 
 
 class ManylinuxWheel(bdist_wheel):
