@@ -2,12 +2,13 @@
 
 A fault is compiled with its op alone, for one instruction set, as a small library.  Tests are collected once; for each
 library a forked child calls it in place of cibr_kernels._C's kernels and runs the op's tests until one fails.  A child
-that crashes or hangs has found its fault too.
+that crashes or hangs has found its fault too.  The test that found a fault last time (cpu_found_by.json) runs first.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import resource
 import selectors
@@ -22,12 +23,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from _pytest.runner import runtestprotocol
-from mutations import ROOT, Fault, Verdict
+from mutations import HERE, ROOT, Fault, Verdict
 
 from cibr_kernels.dispatch import backends
 
 CSRC = ROOT / "csrc"
+FOUND_BY = HERE / "cpu_found_by.json"
 HANGS = 120  # seconds of a processor; the longest suite takes ten
 SLEEPS = 3600  # seconds without a word, however busy the machine is
 FLAGS = {
@@ -159,10 +162,13 @@ class Judge:
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         self.faults, self.verdicts, self.error = faults, [], None
-        self.found_by: dict[str, set[int]] = {f.suite: set() for f in faults}  # tests that found a fault, by op
+        self.before: dict[str, str] = json.loads(FOUND_BY.read_text())
+        self.found_by: dict[str, str] = {}  # tests by the faults that they found
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        items = {suite: _of(OPS[suite], session.items) for suite in self.found_by}
+        # imports inductor's settings, which takes a second: once, and not in each child
+        torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())
+        items = {suite: _of(OPS[suite], session.items) for suite in dict.fromkeys(f.suite for f in self.faults)}
         jobs: list[Fault | str] = [*self.faults, *items]  # a suite's name: its kernels without a fault
         with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as compiler:
             ahead = [compiler.submit(self._compile, job, Path(folder) / str(k)) for k, job in enumerate(jobs)]
@@ -183,17 +189,19 @@ class Judge:
         return compile_op(OPS[job], None, folder) if isinstance(job, str) else compile_op(OPS[job.suite], job, folder)
 
     def _judge(self, fault: Fault, library: Path, items: Sequence[pytest.Item]) -> None:
-        start = time.perf_counter()
-        failure = first_failure(items, library, OPS[fault.suite])
+        start, name = time.perf_counter(), f"{fault.suite}: {fault.name}"
+        ordered = sorted(items, key=lambda item: item.nodeid != self.before.get(name))
+        failure = first_failure(ordered, library, OPS[fault.suite])
         if failure is not None:
-            self.found_by[fault.suite].add(failure.test)
+            self.found_by[name] = ordered[failure.test].nodeid
         kind, by = ("caught", failure.says) if failure else ("missed", f"all of {len(items)} tests pass")
         self.verdicts.append(Verdict(fault, kind, by, time.perf_counter() - start))
         print(self.verdicts[-1], flush=True)
 
     def _check(self, suite: str, library: Path, items: Sequence[pytest.Item]) -> None:
         """The tests that found faults pass without one."""
-        chosen = [items[k] for k in sorted(self.found_by[suite])]
+        found = {test for name, test in self.found_by.items() if name.startswith(f"{suite}: ")}
+        chosen = [item for item in items if item.nodeid in found]
         if failure := first_failure(chosen, library, OPS[suite]):
             raise AssertionError(f"{suite} fails without a fault: {failure.says}")
 
@@ -253,9 +261,11 @@ def _run_until_failure(items: Sequence[pytest.Item], library: Path, op: Op, writ
         os._exit(0)
 
 
-def run(faults: Sequence[Fault]) -> list[Verdict]:
-    """Verdicts in order, printed as they come.  Raises StaleAnchor before anything is compiled, AssertionError where a
-    test that found a fault fails without it."""
+def run(faults: Sequence[Fault], update: bool = False) -> list[Verdict]:
+    """Verdicts in order, printed as they come; update: records the tests that found them.
+
+    Raises StaleAnchor before anything is compiled, AssertionError where a test that found a fault fails without it.
+    """
     for fault in faults:
         fault.source()
     places = sorted({f"tests/{t}" for f in faults for t in OPS[f.suite].tests})
@@ -271,4 +281,6 @@ def run(faults: Sequence[Fault]) -> list[Verdict]:
         raise judge.error
     if len(judge.verdicts) != len(faults):
         raise RuntimeError(f"pytest collected nothing to judge with: {code!r}")
+    if update:
+        FOUND_BY.write_text(json.dumps(judge.before | judge.found_by, indent=1) + "\n")
     return judge.verdicts

@@ -1,6 +1,6 @@
 """Plants faults in the kernels of the CPU and the GPU and says which check finds each.
 
-    python tests/mutations/mutations.py [word ...]
+    python tests/mutations/mutations.py [word ...] [--update]
 
 A fault is a change of source text that must occur exactly once in its file, or of one instruction of the compiled PTX.
 A faulty C++ kernel is judged by the project's own tests of its op (cpu_kernels.py).  A faulty GPU kernel runs a small
@@ -11,6 +11,7 @@ suite of its op (gpu_suites.py) in the emulator.  It is
     missed       anything else
 
 Words restrict the run to the faults one of them is in: "cpu", "gpu", "cpu lse:", "stash" in "cpu lse: a stash ...".
+--update records which test found each of the CPU's, for the next run to begin with.
 """
 
 from __future__ import annotations
@@ -194,10 +195,11 @@ def main(words: Sequence[str]) -> int:
     import gpu_suites
 
     torch.set_num_threads(1)
+    update, words = "--update" in words, [word for word in words if word != "--update"]
     missed = 0
     if faults := chosen(words, "cpu", cpu_faults.FAULTS, cpu_kernels.missing):
         start = time.perf_counter()
-        missed += score("cpu", cpu_kernels.run(faults), time.perf_counter() - start)
+        missed += score("cpu", cpu_kernels.run(faults, update), time.perf_counter() - start)
     if faults := chosen(words, "gpu", gpu_faults.FAULTS, gpu_suites.missing):
         start, verdicts = time.perf_counter(), []
         with poisoned():
