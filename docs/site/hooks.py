@@ -14,7 +14,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
-LINK = re.compile(r"\[([^\]\n]+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"\[((?:[^\]\n]|\n(?!\n))+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 TITLE = re.compile(r"^# (\w+(?:, \w+)*)\n")
 MODULES = {"nn": ["cibr_kernels.nn"], "distributed": ["cibr_kernels.distributed"]}
 
