@@ -34,6 +34,8 @@ from disk_cache import cached  # noqa: E402
 import cibr_kernels as ck  # noqa: E402
 from bench.static import compiled, record, sass  # noqa: E402
 from bench.static.gpus import AMD, GPUS  # noqa: E402
+from cibr_kernels.losses.penalty import TERMS  # noqa: E402
+from cibr_kernels.nn.statistics import Standardize  # noqa: E402
 
 TABLE = Path(__file__).with_name("static_table.json")
 TARGETS: tuple[int | str, ...] = (*GPUS, *AMD)
@@ -44,8 +46,8 @@ Facts = dict[str, Any]
 
 
 # ------------------------------------------------------------------------------------------------ what is launched
-def _contrastive(dtype: torch.dtype, d: int, stash: bool) -> None:
-    x, y = (torch.empty(4096, d, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+def _contrastive(dtype: torch.dtype, d: int, stash: bool = False, n: int = 4096) -> None:
+    x, y = (torch.empty(n, d, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
     scale = torch.empty((), device="cuda", requires_grad=True)
     before = ck.stash_budget()
     ck.set_stash_budget(1 << 40 if stash else 0)
@@ -53,6 +55,12 @@ def _contrastive(dtype: torch.dtype, d: int, stash: bool) -> None:
         record.backward(ck.clip_loss(x, y, scale, backend="triton"))
     finally:
         ck.set_stash_budget(before)
+
+
+def _siglip(dtype: torch.dtype) -> None:
+    x, y = (torch.empty(4096, 512, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+    scale, bias = (torch.empty((), device="cuda", requires_grad=True) for _ in range(2))
+    record.backward(ck.siglip_loss(x, y, scale, bias, backend="triton"))
 
 
 def _sums(dtype: torch.dtype, d: int, stash: bool = False, ids: bool = False, maxima: bool = False) -> None:
@@ -102,6 +110,29 @@ def _critic(activation: str) -> None:
     record.backward(j - el)
 
 
+def _concat_critic() -> None:
+    x, z = (torch.empty(4096, 512, device="cuda", requires_grad=True) for _ in range(2))
+    with torch.device("cuda"):
+        critic = ck.nn.ConcatCritic(512, 512, 512)
+    j, el = ck.critic_moments(x, z, critic, backend="triton")
+    record.backward(j - el)
+
+
+def _objective() -> None:
+    features = [torch.empty(4096, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+    scale = torch.empty((), device="cuda", requires_grad=True)
+    data = {name: torch.empty(4096, 512, device="cuda") for name in ("image_inputs", "text_inputs")}
+    with torch.device("cuda"):
+        critics = {name: ck.nn.ConcatCritic(512, 512, 512) for name in TERMS}
+    record.backward(ck.cibr_loss(*features, scale, critics=critics, backend="triton", **data))
+
+
+def _standardize(dtype: torch.dtype) -> None:
+    with torch.device("cuda"):
+        module = Standardize(512)
+    module(torch.empty(4096, 512, device="cuda", dtype=dtype))
+
+
 def _shifts(activation: str) -> None:
     from cibr_kernels.primitives.additive.shifts.op import additive_shifts
 
@@ -116,10 +147,12 @@ def _log_mean_exp(dtype: torch.dtype) -> None:
 
 
 CASES: dict[str, Callable[[], None]] = {
-    "clip_loss bf16 D=512": lambda: _contrastive(torch.bfloat16, 512, False),
-    "clip_loss bf16 D=512 stash": lambda: _contrastive(torch.bfloat16, 512, True),
-    "clip_loss bf16 D=100": lambda: _contrastive(torch.bfloat16, 100, False),
-    "clip_loss fp32 D=512": lambda: _contrastive(torch.float32, 512, False),
+    "clip_loss bf16 D=512": lambda: _contrastive(torch.bfloat16, 512),
+    "clip_loss bf16 D=512 N=65536": lambda: _contrastive(torch.bfloat16, 512, n=65536),
+    "clip_loss bf16 D=512 stash": lambda: _contrastive(torch.bfloat16, 512, stash=True),
+    "clip_loss bf16 D=100": lambda: _contrastive(torch.bfloat16, 100),
+    "clip_loss fp32 D=512": lambda: _contrastive(torch.float32, 512),
+    "siglip_loss bf16 D=512": lambda: _siglip(torch.bfloat16),
     "dot_lse bf16 D=512 ids": lambda: _sums(torch.bfloat16, 512, ids=True),
     "dot_lse bf16 D=512 maxima": lambda: _sums(torch.bfloat16, 512, maxima=True),
     "dot_lse bf16 D=512 ids maxima stash": lambda: _sums(torch.bfloat16, 512, stash=True, ids=True, maxima=True),
@@ -137,6 +170,10 @@ CASES: dict[str, Callable[[], None]] = {
     "additive_scores gelu H=512": lambda: _scores("gelu"),
     "additive_shifts relu H=512": lambda: _shifts("relu"),
     "additive_shifts gelu H=512": lambda: _shifts("gelu"),
+    "critic_moments relu H=512": _concat_critic,
+    "cibr_loss bf16 D=512": _objective,
+    "Standardize fp32": lambda: _standardize(torch.float32),
+    "Standardize bf16": lambda: _standardize(torch.bfloat16),
     "log_mean_exp fp32": lambda: _log_mean_exp(torch.float32),
 }
 
