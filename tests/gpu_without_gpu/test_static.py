@@ -9,6 +9,8 @@ import copy
 import dataclasses
 import json
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ import disk_cache  # noqa: E402
 import static_table  # noqa: E402
 import triton.language as tl  # noqa: E402
 
+import cibr_kernels  # noqa: E402
 from bench.static import record  # noqa: E402
 
 UPDATE = "python tests/gpu_without_gpu/static_table.py --update"
@@ -70,6 +73,15 @@ def test_the_table_is_whole_and_within_the_limits():
     assert {name.split()[0] for name in table["kernels"]} == {*TENSOR, "gfx942", "gfx1100"}
     assert {"triton", "ptxas"} <= set(table["versions"])
     assert not [line for name, row in table["kernels"].items() for line in static_table.limits(name, row)]
+
+
+def test_every_kernel_of_the_package_is_in_the_table():
+    files = Path(cibr_kernels.__file__).parent.rglob("triton*.py")
+    kernels = {name for file in files for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)}
+    rows = static_table.load()["kernels"]
+    for target in (*TENSOR, "gfx942", "gfx1100"):
+        known = {name.split(": ")[1].split()[0] for name in rows if name.startswith(f"{target} ")}
+        assert len(kernels) > 40 and kernels <= known, (target, kernels - known)
 
 
 ROW = {"registers": 100, "spills": 0, "stack": 0, "shared": 65536, "threads": 256, "blocks": 2}
