@@ -89,9 +89,7 @@ LIMITED = [  # sums of rows only
 ]
 
 
-@pytest.fixture(autouse=True)
-def small_panels(monkeypatch):
-    monkeypatch.setattr(backend, "panels", backend.Panels(forward_rows=128, backward_rows=128, backward_cols=128))
+PANELS = backend.Panels(forward_rows=128, backward_rows=128, backward_cols=128)
 
 
 def problem(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
@@ -126,11 +124,13 @@ def ids(case: Case) -> tuple[Tensor | None, Tensor | None]:
     return rows << 32, cols << 32
 
 
-def run(module, case: Case, x: Tensor, y: Tensor, scale: Tensor, gradients: list[Tensor]) -> dict[str, Tensor]:
+def run(
+    module, case: Case, x: Tensor, y: Tensor, scale: Tensor, gradients: list[Tensor], panels: backend.Panels = PANELS
+) -> dict[str, Tensor]:
     """Every output of a backend by name, `stash_shift` among them."""
     groups = ids(case)
-    owned_width = 128 if case.owned else 0
-    backend.panels = dataclasses.replace(backend.panels, owned_width=owned_width)
+    panels = dataclasses.replace(panels, owned_width=128 if case.owned else 0)
+    how = {"panels": panels} if module is backend else {}
     stash = x.new_empty(0)
     if case.stash:
         shape, dtype = module.stash_shape(case.n, case.m, x.dtype)
@@ -139,9 +139,9 @@ def run(module, case: Case, x: Tensor, y: Tensor, scale: Tensor, gradients: list
     if case.limits:
         limits = limits_between(scale.double() * x.double() @ y.double().T).to(scale.dtype)
     problem = LseProblem(x, y, scale, *groups, case.first_positive, case.mask, limits)
-    out = module.forward(problem, case.cols, case.maxima, stash)
+    out = module.forward(problem, case.cols, case.maxima, stash, **how)
     sums = LseSums(*out[:3], out[5], stash)
-    grads = module.backward(problem, sums, LseGradients(*gradients), case.need_dx, case.need_dy)
+    grads = module.backward(problem, sums, LseGradients(*gradients), case.need_dx, case.need_dy, **how)
     names = ("rows", "cols", "positives", "row_max", "col_max", "stash_shift", "dx", "dy", "dscale")
     return dict(zip(names, (*out, *grads), strict=True))
 
@@ -191,11 +191,11 @@ def expected_kernels(case: Case, dtype: torch.dtype) -> set[str]:
 GRADIENT_KERNELS = {"unstash_kernel", "gradient_kernel", "online_gradient_kernel", "owned_gradient_kernel"}
 
 
-def compare(capability: int, dtype: torch.dtype, case: Case) -> list[str]:
+def compare(capability: int, dtype: torch.dtype, case: Case, panels: backend.Panels = PANELS) -> list[str]:
     """Holds every output to the rule -> the names of the kernels launched."""
     x, y, scale, gradients = inputs = problem(case, dtype)
     with emulated(capability) as gpu:
-        actual = run(backend, case, x, y, scale, gradients)
+        actual = run(backend, case, x, y, scale, gradients, panels)
     check(case, dtype, actual, inputs)
     return [name for name, _ in gpu.launches]
 
@@ -305,23 +305,23 @@ def test_a_long_sum_is_made_by_several_programs(monkeypatch):
 
 def test_strips_of_several_tiles(monkeypatch):
     monkeypatch.setattr(Tiles, "strip_tiles", lambda self, rows, cols: 2)
-    monkeypatch.setattr(backend, "panels", backend.Panels(forward_rows=384, backward_rows=256))
+    panels = backend.Panels(forward_rows=384, backward_rows=256)
     grids = strips_of(monkeypatch)
     for stash in (False, True):
-        compare(100, torch.bfloat16, Case(n=300, m=310, first_positive=0, stash=stash))
+        compare(100, torch.bfloat16, Case(n=300, m=310, first_positive=0, stash=stash), panels)
     # 300 x 310: 3 x 3 tiles forward, 2 and 1 rows of tiles backward
     scores, gradient = ("scores_kernel", (6,), 2), [("gradient_kernel", (3,), 1)] * 2
     assert grids == [scores, *gradient, scores]
 
 
-def test_same_bits_whatever_the_panels(monkeypatch):
+def test_same_bits_whatever_the_panels():
     x, y, scale, gradients = problem(RAGGED, torch.bfloat16)
     case = RAGGED._replace(cols=False)
     out = []
     for rows in (128, 256):
-        monkeypatch.setattr(backend, "panels", backend.Panels(rows, rows))
+        panels = backend.Panels(rows, rows)
         with emulated(80):
-            out.append(run(backend, case, x, y, scale, [gradients[0], gradients[1][:0], gradients[2]]))
+            out.append(run(backend, case, x, y, scale, [gradients[0], gradients[1][:0], gradients[2]], panels))
     for name in ("rows", "positives", "dx"):
         assert torch.equal(out[0][name], out[1][name]), name
 

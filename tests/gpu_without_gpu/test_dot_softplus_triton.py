@@ -66,9 +66,7 @@ ALL = [run for run in EVERY if run not in RUNS and (run[1] != torch.float16 or r
 Inputs = dict[str, Tensor | None]
 
 
-@pytest.fixture(autouse=True)
-def small_panels(monkeypatch):
-    monkeypatch.setattr(backend, "panels", backend.Panels(rows=128, gradient_rows=128, gradient_cols=128))
+PANELS = backend.Panels(rows=128, gradient_rows=128, gradient_cols=128)
 
 
 def problem(case: Case, dtype: torch.dtype) -> Inputs:
@@ -88,11 +86,12 @@ def problem(case: Case, dtype: torch.dtype) -> Inputs:
     }
 
 
-def run(module, case: Case, inputs: Inputs) -> dict[str, Tensor]:
+def run(module, case: Case, inputs: Inputs, panels: backend.Panels = PANELS) -> dict[str, Tensor]:
+    how = {"panels": panels} if module is backend else {}
     needs = (case.need_dx and case.weights != "none", case.need_dy and case.weights != "none")
     x, y, scale, bias, row_weights, col_weights, row_ids, col_ids = inputs.values()
     problem = SoftplusProblem(x, y, scale, row_ids, col_ids, case.first_positive, bias, case.attract)
-    return dict(zip(NAMES, module.forward(problem, row_weights, col_weights, case.cols, *needs), strict=True))
+    return dict(zip(NAMES, module.forward(problem, row_weights, col_weights, case.cols, *needs, **how), strict=True))
 
 
 def double(inputs: Inputs) -> Inputs:
@@ -125,11 +124,11 @@ def check(case: Case, actual: dict[str, Tensor], inputs: Inputs) -> None:
         )
 
 
-def compare(capability: int, dtype: torch.dtype, case: Case) -> list[str]:
+def compare(capability: int, dtype: torch.dtype, case: Case, panels: backend.Panels = PANELS) -> list[str]:
     """Holds every output to the rule -> the names of the kernels launched."""
     inputs = problem(case, dtype)
     with emulated(capability) as gpu:
-        actual = run(backend, case, inputs)
+        actual = run(backend, case, inputs, panels)
     check(case, actual, inputs)
     return [name for name, _ in gpu.launches]
 
@@ -161,11 +160,11 @@ def test_launches():
 
 def test_strips_of_several_tiles(monkeypatch):
     monkeypatch.setattr(Tiles, "strip_tiles", lambda self, rows, cols: 2)
-    monkeypatch.setattr(backend, "panels", backend.Panels(rows=384, gradient_rows=256))
+    panels = backend.Panels(rows=384, gradient_rows=256)
     grids = strips_of(monkeypatch)
     case = Case(n=300, m=310, first_positive=0)
-    compare(100, torch.bfloat16, case)
-    compare(100, torch.bfloat16, case._replace(weights="none"))
+    compare(100, torch.bfloat16, case, panels)
+    compare(100, torch.bfloat16, case._replace(weights="none"), panels)
     assert [grid[1:] for grid in grids] == [((5,), 1), ((5,), 1), ((6,), 2)]  # tiles of 128 x 64, then of 128 x 128
 
 
@@ -195,13 +194,12 @@ def test_what_is_not_finite_reaches_everything(name, value):
         assert all(t.isnan().all() for t in actual.values()), {k: t.isnan().float().mean() for k, t in actual.items()}
 
 
-def test_same_bits_whatever_the_panels(monkeypatch):
+def test_same_bits_whatever_the_panels():
     case = RAGGED._replace(weights="rows", need_dy=False)
     inputs, out = problem(case, torch.bfloat16), []
     for rows in (128, 256):
-        monkeypatch.setattr(backend, "panels", backend.Panels(rows, rows))
         with emulated(80):
-            out.append(run(backend, case, inputs))
+            out.append(run(backend, case, inputs, backend.Panels(rows, rows)))
     for name in ("rows", "dx"):
         assert torch.equal(out[0][name], out[1][name]), name
 

@@ -11,64 +11,74 @@ from executor import emulated
 from torch import Tensor
 
 import cibr_kernels as ck
+from cibr_kernels.losses.clip import triton as clip
 from cibr_kernels.losses.clip.reference import clip_loss as clip_reference
 from cibr_kernels.losses.siglip.reference import siglip_loss as siglip_reference
 from cibr_kernels.primitives.dot.lse import triton as lse
 from cibr_kernels.primitives.dot.softplus import triton as softplus
 from cibr_kernels.testing import assert_close
 
-
-@pytest.fixture(autouse=True)
-def small_panels(monkeypatch):
-    monkeypatch.setattr(lse, "panels", lse.Panels(forward_rows=128, backward_rows=128, backward_cols=128))
-    monkeypatch.setattr(softplus, "panels", softplus.Panels(rows=128, gradient_rows=128, gradient_cols=128))
+NAMES = ("loss", "dx", "dy", "dscale", "dbias")
 
 
 def loss_and_gradients(loss, *inputs: Tensor) -> dict[str, Tensor]:
     leaves = [t.clone().requires_grad_() for t in inputs]
     value = loss(*leaves)
     gradients = torch.autograd.grad(3 * value, leaves)  # of which upstream's share shows
-    names = ("loss", "dx", "dy", "dscale", "dbias")[: 1 + len(inputs)]
-    return dict(zip(names, [value.detach(), *gradients], strict=True))
+    return dict(zip(NAMES[: 1 + len(inputs)], [value.detach(), *gradients], strict=True))
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "n", "d", "kind", "one_way", "rows"),
+    ("capability", "dtype", "n", "d", "kind", "one_way"),
     [
-        (90, torch.bfloat16, 200, 130, "unit", False, 8192),
-        (80, torch.float32, 37, 24, "unit", True, 8192),
-        (100, torch.bfloat16, 140, 40, "opposed", False, 8192),  # underflows, then online
-        (90, torch.bfloat16, 140, 136, "opposed", False, 128),  # the same in panels
-        (120, torch.float32, 1, 1, "unit", False, 8192),
-        (90, torch.float16, 40, 32, "unit", False, 8192),  # its ends are PyTorch's
+        (90, torch.bfloat16, 200, 130, "unit", False),
+        (80, torch.float32, 37, 24, "unit", True),
+        (100, torch.bfloat16, 140, 40, "opposed", False),  # underflows, then online
+        (120, torch.float32, 1, 1, "unit", False),
+        (90, torch.float16, 40, 32, "unit", False),  # its ends are PyTorch's
     ],
 )
-def test_clip_loss(monkeypatch, capability, dtype, n, d, kind, one_way, rows):
+def test_clip_loss(capability, dtype, n, d, kind, one_way):
     """The loss without options, whose ends are kernels too, against float64."""
-    monkeypatch.setattr(lse, "panels", lse.Panels(rows, rows))
     x, y = (t.to(dtype) for t in towers(n, n, d, 0, kind))
     scale = torch.tensor(100.0)
     with emulated(capability) as gpu:
         ours = loss_and_gradients(lambda *t: ck.clip_loss(*t, one_way=one_way, backend="triton"), x, y, scale)
+    check_clip_loss(ours, x, y, scale, one_way)
+    names = [name for name, _ in gpu.launches]
+    assert ("ends_kernel" in names, "exponent_kernel" in names) == (
+        (True, False) if dtype != torch.float16 else (False, True)
+    )
+
+
+def test_clip_loss_in_panels():
+    """Of 128 rows and columns, features of a width that 32 does not divide; the sums underflow, and are made online."""
+    x, y = (t.bfloat16() for t in towers(140, 140, 136, 0, "opposed"))
+    scale, panels = torch.tensor(100.0), lse.Panels(forward_rows=128, backward_rows=128, backward_cols=128)
+    with emulated(90) as gpu:
+        loss, *kept = clip.launch_forward(x, y, scale, False, 0, True, panels)
+        gradients = clip.launch_backward(torch.tensor(3.0), x, y, scale, kept, False, True, True, panels)
+    assert [name for name, _ in gpu.launches].count("gradient_kernel") == 4
+    check_clip_loss(dict(zip(NAMES[:4], (loss, *gradients), strict=True)), x, y, scale, False)
+
+
+def check_clip_loss(ours: dict[str, Tensor], x: Tensor, y: Tensor, scale: Tensor, one_way: bool) -> None:
+    """Holds the loss and three times its gradients to float64's."""
     eager = loss_and_gradients(lambda *t: clip_reference(*t, 0, one_way), x, y, scale)
     truth = loss_and_gradients(lambda *t: clip_reference(*t, 0, one_way), x.double(), y.double(), scale.double())
     products = x.double() @ y.double().T
     for name, t in truth.items():
-        features = torch.float32 if name == "loss" else dtype
+        features = torch.float32 if name == "loss" else x.dtype
         assert_close(
             name,
             ours[name],
             eager[name],
             t,
-            terms=n,
+            terms=len(x),
             exponent=100 * products.abs().max().item(),
             features=features,
             magnitude=products.abs().max().item(),
         )
-    names = [name for name, _ in gpu.launches]
-    assert ("ends_kernel" in names, "exponent_kernel" in names) == (
-        (True, False) if dtype != torch.float16 else (False, True)
-    )
 
 
 def test_clip_loss_of_what_is_not_finite():
@@ -101,12 +111,24 @@ def test_siglip_loss(capability, dtype, n, d):
     for name, t in truth.items():
         features = torch.float32 if name in ("loss", "dbias") else dtype
         assert_close(name, ours[name], eager[name], t, terms=n, exponent=14.0, features=features, magnitude=magnitude)
-    panels = -(-n // 128)
-    sweep = [*["softplus_kernel"] * panels, "losses_kernel", "features_gradient_kernel"] * panels
-    last = ["features_gradient_kernel"]
-    if panels == 1:
-        sweep, last = ["softplus_kernel", "losses_kernel"], ["both_features_gradients_kernel"]
-    expected = ["positives_kernel", "total_kernel", *sweep, *last, *["total_kernel"] * 3, "times_kernel"]
+    before, sweep = ["positives_kernel", "total_kernel"], ["softplus_kernel", "losses_kernel"]
+    ends = ["both_features_gradients_kernel", *["total_kernel"] * 3]
+    assert [name for name, _ in gpu.launches] == [*before, *sweep, *ends, "times_kernel"]
+
+
+def test_siglip_loss_in_panels():
+    """Of 128 rows and columns: the loss and gradients of one panel, up to the order of sums."""
+    x, y = (t.bfloat16() for t in towers(300, 300, 96))
+    numbers = torch.tensor(10.0), torch.tensor(-4.0), 1 / 300
+    with emulated(90):
+        whole = softplus.mean_loss(x, y, *numbers, True, True)
+    with emulated(90) as gpu:
+        panels = softplus.Panels(rows=128, gradient_rows=128, gradient_cols=128)
+        cut = softplus.mean_loss(x, y, *numbers, True, True, panels)
+    for ours, theirs in zip(cut, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5 if ours.dtype == torch.float32 else 2e-2, atol=1e-6)
+    sweep = [*["softplus_kernel"] * 3, "losses_kernel", "features_gradient_kernel"] * 3
+    expected = ["positives_kernel", "total_kernel", *sweep, "features_gradient_kernel", *["total_kernel"] * 3]
     assert [name for name, _ in gpu.launches] == expected
 
 

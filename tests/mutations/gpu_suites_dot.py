@@ -74,10 +74,8 @@ class Dot(Checked):
             small = configs.Config(*self.tile)
             table = {key: configs.Configs(small, small, small) for key in configs.CONFIGS}
             for name, case in self.cases.items():
-                panels = launcher.Panels(self.panel, self.panel, self.panel, owned_width=128 if case.owned else 0)
                 with (
                     patch.object(configs, "CONFIGS", table),
-                    patch.object(launcher, "panels", panels),
                     emulated(self.capability, edit_ptx=fault.edit_ptx if fault else None),
                 ):
                     outputs = self._call(launcher, case)
@@ -85,13 +83,14 @@ class Dot(Checked):
 
     def _call(self, launcher: ModuleType, case: DotCase) -> dict[str, Tensor]:
         t = self.inputs(case)
+        panels = launcher.Panels(self.panel, self.panel, self.panel, owned_width=128 if case.owned else 0)
         shape, dtype = launcher.stash_shape(case.n, case.m, case.dtype)
         stash = torch.full(shape if case.stash else (0,), float("nan"), dtype=dtype)
         limits = case.limits(t["x"], t["y"])
         problem = LseProblem(t["x"], t["y"], t["scale"], *case.ids, case.first_positive, case.mask, limits)
-        *sums, row_max, col_max, shift = launcher.forward(problem, not case.limited, case.groups, stash)
+        *sums, row_max, col_max, shift = launcher.forward(problem, not case.limited, case.groups, stash, panels=panels)
         gradients = LseGradients(t["g_rows"], t["g_cols"], t["g_positives"])
-        grads = launcher.backward(problem, LseSums(*sums, shift, stash), gradients, True, True)
+        grads = launcher.backward(problem, LseSums(*sums, shift, stash), gradients, True, True, panels)
         maxima = (row_max, col_max) if case.groups else ()
         return dict(zip(self.names(case), (*sums, *maxima, *grads), strict=True))
 
@@ -171,10 +170,10 @@ class Softplus(Checked):
                 with (
                     patch.object(configs, "CONFIGS", table),
                     patch.object(launcher, "CONFIGS", dict.fromkeys(launcher.CONFIGS, small)),
-                    patch.object(launcher, "panels", launcher.Panels(self.panel, self.panel, self.panel)),
                     emulated(self.capability, edit_ptx=fault.edit_ptx if fault else None),
                 ):
-                    outputs = launcher.forward(*self.arguments(case))
+                    panels = launcher.Panels(self.panel, self.panel, self.panel)
+                    outputs = launcher.forward(*self.arguments(case), panels=panels)
                 yield {f"{name} {k}": t for k, t in zip(self.names, outputs, strict=True)}
 
     names = ("rows", "cols", "dx", "dy", "dscale", "dbias")

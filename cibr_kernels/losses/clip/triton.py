@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def forward(
     """-> the loss () and, where a gradient is wanted, what `backward` reads."""
 
     def direction(x: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        return _forward(x, y, scale, one_way, budget, gradient)
+        return launch_forward(x, y, scale, one_way, budget, gradient)
 
     return plans.run(_key("clip_loss forward", x, one_way, budget, gradient), direction, (x, y, scale))
 
@@ -67,11 +68,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dx (n, d), dy (n, d), each empty unless needed, dscale ().  plan: that of the forward, if it is known."""
 
-    def direction(g: Tensor, x: Tensor, y: Tensor, scale: Tensor, room: Tensor, *stash: Tensor) -> tuple[Tensor, ...]:
-        weights, g_positives = _weights(room, x.shape[0], one_way)
-        exponentials = stash[0] if stash else x.new_empty(0)
-        problem = LseProblem(x, y, scale, None, None, 0, True)
-        return dot_lse.weighted(problem, weights, g_positives, exponentials, need_dx, need_dy, g)
+    def direction(g: Tensor, x: Tensor, y: Tensor, scale: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+        return launch_backward(g, x, y, scale, kept, one_way, need_dx, need_dy)
 
     key = _key("clip_loss backward", x, one_way, need_dx, need_dy)
     dx, dy, dscale = plans.run_after(plan, key, direction, (g, x, y, scale, *kept), 1)
@@ -79,10 +77,19 @@ def backward(
 
 
 def _key(name: str, x: Tensor, *options: int) -> tuple[object, ...]:
-    return name, *options, dot_lse.panels, x.dtype == torch.float32 and tf32_allowed()
+    return name, *options, x.dtype == torch.float32 and tf32_allowed()
 
 
-def _forward(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, budget: int, gradient: bool) -> tuple[Tensor, ...]:
+def launch_forward(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    one_way: bool,
+    budget: int,
+    gradient: bool,
+    panels: dot_lse.Panels = dot_lse.PANELS,
+) -> tuple[Tensor, ...]:
+    """`forward` without a plan."""
     from cibr_kernels.losses.clip import triton_kernels as kernels
 
     n, programs = x.shape[0], blocks(x.shape[0], dot_lse.BLOCK_F)
@@ -116,11 +123,30 @@ def _forward(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, budget: int, gr
             },
         )
 
-    dot_lse.forward(LseProblem(x, y, scale, None, None, 0, True), not one_way, False, stash, ends)
+    dot_lse.forward(LseProblem(x, y, scale, None, None, 0, True), not one_way, False, stash, ends, panels)
     loss = total(losses)
     if not gradient:
         return (loss,)
     return (loss, room, stash) if stash.numel() else (loss, room)
+
+
+def launch_backward(
+    g: Tensor,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    kept: Sequence[Tensor],
+    one_way: bool,
+    need_dx: bool,
+    need_dy: bool,
+    panels: dot_lse.Panels = dot_lse.PANELS,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`backward` without a plan."""
+    room, *stash = kept
+    weights, g_positives = _weights(room, x.shape[0], one_way)
+    exponentials = stash[0] if stash else x.new_empty(0)
+    problem = LseProblem(x, y, scale, None, None, 0, True)
+    return dot_lse.weighted(problem, weights, g_positives, exponentials, need_dx, need_dy, g, panels)
 
 
 def _weights(room: Tensor, n: int, one_way: bool) -> tuple[dot_lse.Weights, Tensor]:

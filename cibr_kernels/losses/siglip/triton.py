@@ -30,7 +30,7 @@ def known(
 
 def _key(x: Tensor, share: float, need_dx: bool, need_dy: bool) -> tuple[object, ...]:
     tf32 = x.dtype == torch.float32 and tf32_allowed()
-    return "siglip_loss", share, need_dx, need_dy, dot_softplus.panels, tf32
+    return "siglip_loss", share, need_dx, need_dy, tf32
 
 
 def times(

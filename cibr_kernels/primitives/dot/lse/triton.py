@@ -68,7 +68,7 @@ class Panels:
     owned_width: int = 128  # at most 128: the rows' gradients are kept in registers
 
 
-panels = Panels()
+PANELS = Panels()
 
 
 def stash_shape(n: int, m: int, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
@@ -84,7 +84,7 @@ def room_for_stash(x: Tensor, y: Tensor, budget: int) -> Tensor:
 
 def forward(
     problem: LseProblem, need_cols: bool, need_max: bool, stash: Tensor,
-    end: Callable[[dict[str, Any], bool], None] | None = None,
+    end: Callable[[dict[str, Any], bool], None] | None = None, panels: Panels = PANELS,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """-> rows (n,), cols (m,) or (0,), positives (n,), row and column maxima or (0,), stash shift (); fills the stash.
 
@@ -153,20 +153,21 @@ def forward(
 
 
 def backward(
-    problem: LseProblem, sums: LseSums, gradients: LseGradients, need_dx: bool, need_dy: bool
+    problem: LseProblem, sums: LseSums, gradients: LseGradients, need_dx: bool, need_dy: bool, panels: Panels = PANELS
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dx (n, d), dy (m, d), each empty unless needed, dscale ()."""
-    return weighted(problem, Weights.of(gradients, sums), gradients.positives, sums.stash, need_dx, need_dy)
+    weights = Weights.of(gradients, sums)
+    return weighted(problem, weights, gradients.positives, sums.stash, need_dx, need_dy, panels=panels)
 
 
 def weighted(
     problem: LseProblem, weights: Weights, g_positives: Tensor, stash: Tensor, need_dx: bool, need_dy: bool,
-    g: Tensor | None = None,
+    g: Tensor | None = None, panels: Panels = PANELS,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`backward` from the weights that its gradients make, times g () in the end."""
     if not (is_aligned(problem.x) and is_aligned(problem.y)):
         wide = _aligned_problem(problem)
-        dx, dy, dscale = weighted(wide, weights, g_positives, stash, need_dx, need_dy, g)
+        dx, dy, dscale = weighted(wide, weights, g_positives, stash, need_dx, need_dy, g, panels)
         d = problem.x.shape[1]
         return dx[:, :d].contiguous() if need_dx else dx, dy[:, :d].contiguous() if need_dy else dy, dscale
     (n, m, d), x, y, scale = problem.sizes, problem.x, problem.y, problem.scale
@@ -187,13 +188,13 @@ def weighted(
             features_gradient(owned, y, x, dy, along_y, **finish_y)
         return dx if need_dx else none, dy if need_dy else none, total(along_x if with_dx else along_y)
 
-    height, width = _panel_shape(problem, stash)
+    height, width = _panel_shape(problem, stash, panels)
     together = height == n and with_dx and need_dy  # both ends in one launch
     dx = torch.empty_like(x) if with_dx and not together else none
     panel = x.new_empty(height * pitch(width))
     dx_sums, dy_sums = new((height, d) if with_dx else 0), new((m, d) if need_dy else 0)
     cuts = [(left, min(left + width, m)) for left in range(0, m, width)]
-    makers = [_panels(problem.columns(*cut), weights.columns(*cut), stash) for cut in cuts]
+    makers = [_maker(problem.columns(*cut), weights.columns(*cut), stash) for cut in cuts]
     for first in range(0, n, height):
         end = min(first + height, n)
         for (left, right), make_panel in zip(cuts, makers, strict=True):
@@ -222,7 +223,7 @@ def weighted(
     return dx if need_dx else none, dy if need_dy else none, total(along_x if with_dx else along_y)
 
 
-def _panel_shape(problem: LseProblem, stash: Tensor) -> tuple[int, int]:
+def _panel_shape(problem: LseProblem, stash: Tensor, panels: Panels) -> tuple[int, int]:
     """Rows and columns of P at a time; a stash is read in whole rows."""
     (n, m, d), itemsize = problem.sizes, problem.x.element_size()
     if stash.numel():
@@ -309,7 +310,7 @@ class Weights:
         return replace(self, u=self.v, v=self.u, rows2=self.cols2, cols2=self.rows2)
 
 
-def _panels(problem: LseProblem, w: Weights, stash: Tensor) -> Any:
+def _maker(problem: LseProblem, w: Weights, stash: Tensor) -> Any:
     """-> f(panel, first, end), which writes P of rows [first, end) to panel (at least end - first, pitch)."""
     from cibr_kernels.primitives.dot.lse import triton_backward as kernels
 

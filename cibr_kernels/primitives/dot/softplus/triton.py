@@ -8,7 +8,7 @@ What that cannot save: of the largest weight's pairs, float16 loses those with t
 which shows where all pairs are such; rows, cols and dbias are float32 to the end.
 
 Workspace in bytes, with 128 x 128 tiles:
-    sums        rows / 128 * 8 m + O(n + m), rows = panels.rows or .gradient_rows
+    sums        rows / 128 * 8 m + O(n + m), rows = Panels.rows or .gradient_rows
     gradients   G + 4 rows of G * d + 4 m d + 4 n m / 128^2
     both        itemsize * (n + m) d where 32 does not divide d
 """
@@ -64,12 +64,12 @@ class Panels:
     whole_bytes: int = 1 << 30  # of G with them, which has all columns
 
 
-panels = Panels()
+PANELS = Panels()
 
 
 def forward(
     problem: SoftplusProblem, row_weights: Tensor | None, col_weights: Tensor | None, need_cols: bool, need_dx: bool,
-    need_dy: bool,
+    need_dy: bool, panels: Panels = PANELS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> rows (n,), cols (m,) or (0,), dx (n, d), dy (m, d), each empty unless needed, dscale (), dbias ().
     dx and dy are float32 for float16.
@@ -84,8 +84,9 @@ def forward(
     rows = scale.new_empty(problem.sizes[0])
     exponent = scale.new_empty(()) if row_weights is None else _exponent(row_weights, col_weights)
     sweep = _Sweep(
-        problem, _poison(problem.x, problem.y), exponent, _contiguous(row_weights), _contiguous(col_weights), need_cols
-    )
+        problem, _poison(problem.x, problem.y), exponent, _contiguous(row_weights), _contiguous(col_weights), need_cols,
+        panels,
+    )  # fmt: skip
 
     def fold(parts: Tensor, first: int, end: int, count: int) -> None:
         _fold(parts, rows[first:end], count)
@@ -98,8 +99,9 @@ def forward(
 
 
 def mean_loss(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, need_dx: bool, need_dy: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, need_dx: bool, need_dy: bool,
+    panels: Panels = PANELS,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> share (the sum of softplus over all pairs, signed) (), and dx, dy, each empty unless needed, dscale, dbias.
 
     The loss of siglip: all weights are `share`, and the positives, row i with row i, are part of it.
@@ -118,7 +120,7 @@ def mean_loss(
         {"BLOCK_R": BLOCK_R, "BLOCK_D": features_block(x)},
     )  # fmt: skip
     problem = SoftplusProblem(x, y, scale, None, None, 0, bias, False)
-    sweep = _Sweep(problem, total(poison), exponent, weights if gradient else None, None, False, g_positives)
+    sweep = _Sweep(problem, total(poison), exponent, weights if gradient else None, None, False, panels, g_positives)
     losses = new(blocks(n, BLOCK_L))
     g_sums = sweep.totals[: len(losses)] if gradient else None
 
@@ -172,13 +174,13 @@ class _Sweep:
 
     def __init__(
         self, problem: SoftplusProblem, poison: Tensor, exponent: Tensor, g_rows: Tensor | None, g_cols: Tensor | None,
-        need_cols: bool, g_positives: Tensor | None = None,
+        need_cols: bool, panels: Panels, g_positives: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.problem, self.exponent, self.g_cols = problem, exponent, g_cols
         self.need_cols, self.gradient, self.g_positives = need_cols, g_rows is not None, g_positives
         (n, m, _), x = problem.sizes, problem.x
         self.tiles = _tiles(x) if self.gradient or problem.grouped else Tiles.of("scores", x)
-        self.height, self.width = _panel_shape(problem, need_cols, self.gradient)
+        self.height, self.width = _panel_shape(problem, need_cols, self.gradient, panels)
         block_n = self.tiles.config.block_n
         heights = [min(self.height, n - first) for first in range(0, n, self.height)]
         widths = [min(self.width, m - left) for left in range(0, m, self.width)]
@@ -284,7 +286,7 @@ class _Sweep:
         )  # fmt: skip
 
 
-def _panel_shape(problem: SoftplusProblem, need_cols: bool, gradient: bool) -> tuple[int, int]:
+def _panel_shape(problem: SoftplusProblem, need_cols: bool, gradient: bool, panels: Panels) -> tuple[int, int]:
     """Rows and columns at a time."""
     (n, m, d), itemsize = problem.sizes, problem.x.element_size()
     if not gradient:
