@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -47,27 +48,27 @@ class Device:
             getattr(backends.compiled(), f"{kernel}_cuda")(params)
 
 
-_executor: Executor = Device()
+_device: Executor = Device()
+_executor = ContextVar("where calls of CUDA C++ go", default=_device)
 
 
 @contextmanager
 def execute_on(executor: Executor) -> Iterator[None]:
-    """Calls with CPU tensors go to `executor`, as if they were its device's.  For tests; not thread-safe."""
-    global _executor
-    before, _executor = _executor, executor
+    """Calls of this thread go to `executor`, and CPU tensors count as its device's.  For tests."""
+    before = _executor.set(executor)
     try:
         yield
     finally:
-        _executor = before
+        _executor.reset(before)
 
 
 def takes(*tensors: Tensor) -> bool:
     """True when these tensors are for the CUDA kernels rather than those of the CPU."""
-    return tensors[0].device.type == "cuda" or not isinstance(_executor, Device)
+    return tensors[0].device.type == "cuda" or not isinstance(_executor.get(), Device)
 
 
 def target(device: torch.device) -> Target:
-    return _executor.target(device)
+    return _executor.get().target(device)
 
 
 def unsupported(*tensors: Tensor) -> str | None:
@@ -82,7 +83,7 @@ def unsupported(*tensors: Tensor) -> str | None:
             return "the CUDA C++ kernels run on NVIDIA devices"
         if t.device.type == "cuda" and Gpu.target(t.device).capability < 80:
             return f"the CUDA kernels need compute capability 8.0 or newer, got {Gpu.target(t.device).capability / 10}"
-        if t.device.type == "cuda" and (refusal := _executor.refusal(t.device)):
+        if t.device.type == "cuda" and (refusal := _executor.get().refusal(t.device)):
             return f"the CUDA C++ kernels cannot run on {t.device}: {refusal}"
     return None
 
@@ -97,7 +98,7 @@ def call(kernel: str, struct: str, **fields: Any) -> None:
     size = getattr(module, f"{kernel}_cuda_workspace")(params)
     workspace = torch.empty(size, dtype=torch.uint8, device=tensors[0].device)
     params.workspace = workspace.data_ptr()
-    _executor.launch(kernel, params, [*tensors, workspace])
+    _executor.get().launch(kernel, params, [*tensors, workspace])
     recorder = triton_recording.active()
     if recorder is not None:
         recorder.called(kernel, struct, {**fields, "workspace": workspace})
@@ -107,4 +108,4 @@ def again(kernel: str, struct: str, fields: dict[str, Any], like: Tensor) -> Non
     """A call that was made before, with addresses in the place of tensors, on the device of `like`."""
     params = getattr(backends.compiled(), struct)()
     params.fill(fields)
-    _executor.launch(kernel, params, [like])
+    _executor.get().launch(kernel, params, [like])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -77,22 +78,22 @@ class Gpu:
             recorder.launched(compiled, grid, kernel, {**args, **constants})
 
 
-_executor: Executor = Gpu()
+_gpu: Executor = Gpu()
+_executor = ContextVar("where Triton launches go", default=_gpu)
 
 
 @contextmanager
 def execute_on(executor: Executor) -> Iterator[None]:
-    """Launches go to `executor`, and CPU tensors count as its device's.  For tests; not thread-safe."""
-    global _executor
-    before, _executor = _executor, executor
+    """Launches of this thread go to `executor`, and CPU tensors count as its device's.  For tests."""
+    before = _executor.set(executor)
     try:
         yield
     finally:
-        _executor = before
+        _executor.reset(before)
 
 
 def target(device: torch.device) -> Target:
-    return _executor.target(device)
+    return _executor.get().target(device)
 
 
 def launch(
@@ -107,7 +108,7 @@ def launch(
     """Runs a @triton.jit `kernel` over `grid`: args are tensors and numbers, constants its tl.constexpr parameters."""
     device = next(t.device for t in args.values() if isinstance(t, Tensor))
     pointers.check(getattr(kernel, "__name__", "a Triton kernel"), device, args)
-    _executor.launch(kernel, grid, args, constants, {"num_warps": num_warps, "num_stages": num_stages})
+    _executor.get().launch(kernel, grid, args, constants, {"num_warps": num_warps, "num_stages": num_stages})
 
 
 def address(t: Tensor) -> int:
@@ -120,7 +121,7 @@ def unsupported(*tensors: Tensor) -> str | None:
     for t in tensors:
         if t.dtype.is_floating_point and t.dtype.itemsize > 4:
             return f"the Triton kernels compute in float32, got {t.dtype}"
-        if t.device.type != "cuda" and isinstance(_executor, Gpu):
+        if t.device.type != "cuda" and isinstance(_executor.get(), Gpu):
             return f"the Triton kernels run on CUDA and ROCm devices, got {t.device}"
         found = target(t.device)
         if found.kind == "cuda" and found.capability < 80:

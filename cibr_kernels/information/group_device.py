@@ -32,6 +32,8 @@ def serves(t: Tensor, backend: str) -> bool:
     """Whether a group of tensors like t goes this way."""
     if t.dtype != torch.float32 or backend == "reference" or (t.is_cpu and backend != "triton"):
         return False
+    if torch.compiler.is_compiling():  # where nodes of Python are not taken either
+        return False
     return triton_call.unsupported(t) is None
 
 

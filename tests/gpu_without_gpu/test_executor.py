@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
 
-from cibr_kernels.dispatch import triton_call
+from cibr_kernels.dispatch import cuda_call, triton_call
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from emulator import MissingWait, OutOfBounds, PtxError, Race, Uninitialised  # noqa: E402
 from executor import TARGETS, emulated  # noqa: E402
+from plans import Emulator as PlanEmulator  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 each_capability = pytest.mark.parametrize("capability", list(TARGETS))
@@ -155,6 +157,14 @@ def test_gpus_that_are_too_old_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
     for capability, reason in ((75, "the Triton kernels need compute capability 8.0 or newer, got 7.5"), (80, None)):
         with emulated(capability):
             assert triton_call.unsupported(torch.zeros(1)) == reason
+
+
+def test_launches_of_other_threads_go_where_they_went() -> None:
+    with emulated(80), ThreadPoolExecutor(1) as other:
+        assert triton_call.unsupported(torch.zeros(1)) is None
+        assert "run on CUDA" in str(other.submit(triton_call.unsupported, torch.zeros(1)).result())
+    with cuda_call.execute_on(PlanEmulator("80")), ThreadPoolExecutor(1) as other:
+        assert cuda_call.takes(torch.zeros(1)) and not other.submit(cuda_call.takes, torch.zeros(1)).result()
 
 
 def test_too_much_shared_memory() -> None:
