@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     gpu.add_argument("names", nargs="*", help="the beginnings of cases' names")
     how = gpu.add_mutually_exclusive_group()
     how.add_argument("--predict", action="store_true", help="without a GPU, from what compilers make")
+    how.add_argument("--columns", action="store_true", help="what P by columns saves and costs, without a GPU")
     how.add_argument("--host", action="store_true", help="launches, memory and host instructions, without a GPU")
     gpu.add_argument("--search", action="store_true", help="look for better configurations than the tables'")
     gpu.add_argument("--update", action="store_true", help="--host: record the counts")
@@ -100,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if args.host:
             return host.main(args.names, update=args.update)
+        if args.columns:
+            return gpu.columns(args.json)
         return gpu.main(args.json, predict=args.predict, search=args.search, only=args.names)
     if args.command == "picture":
         from bench import picture

@@ -5,10 +5,12 @@ What is measured is measure.py's, on devices.Cuda; the floor is every pass at th
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -106,10 +108,7 @@ def main(file: Path | None = None, *, predict: bool = False, search: bool = Fals
 
 
 def _predict(file: Path | None, cases: Sequence[Case], search: bool) -> int:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        print("bench gpu --predict compiles the Triton kernels: pip install triton", file=sys.stderr)
+    if not _compiles("--predict"):
         return 2
     from bench.static import predictions
     from bench.static.search import predicted
@@ -120,3 +119,23 @@ def _predict(file: Path | None, cases: Sequence[Case], search: bool) -> int:
     if file:
         report.write(file, predictions.as_json(rows))
     return 0
+
+
+def columns(file: Path | None = None) -> int:
+    """-> 0; 2 without Triton."""
+    if not _compiles("--columns"):
+        return 2
+    from bench.static import columns
+
+    costs = columns.main()
+    if file:
+        report.write(file, [asdict(cost) for cost in costs])
+    return 0
+
+
+def _compiles(flag: str) -> bool:
+    """Whether Triton is there; says so where it is not."""
+    if importlib.util.find_spec("triton") is None:
+        print(f"bench gpu {flag} compiles the Triton kernels: pip install triton", file=sys.stderr)
+        return False
+    return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -212,7 +211,13 @@ def test_search_and_predict_go_together(monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["scale", "--predict"], ["toy", "--plot"], ["clip_loss", "--search"], ["gpu", "--predict", "--host"]],
+    [
+        ["scale", "--predict"],
+        ["toy", "--plot"],
+        ["clip_loss", "--search"],
+        ["gpu", "--predict", "--host"],
+        ["gpu", "--columns", "--predict"],
+    ],
     ids=" ".join,
 )
 def test_a_command_refuses_the_flags_of_others(arguments, capsys):
@@ -221,9 +226,10 @@ def test_a_command_refuses_the_flags_of_others(arguments, capsys):
     assert stop.value.code == 2 and arguments[-1] in capsys.readouterr().err
 
 
-def test_predictions_without_triton_say_what_to_install(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    assert cli.main(["gpu", "--predict"]) == 2
+@pytest.mark.parametrize("flag", ["--predict", "--columns"])
+def test_predictions_without_triton_say_what_to_install(flag, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["gpu", flag]) == 2
     assert "pip install triton" in capsys.readouterr().err
 
 
@@ -243,6 +249,25 @@ def test_predictions_are_called_that_and_count_the_passes(tmp_path, capsys, monk
     assert (train["passes"], forward["passes"]) == (pytest.approx(4.0), pytest.approx(1.0))
     for row in (train, forward):
         assert 0 < row["bound_ms"] < row["predicted_ms"] and 0 < row["percent_of_peak"] < 100 and not row["note"]
+
+
+@pytest.mark.slow
+def test_columns_save_what_the_allocator_counts_and_cost_little(tmp_path, capsys, monkeypatch):
+    """Peaks are those of the fake device's allocator, whose record has no row for P by rows."""
+    pytest.importorskip("triton")
+    from bench.guards import host
+    from bench.static import columns
+
+    monkeypatch.setattr(columns.main, "__defaults__", ((90,), ((65536, 512),)))
+    assert cli.main(["gpu", "--columns", "--json", str(tmp_path / "c.json")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("PREDICTIONS, not measurements") and "ratio" in out
+    rows, cols = json.loads((tmp_path / "c.json").read_text())
+    recorded = host.read()["counts"]["clip_loss 65536x512"]["peak_bytes"]
+    assert cols["peak_bytes"] == pytest.approx(recorded, abs=1 << 16)
+    assert rows["peak_bytes"] - cols["peak_bytes"] == pytest.approx(8192 * (65536 - 16384) * 2, rel=0.01)  # of P
+    assert 1 < cols["milliseconds"] / rows["milliseconds"] < 1.05 and cols["moved_bytes"] > rows["moved_bytes"]
+    assert cols["waves"][1] == rows["waves"][1] / 4 and cols["launches"] > rows["launches"]
 
 
 # ------------------------------------------------------------------------------------------------ search

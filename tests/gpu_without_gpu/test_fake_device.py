@@ -121,6 +121,21 @@ def test_a_step_launches_allocates_and_keeps_no_more_than_is_recorded(counts: ho
     }
 
 
+@pytest.mark.parametrize(
+    ("case", "megabytes"),
+    [
+        ("clip_loss 65536x512", 500),
+        ("clip_loss 65536x768", 600),
+        ("clip_loss 32768x512", 260),
+        ("siglip_loss 65536x512", 520),
+    ],
+)
+def test_the_recorded_peaks_are_within_what_is_promised(case: str, megabytes: int) -> None:
+    peak = host.read()["counts"][case]["peak_bytes"]
+    n, d = map(int, case.split(" ")[1].split("x"))
+    assert 4 * n * d < peak <= megabytes * 10**6, "the gradients alone, and the target"
+
+
 def test_nothing_waits_for_the_device(counts: host.Counts) -> None:
     assert {case: row["waits"] for case, row in counts.items() if row["waits"]} == {}
 
