@@ -209,3 +209,14 @@ def test_a_dot_product_in_words_is_code(page: Path) -> None:
 def test_every_page_can_be_reached_from_the_index() -> None:
     linked = re.findall(r"\]\((\w+)\.md[)#]", PAGES["index"])
     assert set(PAGES) - {"index"} == set(linked) - {"index"}
+
+
+def test_every_record_has_its_command_and_date() -> None:
+    results = ROOT / "bench" / "results"
+    listed = re.findall(
+        r"^\| \[([\w.-]+)\]\(\.\./bench/results/\1\) \| .+ \| [\d and]+ [A-Z][a-z]+ \|$",
+        PAGES["benchmarks"],
+        re.MULTILINE,
+    )
+    kept = {path.name for path in results.iterdir() if path.suffix in (".txt", ".md")} | {"evidence"}
+    assert sorted(listed) == sorted(kept)
