@@ -84,37 +84,41 @@ void each_field(Of<SiglipLoss>, const Visit& visit) {
 }
 
 template <typename Visit>
+void each_field(Of<AdditiveProblem>, const Visit& visit) {
+  using P = AdditiveProblem;
+  CK_FIELD(a), CK_FIELD(b), CK_FIELD(w), CK_FIELD(n), CK_FIELD(m), CK_FIELD(h), CK_FIELD(activation), CK_FIELD(slope),
+      CK_FIELD(threads);
+}
+
+template <typename Visit>
 void each_field(Of<AdditiveMoments>, const Visit& visit) {
   using P = AdditiveMoments;
-  CK_FIELD(a), CK_FIELD(b), CK_FIELD(w), CK_FIELD(bias), CK_FIELD(n), CK_FIELD(m), CK_FIELD(h),
-      CK_FIELD(first_positive), CK_FIELD(include_diagonal), CK_FIELD(activation), CK_FIELD(slope), CK_FIELD(need_a),
-      CK_FIELD(need_b), CK_FIELD(need_w), CK_FIELD(features_dtype), CK_FIELD(threads), CK_FIELD(j), CK_FIELD(el),
-      CK_FIELD(da), CK_FIELD(db), CK_FIELD(dw);
+  each_field(Of<AdditiveProblem>{}, visit);
+  CK_FIELD(bias), CK_FIELD(first_positive), CK_FIELD(include_diagonal), CK_FIELD(need_a), CK_FIELD(need_b),
+      CK_FIELD(need_w), CK_FIELD(features_dtype), CK_FIELD(j), CK_FIELD(el), CK_FIELD(da), CK_FIELD(db), CK_FIELD(dw);
 }
 
 template <typename Visit>
 void each_field(Of<AdditiveMomentsBackward>, const Visit& visit) {
   using P = AdditiveMomentsBackward;
-  CK_FIELD(a), CK_FIELD(b), CK_FIELD(w), CK_FIELD(n), CK_FIELD(m), CK_FIELD(h), CK_FIELD(first_positive),
-      CK_FIELD(groups), CK_FIELD(activation), CK_FIELD(slope), CK_FIELD(features_dtype), CK_FIELD(threads),
-      CK_FIELD(g_j), CK_FIELD(g_l), CK_FIELD(da_of_l), CK_FIELD(db_of_l), CK_FIELD(dw_of_l), CK_FIELD(da),
-      CK_FIELD(db), CK_FIELD(dw);
+  each_field(Of<AdditiveProblem>{}, visit);
+  CK_FIELD(first_positive), CK_FIELD(groups), CK_FIELD(features_dtype), CK_FIELD(g_j), CK_FIELD(g_l), CK_FIELD(da_of_l),
+      CK_FIELD(db_of_l), CK_FIELD(dw_of_l), CK_FIELD(da), CK_FIELD(db), CK_FIELD(dw);
 }
 
 template <typename Visit>
 void each_field(Of<AdditiveScores>, const Visit& visit) {
   using P = AdditiveScores;
-  CK_FIELD(a), CK_FIELD(b), CK_FIELD(w), CK_FIELD(n), CK_FIELD(m), CK_FIELD(h), CK_FIELD(activation), CK_FIELD(slope),
-      CK_FIELD(features_dtype), CK_FIELD(threads), CK_FIELD(scores), CK_FIELD(grad), CK_FIELD(da), CK_FIELD(db),
-      CK_FIELD(dw);
+  each_field(Of<AdditiveProblem>{}, visit);
+  CK_FIELD(features_dtype), CK_FIELD(scores), CK_FIELD(grad), CK_FIELD(da), CK_FIELD(db), CK_FIELD(dw);
 }
 
 template <typename Visit>
 void each_field(Of<AdditiveShifts>, const Visit& visit) {
   using P = AdditiveShifts;
-  CK_FIELD(a), CK_FIELD(b), CK_FIELD(w), CK_FIELD(n), CK_FIELD(m), CK_FIELD(h), CK_FIELD(first), CK_FIELD(k),
-      CK_FIELD(activation), CK_FIELD(slope), CK_FIELD(threads), CK_FIELD(scores), CK_FIELD(g), CK_FIELD(need_a),
-      CK_FIELD(need_b), CK_FIELD(need_w), CK_FIELD(da), CK_FIELD(db), CK_FIELD(dw);
+  each_field(Of<AdditiveProblem>{}, visit);
+  CK_FIELD(first), CK_FIELD(k), CK_FIELD(scores), CK_FIELD(g), CK_FIELD(need_a), CK_FIELD(need_b), CK_FIELD(need_w),
+      CK_FIELD(da), CK_FIELD(db), CK_FIELD(dw);
 }
 
 template <typename Visit>

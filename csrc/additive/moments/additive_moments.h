@@ -10,34 +10,27 @@
 
 #include <cstdint>
 
-#include "additive/activation_names.h"
+#include "additive/problem.h"
 #include "common/isa.h"
 
 namespace ck {
 
-struct AdditiveMoments {
-  const float *a, *b, *w;          // (n, h), (m, h), (h,) contiguous; a, b, da, db point to `features_dtype` on the CPU
+// All sizes are >= 1, and P is not empty; a, b, da, db point to `features_dtype` on the CPU.
+struct AdditiveMoments : AdditiveProblem {
   const float* bias;               // (1,) c, or null for 0
-  int64_t n, m, h;                 // all >= 1, and P is not empty
   int64_t first_positive;          // column of row 0's positive; 0 <= first_positive, first_positive + n <= m
   int32_t include_diagonal;        // 1: the positives count among the pairs of L
-  int32_t activation;              // an Activation (additive/activation_names.h)
-  float slope;                     // leaky_relu's negative slope; elu's alpha
   int32_t need_a, need_b, need_w;  // which gradients to compute; the pointers of the others may be null
   int32_t features_dtype;          // a Dtype (common/dtype.h); on the CPU
-  int32_t threads;
   float *j, *el;        // (1,), (1,) J, L
   float *da, *db, *dw;  // (n, h), (m, h), (h,)
 };
 
 // Its backward, for gradients g_j and g_l (groups,) of J and L, null for 0, of `groups` critics one after the other.  Each of
 // da, db and dw is null where it is not needed, or has the gradient of L that the forward made beside it.
-struct AdditiveMomentsBackward {
-  const float *a, *b, *w;  // (groups, n, h), (groups, m, h), (groups, h); a, b and their gradients point to `features_dtype`
-  int64_t n, m, h, first_positive, groups;
-  int32_t activation;
-  float slope;
-  int32_t features_dtype, threads;
+struct AdditiveMomentsBackward : AdditiveProblem {  // a, b and their gradients point to `features_dtype`
+  int64_t first_positive, groups;
+  int32_t features_dtype;
   const float *g_j, *g_l;
   const float *da_of_l, *db_of_l, *dw_of_l;
   float *da, *db, *dw;

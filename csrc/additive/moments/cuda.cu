@@ -307,7 +307,8 @@ float* take_parts(const AdditiveMomentsBackward& p, Workspace& workspace) {
   return workspace.take<float>("parts", p.dw ? p.groups * positive_chunks(p) * p.h : 0);
 }
 
-void launch_backward(const AdditiveMomentsBackward& p, Workspace& workspace, Launcher& run) {
+Workspace launch_backward(const AdditiveMomentsBackward& p, Launcher& run) {
+  Workspace workspace(p.workspace);
   const PositivesKernel& positives = POSITIVES[p.activation];
   float* const parts = take_parts(p, workspace);
   const int chunks = positive_chunks(p);
@@ -316,6 +317,7 @@ void launch_backward(const AdditiveMomentsBackward& p, Workspace& workspace, Lau
   if (p.dw)
     RUN(additive_moments_positive_weights_kernel, dim3(blocks(p.h, POSITIVE_THREADS), p.groups), POSITIVE_THREADS,
         parts, chunks, p.n, p.h, p.g_j, p.g_l, p.dw_of_l, p.dw, p.w_dtype);
+  return workspace;
 }
 
 }  // namespace
@@ -329,38 +331,23 @@ int64_t additive_moments_backward_workspace(const AdditiveMomentsBackward& p) {
 }
 
 int additive_moments(const AdditiveMoments& p) {
-  const cudaError_t set = cudaSetDevice(p.device);
-  if (set != cudaSuccess) return set;
-  Launcher run(static_cast<cudaStream_t>(p.stream));
-  Sweep(p, p.workspace).launch(run);
-  return run.error();
+  return launched(p, [&](Launcher& run) { Sweep(p, p.workspace).launch(run); });
 }
 
 Plan additive_moments_plan(const AdditiveMoments& p) {
-  Plan plan;
-  Launcher run(plan);
-  const Sweep sweep(p, p.workspace);
-  sweep.launch(run);
-  plan.workspace = sweep.workspace().sections();
-  return plan;
+  return planned([&](Launcher& run) {
+    const Sweep sweep(p, p.workspace);
+    sweep.launch(run);
+    return sweep.workspace();
+  });
 }
 
 int additive_moments_backward(const AdditiveMomentsBackward& p) {
-  const cudaError_t set = cudaSetDevice(p.device);
-  if (set != cudaSuccess) return set;
-  Launcher run(static_cast<cudaStream_t>(p.stream));
-  Workspace workspace(p.workspace);
-  launch_backward(p, workspace, run);
-  return run.error();
+  return launched(p, [&](Launcher& run) { launch_backward(p, run); });
 }
 
 Plan additive_moments_backward_plan(const AdditiveMomentsBackward& p) {
-  Plan plan;
-  Launcher run(plan);
-  Workspace workspace(p.workspace);
-  launch_backward(p, workspace, run);
-  plan.workspace = workspace.sections();
-  return plan;
+  return planned([&](Launcher& run) { return launch_backward(p, run); });
 }
 
 }  // namespace cuda

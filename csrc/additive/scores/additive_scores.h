@@ -8,20 +8,16 @@
 
 #include <cstdint>
 
+#include "additive/problem.h"
 #include "common/isa.h"
 
 namespace ck {
 
-struct AdditiveScores {
-  const float *a, *b, *w;  // (n, h), (m, h), (h,) contiguous; a, b, da, db point to `features_dtype`
-  int64_t n, m, h;
-  int32_t activation;      // an Activation (additive/activation_names.h)
-  float slope;             // leaky_relu's negative slope; elu's alpha
-  int32_t features_dtype;  // a Dtype (common/dtype.h)
-  int32_t threads;
-  float* scores;        // (n, m), forward
-  const float* grad;    // (n, m), backward
-  float *da, *db, *dw;  // (n, h), (m, h), (h,), backward; null where not needed
+struct AdditiveScores : AdditiveProblem {  // a, b, da, db point to `features_dtype`
+  int32_t features_dtype;                  // a Dtype (common/dtype.h)
+  float* scores;                           // (n, m), forward
+  const float* grad;                       // (n, m), backward
+  float *da, *db, *dw;                     // (n, h), (m, h), (h,), backward; null where not needed
 };
 
 CK_DECLARE(additive_scores_forward, AdditiveScores)

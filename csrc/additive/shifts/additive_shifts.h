@@ -10,16 +10,13 @@
 
 #include <cstdint>
 
+#include "additive/problem.h"
 #include "common/isa.h"
 
 namespace ck {
 
-struct AdditiveShifts {
-  const float *a, *b, *w;     // (n, h), (m, h), (h,) contiguous
-  int64_t n, m, h, first, k;  // n <= m
-  int32_t activation;         // an Activation (additive/activation_names.h)
-  float slope;                // leaky_relu's negative slope; elu's alpha
-  int32_t threads;
+struct AdditiveShifts : AdditiveProblem {  // n <= m
+  int64_t first, k;
   float* scores;                   // (k, n), forward only
   const float* g;                  // (k, n), backward only
   int32_t need_a, need_b, need_w;  // backward only: which gradients to compute; the pointers of the others may be null

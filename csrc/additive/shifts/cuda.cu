@@ -212,17 +212,19 @@ bool whole(const AdditiveShifts& p) {
   return p.dtype == kFloat32 && p.h % 4 == 0 && aligned(p.a) && aligned(p.b);
 }
 
-void launch_forward(const AdditiveShifts& p, Launcher& run) {
+Workspace launch_forward(const AdditiveShifts& p, Launcher& run) {
   const Kernels& kernels = KERNELS[p.activation];
   run(kernels.scores_name, kernels.scores, dim3(blocks(p.n, WARPS * ROWS), blocks(p.k, SHIFTS)), THREADS, p.a, p.b,
       p.dtype, whole(p), p.w, p.w_dtype, p.n, p.m, p.h, p.first, p.k, p.slope, p.scores);
+  return Workspace(nullptr);
 }
 
 float* take_parts(const AdditiveShifts& p, Workspace& workspace) {
   return workspace.take<float>("parts", p.need_w ? row_blocks(p.n) * p.h : 0);
 }
 
-void launch_backward(const AdditiveShifts& p, Workspace& workspace, Launcher& run) {
+Workspace launch_backward(const AdditiveShifts& p, Launcher& run) {
+  Workspace workspace(p.workspace);
   const Kernels& kernels = KERNELS[p.activation];
   float* const parts = take_parts(p, workspace);
   const int unit_blocks = blocks(p.h, UNITS);
@@ -235,6 +237,7 @@ void launch_backward(const AdditiveShifts& p, Workspace& workspace, Launcher& ru
   if (p.need_w)
     run("additive_shifts_weights_kernel", additive_shifts_weights_kernel, dim3(blocks(p.h, THREADS)), THREADS, parts,
         row_blocks(p.n), p.h, p.dw, p.w_dtype);
+  return workspace;
 }
 
 }  // namespace
@@ -248,36 +251,19 @@ int64_t additive_shifts_backward_workspace(const AdditiveShifts& p) {
 }
 
 int additive_shifts_forward(const AdditiveShifts& p) {
-  const cudaError_t set = cudaSetDevice(p.device);
-  if (set != cudaSuccess) return set;
-  Launcher run(static_cast<cudaStream_t>(p.stream));
-  launch_forward(p, run);
-  return run.error();
+  return launched(p, [&](Launcher& run) { launch_forward(p, run); });
 }
 
 int additive_shifts_backward(const AdditiveShifts& p) {
-  const cudaError_t set = cudaSetDevice(p.device);
-  if (set != cudaSuccess) return set;
-  Launcher run(static_cast<cudaStream_t>(p.stream));
-  Workspace workspace(p.workspace);
-  launch_backward(p, workspace, run);
-  return run.error();
+  return launched(p, [&](Launcher& run) { launch_backward(p, run); });
 }
 
 Plan additive_shifts_forward_plan(const AdditiveShifts& p) {
-  Plan plan;
-  Launcher run(plan);
-  launch_forward(p, run);
-  return plan;
+  return planned([&](Launcher& run) { return launch_forward(p, run); });
 }
 
 Plan additive_shifts_backward_plan(const AdditiveShifts& p) {
-  Plan plan;
-  Launcher run(plan);
-  Workspace workspace(p.workspace);
-  launch_backward(p, workspace, run);
-  plan.workspace = workspace.sections();
-  return plan;
+  return planned([&](Launcher& run) { return launch_backward(p, run); });
 }
 
 }  // namespace cuda

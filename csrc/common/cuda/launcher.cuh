@@ -60,5 +60,24 @@ class Launcher {
   cudaError_t error_ = cudaSuccess;
 };
 
+// Calls enqueue(run) for the device and stream of p -> a cudaError_t.
+template <typename P, typename Enqueue>
+int launched(const P& p, const Enqueue& enqueue) {
+  const cudaError_t set = cudaSetDevice(p.device);
+  if (set != cudaSuccess) return set;
+  Launcher run(static_cast<cudaStream_t>(p.stream));
+  enqueue(run);
+  return run.error();
+}
+
+// What enqueue(run) -> Workspace would launch.
+template <typename Enqueue>
+Plan planned(const Enqueue& enqueue) {
+  Plan plan;
+  Launcher run(plan);
+  plan.workspace = enqueue(run).sections();
+  return plan;
+}
+
 }  // namespace cuda
 }  // namespace ck
