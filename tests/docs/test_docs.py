@@ -220,3 +220,9 @@ def test_every_record_has_its_command_and_date() -> None:
     )
     kept = {path.name for path in results.iterdir() if path.suffix in (".txt", ".md")} | {"evidence"}
     assert sorted(listed) == sorted(kept)
+
+
+@pytest.mark.parametrize(("module", "table"), [("objectives", "OBJECTIVES"), ("models", "MODELS"), ("data", "SOURCES")])
+def test_the_trainers_page_names_what_its_tables_have(module: str, table: str) -> None:
+    named = set(re.findall(r"`([\w]+)(?::[^`]*)?`", PAGES["trainer"]))
+    assert set(getattr(importlib.import_module(f"cibr.{module}"), table)) <= named
