@@ -15,46 +15,55 @@ pytestmark = [
 ]
 
 MOMENTS = """
-int main() {
+int run(int activation, int groups) {  // critics of one problem, forward and backward
   const int n = 20, m = 70, h = 19, first_positive = 17;
-  float j = 0, el = 0;
-#ifdef EMU_THREADS
-  const std::vector<int> activations = {0, 4};  // ReLU, SiLU
-#else
-  const std::vector<int> activations = {0, 1, 4};  // and leaky ReLU, whose steps are ReLU's
-#endif
-  for (int activation : activations) {
-    std::vector<float> a(n * h), b(m * h), w(h), da(n * h), db(m * h), dw(h);
-    for (size_t i = 0; i < a.size(); i++) a[i] = std::sin(1.7 * i);
-    for (size_t i = 0; i < b.size(); i++) b[i] = std::cos(2.3 * i);
-    for (size_t i = 0; i < w.size(); i++) w[i] = std::sin(0.9 * i + 1);
-    ck::cuda::AdditiveMoments p = {};
-    p.a = a.data(), p.b = b.data(), p.w = w.data(), p.n = n, p.m = m, p.h = h, p.first_positive = first_positive;
-    p.activation = activation, p.slope = 0.2f, p.need_a = p.need_b = p.need_w = 1;
-    p.j = &j, p.el = &el, p.groups = 1, p.da = da.data(), p.db = db.data(), p.dw = dw.data();
-    p.processors = 1, p.score_budget = 1 << 20;
-    std::unique_ptr<char[]> workspace(new char[ck::cuda::additive_moments_workspace(p)]);
-    p.workspace = workspace.get();
-    if (ck::cuda::additive_moments(p) != 0) return 1;
-    double sum = 0, weights = 0, expected = 0;
+  std::vector<float> a(groups * n * h), b(groups * m * h), w(groups * h);
+  std::vector<float> j(groups), el(groups), g_j(groups), g_l(groups);
+  for (size_t i = 0; i < a.size(); i++) a[i] = std::sin(1.7 * i);
+  for (size_t i = 0; i < b.size(); i++) b[i] = std::cos(2.3 * i);
+  for (size_t i = 0; i < w.size(); i++) w[i] = std::sin(0.9 * i + 1);
+  for (int g = 0; g < groups; g++) g_j[g] = 0.5f + g, g_l[g] = -1.5f + g;
+  std::vector<float> da_of_l(a.size()), db_of_l(b.size()), dw_of_l(w.size()), da(a.size()), db(b.size()), dw(w.size());
+  ck::cuda::AdditiveMoments p = {};
+  p.a = a.data(), p.b = b.data(), p.w = w.data(), p.n = n, p.m = m, p.h = h, p.first_positive = first_positive;
+  p.activation = activation, p.slope = 0.2f, p.need_a = p.need_b = p.need_w = 1;
+  p.j = j.data(), p.el = el.data(), p.groups = groups;
+  p.da = da_of_l.data(), p.db = db_of_l.data(), p.dw = dw_of_l.data(), p.processors = 1, p.score_budget = 1 << 20;
+  std::unique_ptr<char[]> workspace(new char[ck::cuda::additive_moments_workspace(p)]);
+  p.workspace = workspace.get();
+  ck::cuda::AdditiveMomentsBackward q = {};
+  q.a = p.a, q.b = p.b, q.w = p.w, q.n = n, q.m = m, q.h = h, q.first_positive = first_positive;
+  q.activation = activation, q.groups = groups, q.slope = p.slope, q.g_j = g_j.data(), q.g_l = g_l.data();
+  q.da_of_l = p.da, q.db_of_l = p.db, q.dw_of_l = p.dw, q.da = da.data(), q.db = db.data(), q.dw = dw.data();
+  std::unique_ptr<char[]> second(new char[ck::cuda::additive_moments_backward_workspace(q)]);
+  q.workspace = second.get();
+  if (ck::cuda::additive_moments(p) != 0 || ck::cuda::additive_moments_backward(q) != 0) return 1;
+  for (int g = 0; g < groups; g++) {
+    double sum = 0, first = 0, joint = 0;
     for (int i = 0; i < n; i++)
       for (int j = 0; j < m; j++) {
-        if (j == first_positive + i) continue;
-        double s = 0, first = 0;
+        double s = 0, first_unit = 0;
         for (int k = 0; k < h; k++) {
-          const double t = a[i * h + k] + b[j * h + k];
+          const double t = a[(g * n + i) * h + k] + b[(g * m + j) * h + k];
           const double phi = activation == 4 ? t / (1 + std::exp(-t)) : t > 0 ? t : activation * 0.2 * t;
-          s += w[k] * phi;
-          if (k == 0) first = phi;
+          s += w[g * h + k] * phi;
+          if (k == 0) first_unit = phi;
         }
-        sum += std::exp(s), expected += std::exp(s) * first;
+        if (j == first_positive + i) joint += first_unit / n;
+        else sum += std::exp(s), first += std::exp(s) * first_unit;
       }
-    weights = std::abs(dw[0] - expected / sum);
-    if (!(std::abs(el - std::log(sum / (n * m - n))) < 1e-5) || !(weights < 1e-5)) {
-      std::printf("activation %d: L %g, error of dw %g\\n", activation, el, weights);
-      return 1;
-    }
+    const double off = std::abs(el[g] - std::log(sum / (n * m - n)));
+    const double of_w = std::abs(dw[g * h] - (g_j[g] * joint + g_l[g] * first / sum));
+    if (!(off < 1e-5) || !(of_w < 1e-5))
+      return std::printf("activation %d, critic %d: errors of L %g, dw %g\\n", activation, g, off, of_w), 1;
   }
+  return 0;
+}
+int main() {
+  if (run(0, 2) || run(4, 1)) return 1;  // two critics of ReLU, one of SiLU
+#ifndef EMU_THREADS
+  if (run(1, 1)) return 1;  // leaky ReLU, whose steps are ReLU's
+#endif
 }
 """
 SHIFTS = """
