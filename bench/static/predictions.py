@@ -139,13 +139,13 @@ def line(r: Row) -> str:
 def parts_table(step: predict.Step) -> str:
     """Every kernel of a step that takes 1 % of it: milliseconds that each pipe is busy at full rate."""
     pipes = ("tensor", "exp", "fma", "alu", "shared", "issue", "cache", "memory")
-    head = f"    {'kernel':<28}{'launches':>9}{'PREDICTED':>11}" + "".join(f"{p:>8}" for p in pipes) + "  limit"
+    head = f"    {'kernel':<36}{'launches':>9}{'PREDICTED':>11}" + "".join(f"{p:>8}" for p in pipes) + "  limit"
     lines = [head]
     for part in sorted(step.parts, key=lambda part: -part.seconds):
         if part.seconds > 0.01 * step.total("seconds"):
             limit = part.limits.most_common(1)[0][0] if part.limits else ""
             lines.append(
-                f"    {part.name:<28}{part.launches:>9}{1e3 * part.seconds:>11.2f}"
+                f"    {part.name:<36}{part.launches:>9}{1e3 * part.seconds:>11.2f}"
                 + "".join(f"{1e3 * part.pipes[p]:>8.2f}" for p in pipes)
                 + f"  {limit}"
             )

@@ -158,7 +158,7 @@ def _of_starts(g_j: Tensor | None, g_l: Tensor | None, db: Tensor, alone: bool) 
         {"HAS_J": g_j is not None, "HAS_L": g_l is not None, **BLOCKS},
     )
     triton_call.launch(
-        _sums().reduce_kernel,
+        _sums().sums_reduce_kernel,
         (blocks_h, critics),
         {"partials": partials, "out": dc, "blocks": blocks, "width": h},
         {"BLOCK_R": 32, "BLOCK_H": BLOCKS["BLOCK_H"]},

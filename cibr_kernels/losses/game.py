@@ -210,7 +210,7 @@ def _forward(task: Task, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     for z, noise in zip((zv, zt), noises, strict=True):
         zs.append(torch.empty(z.shape, dtype=torch.float32, device=z.device))
         triton_call.launch(
-            _kernels().noisy_kernel,
+            _kernels().cibr_noise_kernel,
             (ceil_div(z.numel(), BLOCK),),
             {
                 "z": z,
@@ -227,7 +227,7 @@ def _forward(task: Task, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     j, el, *made = group_device.forward(zs, xs, weights, group, task.of_critics.wanted.needs)
     loss, parts = torch.empty((), device=lam.device), torch.empty((len(PARTS),), device=lam.device)
     numbers = {"j": j, "el": el, "contrastive": contrastive, "lam": lam, "loss": loss, "parts": parts}
-    triton_call.launch(_kernels().objective_kernel, (1,), numbers, {})
+    triton_call.launch(_kernels().cibr_objective_kernel, (1,), numbers, {})
     return loss, parts, *zs, *made
 
 
@@ -236,7 +236,7 @@ def _backward(task: Task, here: Sequence[Tensor], dtypes: tuple[torch.dtype, ...
     g, lam, zv, zt, *rest = here
     made, (xs, parameters) = rest[:6], _parts(task, rest[6:])
     g_j, g_l = (torch.empty(len(TERMS), dtype=torch.float32, device=g.device) for _ in range(2))
-    triton_call.launch(_kernels().critics_upstream_kernel, (1,), {"g": g, "g_j": g_j, "g_l": g_l}, {})
+    triton_call.launch(_kernels().cibr_upstream_kernel, (1,), {"g": g, "g_j": g_j, "g_l": g_l}, {})
     group = task.game.group
     _, _, weights = group.parts([zv, zt, *xs, *parameters])
     found = group_device.backward(g_j, g_l, (zv, zt), xs, weights, made, group, task.of_critics.wanted)
@@ -245,7 +245,7 @@ def _backward(task: Task, here: Sequence[Tensor], dtypes: tuple[torch.dtype, ...
             continue
         found.zs[i] = out = torch.empty(dz.shape, dtype=dtype, device=dz.device)
         triton_call.launch(
-            _kernels().encoder_gradient_kernel,
+            _kernels().cibr_encoder_gradient_kernel,
             (ceil_div(dz.numel(), BLOCK),),
             {"dz": dz, "lam": lam, "out": out, "count": dz.numel(), "root": math.sqrt(dz.shape[1])},
             {"BLOCK": BLOCK},

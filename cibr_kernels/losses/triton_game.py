@@ -9,7 +9,7 @@ from cibr_kernels.dispatch.triton_call import SIZES
 
 
 @triton.jit(do_not_specialize=SIZES)
-def noisy_kernel(z, noise, out, count, noise_std, root, BLOCK: tl.constexpr):
+def cibr_noise_kernel(z, noise, out, count, noise_std, root, BLOCK: tl.constexpr):
     """out = (z + noise_std noise) root, of count numbers.  Grid: (its blocks,)."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
@@ -19,7 +19,7 @@ def noisy_kernel(z, noise, out, count, noise_std, root, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def objective_kernel(j, el, contrastive, lam, loss, parts):
+def cibr_objective_kernel(j, el, contrastive, lam, loss, parts):
     """The estimates j - el (4,) of own and other, of image and text, and the loss ().
 
     parts (6,): own - other of image and of text, then the estimates.  One program.
@@ -36,7 +36,7 @@ def objective_kernel(j, el, contrastive, lam, loss, parts):
 
 
 @triton.jit
-def critics_upstream_kernel(g, g_j, g_l):
+def cibr_upstream_kernel(g, g_j, g_l):
     """The gradients of minus the sum of the four estimates, times g (): g_j (4,) = -g, g_l (4,) = g.  One program."""
     at, here = tl.arange(0, 4), tl.load(g)
     tl.store(g_j + at, tl.zeros((4,), tl.float32) - here)
@@ -44,7 +44,7 @@ def critics_upstream_kernel(g, g_j, g_l):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def encoder_gradient_kernel(dz, lam, out, count, root, BLOCK: tl.constexpr):
+def cibr_encoder_gradient_kernel(dz, lam, out, count, root, BLOCK: tl.constexpr):
     """out = dz root lam, of count numbers: an encoder's gradient from that at the critics' Z.  Grid: (its blocks,)."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count

@@ -57,22 +57,22 @@ def _train(x: Tensor, mean: Tensor, var: Tensor, started: Tensor, momentum: floa
     sizes, flags = {"n": n, "width": width}, {"bad": bad, "started": started}
     kernels = _kernels()
     triton_call.launch(
-        kernels.column_moments_kernel, (blocks, columns), {"x": x, "partials": partials, **sizes}, BLOCKS
+        kernels.standardize_columns_kernel, (blocks, columns), {"x": x, "partials": partials, **sizes}, BLOCKS
     )
     triton_call.launch(
-        kernels.merge_moments_kernel,
+        kernels.standardize_merge_kernel,
         (columns,),
         {"partials": partials, "merged": merged, "bad": bad, **sizes, "blocks": blocks},
         {"ROWS": BLOCKS["BLOCK_R"], "BLOCK_R": 32, "BLOCK_H": BLOCKS["BLOCK_H"]},
     )
     triton_call.launch(
-        kernels.move_statistics_kernel,
+        kernels.standardize_move_kernel,
         (columns,),
         {"merged": merged, **flags, "mean": mean, "var": var, "width": width, "count": columns, "momentum": momentum},
         {"BLOCK": FLAGS, "BLOCK_H": BLOCKS["BLOCK_H"]},
     )
     triton_call.launch(
-        kernels.standardize_kernel,
+        kernels.standardize_scale_kernel,
         (blocks, columns),
         {"x": x, "mean": mean, "var": var, **flags, "out": out, **sizes, "count": columns, "eps": eps},
         {"BLOCK": FLAGS, **BLOCKS},

@@ -12,7 +12,7 @@ from cibr_kernels.dispatch.triton_call import SIZES
 
 
 @triton.jit(do_not_specialize=SIZES)
-def column_moments_kernel(x, partials, n, width, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr):
+def standardize_columns_kernel(x, partials, n, width, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr):
     """partials of x (n, width).  Grid: (blocks of rows, blocks of columns)."""
     block = tl.program_id(0)
     r = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -46,7 +46,7 @@ def _strange(bad, count, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def merge_moments_kernel(
+def standardize_merge_kernel(
     partials, merged, bad, n, width, blocks, ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     """merged (2, width): mean and variance; bad (grid,): how many are not finite.  ROWS: those of a partial.
@@ -78,7 +78,7 @@ def _moved(old, new, weight):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def move_statistics_kernel(
+def standardize_move_kernel(
     merged, bad, started, mean, var, width, count, momentum, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     """mean, var (width,) moved, unless one of bad (count,) is not 0; at first they become the batch's.
@@ -95,7 +95,7 @@ def move_statistics_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def standardize_kernel(
+def standardize_scale_kernel(
     x,
     mean,
     var,

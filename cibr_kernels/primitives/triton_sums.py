@@ -9,7 +9,7 @@ from cibr_kernels.dispatch.triton_call import SIZES
 
 
 @triton.jit(do_not_specialize=SIZES)
-def reduce_kernel(partials, out, blocks, width, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr):
+def sums_reduce_kernel(partials, out, blocks, width, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr):
     """out (width,), in its dtype, = sum over the blocks of partials (blocks, width).  Grid: (its blocks, groups)."""
     group = tl.program_id(1).to(tl.int64)
     partials += group * blocks * width

@@ -29,7 +29,7 @@ BACKWARD = [
     *GRADIENTS,
     "additive_scores_state_kernel",
     "additive_moments_finish_kernel",
-    "reduce_kernel",
+    "sums_reduce_kernel",
 ]
 
 

@@ -16,7 +16,7 @@ from cibr_kernels.primitives.additive.problem import ShiftsProblem
 from cibr_kernels.primitives.additive.shifts import triton as backend
 
 CASES = [(37, 37, 40, 0, 7), (20, 27, 65, 0, 8), (16, 16, 16, 1, 3), (33, 33, 33, 30, 6)]  # n, m, h, first, k
-KERNELS = ["additive_shifts_scores_kernel", *["additive_shifts_gradient_kernel"] * 2, "reduce_kernel"]
+KERNELS = ["additive_shifts_scores_kernel", *["additive_shifts_gradient_kernel"] * 2, "sums_reduce_kernel"]
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ GPUS = (80, 90, 100, 120)
 RAGGED, WHOLE = (37, 70, 17, 21), (32, 48, 0, 32)  # n, m, first_positive, h: with blocks of 16, ends or none
 STEPS = ("pack", "scores", "merge", "weigh", "gradient", "gradient", "finish")
 BACKWARD = ["additive_moments_positives_kernel", "additive_moments_positive_weights_kernel"]
-ONE_PANEL = [*(f"additive_moments_{step}_kernel" for step in STEPS), "reduce_kernel"]
+ONE_PANEL = [*(f"additive_moments_{step}_kernel" for step in STEPS), "sums_reduce_kernel"]
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_the_objective_with_four_critics(dtype: torch.dtype, conditions: bool) -
 
     leaves = zv, zt, scale, *(p for critic in critics.values() for p in critic.parameters())
     names = both(run, *leaves)
-    assert "objective_kernel" in names and names.count("noisy_kernel") == 2
+    assert "cibr_objective_kernel" in names and names.count("cibr_noise_kernel") == 2
     assert list(seen[0]) == list(seen[1]) == ["contrastive_loss", *game.PARTS]
     for name, value in seen[0].items():
         torch.testing.assert_close(seen[1][name], value, rtol=1e-4, atol=1e-5)
@@ -119,10 +119,10 @@ def test_standardised_data(dtype: torch.dtype, shape: tuple[int, int]) -> None:
         with emulated(90) as gpu:
             found = device(batch.to(dtype))
         assert [name for name, _ in gpu.launches] == [
-            "column_moments_kernel",
-            "merge_moments_kernel",
-            "move_statistics_kernel",
-            "standardize_kernel",
+            "standardize_columns_kernel",
+            "standardize_merge_kernel",
+            "standardize_move_kernel",
+            "standardize_scale_kernel",
         ]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4, equal_nan=True)
         for name, buffer in plain.named_buffers():

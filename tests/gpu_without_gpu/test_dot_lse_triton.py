@@ -182,13 +182,18 @@ def check(case: Case, dtype: torch.dtype, actual: dict[str, Tensor], inputs: tup
 def expected_kernels(case: Case, dtype: torch.dtype) -> set[str]:
     """What makes the gradients of a case; which of them does the work, the device decides."""
     if case.stash:
-        return {"unstash_kernel", "online_gradient_kernel"}
+        return {"dot_lse_unstash_kernel", "dot_lse_online_gradient_kernel"}
     if case.owned and dtype.itemsize == 2:
-        return {"owned_gradient_kernel"}
-    return {"gradient_kernel", "online_gradient_kernel"}
+        return {"dot_lse_owned_gradient_kernel"}
+    return {"dot_lse_gradient_kernel", "dot_lse_online_gradient_kernel"}
 
 
-GRADIENT_KERNELS = {"unstash_kernel", "gradient_kernel", "online_gradient_kernel", "owned_gradient_kernel"}
+GRADIENT_KERNELS = {
+    "dot_lse_unstash_kernel",
+    "dot_lse_gradient_kernel",
+    "dot_lse_online_gradient_kernel",
+    "dot_lse_owned_gradient_kernel",
+}
 
 
 def compare(capability: int, dtype: torch.dtype, case: Case, panels: backend.Panels = PANELS) -> list[str]:
@@ -250,17 +255,17 @@ def test_features_that_start_anywhere(stash):
 def test_launches():
     """One pass forward and three backward, two with a stash; the online kernels return at once."""
     panels = 2
-    before, after = ["statistics_kernel", "choose_kernel"], ["fold_kernel"]
+    before, after = ["dot_lse_statistics_kernel", "dot_lse_choose_kernel"], ["dot_lse_fold_kernel"]
     forward = [
         *before,
-        *["scores_kernel", *after] * panels,
-        *["online_scores_kernel", *after] * panels,
+        *["dot_lse_scores_kernel", *after] * panels,
+        *["dot_lse_online_scores_kernel", *after] * panels,
     ]
-    weights = ["exponent_kernel", "weights_kernel"]
-    for stash, kernel in ((False, "gradient_kernel"), (True, "unstash_kernel")):
+    weights = ["dot_exponent_kernel", "dot_lse_weights_kernel"]
+    for stash, kernel in ((False, "dot_lse_gradient_kernel"), (True, "dot_lse_unstash_kernel")):
         tiles = 1 if stash else 2  # columns of a panel are cut, a stash's are not
-        panel = [*[kernel, "online_gradient_kernel"] * tiles, "features_gradient_kernel"]
-        backward = [*weights, *panel * panels, "features_gradient_kernel", "total_kernel"]
+        panel = [*[kernel, "dot_lse_online_gradient_kernel"] * tiles, "dot_features_gradient_kernel"]
+        backward = [*weights, *panel * panels, "dot_features_gradient_kernel", "dot_total_kernel"]
         assert compare(90, torch.bfloat16, RAGGED._replace(stash=stash)) == forward + backward
 
 
@@ -299,7 +304,7 @@ def test_a_long_sum_is_made_by_several_programs(monkeypatch):
     parts = torch.rand(4 * 1024 + 5)
     with emulated(90) as e:
         total = triton_parts.total(parts)
-    assert e.launches == [("total_kernel", (5,)), ("total_kernel", (1,))]
+    assert e.launches == [("dot_total_kernel", (5,)), ("dot_total_kernel", (1,))]
     torch.testing.assert_close(total, parts.double().sum().float(), rtol=1e-6, atol=0)
 
 
@@ -310,7 +315,7 @@ def test_strips_of_several_tiles(monkeypatch):
     for stash in (False, True):
         compare(100, torch.bfloat16, Case(n=300, m=310, first_positive=0, stash=stash), panels)
     # 300 x 310: 3 x 3 tiles forward, 2 and 1 rows of tiles backward
-    scores, gradient = ("scores_kernel", (6,), 2), [("gradient_kernel", (3,), 1)] * 2
+    scores, gradient = ("dot_lse_scores_kernel", (6,), 2), [("dot_lse_gradient_kernel", (3,), 1)] * 2
     assert grids == [scores, *gradient, scores]
 
 
@@ -346,5 +351,5 @@ def test_float16_keeps_the_digits_of_small_and_large_gradients(size):
 def test_uses_the_tensor_cores():
     case = Case(n=16, m=16, d=64, first_positive=0)
     assert_tensor_cores(
-        lambda: run(backend, case, *problem(case, torch.bfloat16)), ("scores_kernel", "gradient_kernel")
+        lambda: run(backend, case, *problem(case, torch.bfloat16)), ("dot_lse_scores_kernel", "dot_lse_gradient_kernel")
     )

@@ -135,25 +135,28 @@ def compare(capability: int, dtype: torch.dtype, case: Case, panels: backend.Pan
 
 @pytest.mark.parametrize(("capability", "dtype", "case"), RUNS, ids=str)
 def test_matches_float64(capability, dtype, case):
-    assert "softplus_kernel" in compare(capability, dtype, case)
+    assert "dot_softplus_sweep_kernel" in compare(capability, dtype, case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("capability", "dtype", "case"), ALL, ids=str)
 def test_matches_float64_everywhere(capability, dtype, case):
-    assert "softplus_kernel" in compare(capability, dtype, case)
+    assert "dot_softplus_sweep_kernel" in compare(capability, dtype, case)
 
 
 def test_launches():
     """One pass without weights, three with; nothing else of n x m."""
-    start, panel = ["poison_kernel", "total_kernel"], ["softplus_kernel", "reduce_kernel", "reduce_kernel"]
+    start, panel = (
+        ["dot_softplus_poison_kernel", "dot_total_kernel"],
+        ["dot_softplus_sweep_kernel", "sums_reduce_kernel", "sums_reduce_kernel"],
+    )
     assert compare(90, torch.bfloat16, RAGGED._replace(weights="none")) == [*start, *panel * 2]
     expected = [
-        "exponent_kernel",
+        "dot_exponent_kernel",
         *start,
-        *[*panel, "features_gradient_kernel"] * 2,
-        "features_gradient_kernel",
-        *["total_kernel"] * 2,
+        *[*panel, "dot_features_gradient_kernel"] * 2,
+        "dot_features_gradient_kernel",
+        *["dot_total_kernel"] * 2,
     ]
     assert compare(90, torch.bfloat16, RAGGED) == expected
 
@@ -259,4 +262,4 @@ def test_the_operators(sums):
 
 def test_uses_the_tensor_cores():
     case = RAGGED._replace(n=10, m=30)
-    assert_tensor_cores(lambda: run(backend, case, problem(case, torch.bfloat16)), ("softplus_kernel",))
+    assert_tensor_cores(lambda: run(backend, case, problem(case, torch.bfloat16)), ("dot_softplus_sweep_kernel",))

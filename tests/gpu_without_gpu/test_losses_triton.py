@@ -46,7 +46,7 @@ def test_clip_loss(capability, dtype, n, d, kind, one_way):
         ours = loss_and_gradients(lambda *t: ck.clip_loss(*t, one_way=one_way, backend="triton"), x, y, scale)
     check_clip_loss(ours, x, y, scale, one_way)
     names = [name for name, _ in gpu.launches]
-    assert ("ends_kernel" in names, "exponent_kernel" in names) == (
+    assert ("clip_loss_ends_kernel" in names, "dot_exponent_kernel" in names) == (
         (True, False) if dtype != torch.float16 else (False, True)
     )
 
@@ -58,7 +58,7 @@ def test_clip_loss_in_panels():
     with emulated(90) as gpu:
         loss, *kept = clip.launch_forward(x, y, scale, False, 0, True, panels)
         gradients = clip.launch_backward(torch.tensor(3.0), x, y, scale, kept, False, True, True, panels)
-    assert [name for name, _ in gpu.launches].count("gradient_kernel") == 4
+    assert [name for name, _ in gpu.launches].count("dot_lse_gradient_kernel") == 4
     check_clip_loss(dict(zip(NAMES[:4], (loss, *gradients), strict=True)), x, y, scale, False)
 
 
@@ -111,9 +111,12 @@ def test_siglip_loss(capability, dtype, n, d):
     for name, t in truth.items():
         features = torch.float32 if name in ("loss", "dbias") else dtype
         assert_close(name, ours[name], eager[name], t, terms=n, exponent=14.0, features=features, magnitude=magnitude)
-    before, sweep = ["positives_kernel", "total_kernel"], ["softplus_kernel", "losses_kernel"]
-    ends = ["both_features_gradients_kernel", *["total_kernel"] * 3]
-    assert [name for name, _ in gpu.launches] == [*before, *sweep, *ends, "times_kernel"]
+    before, sweep = (
+        ["siglip_loss_positives_kernel", "dot_total_kernel"],
+        ["dot_softplus_sweep_kernel", "siglip_loss_losses_kernel"],
+    )
+    ends = ["dot_both_features_gradients_kernel", *["dot_total_kernel"] * 3]
+    assert [name for name, _ in gpu.launches] == [*before, *sweep, *ends, "loss_times_kernel"]
 
 
 def test_siglip_loss_in_panels():
@@ -127,8 +130,14 @@ def test_siglip_loss_in_panels():
         cut = softplus.mean_loss(x, y, *numbers, True, True, panels)
     for ours, theirs in zip(cut, whole, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5 if ours.dtype == torch.float32 else 2e-2, atol=1e-6)
-    sweep = [*["softplus_kernel"] * 3, "losses_kernel", "features_gradient_kernel"] * 3
-    expected = ["positives_kernel", "total_kernel", *sweep, "features_gradient_kernel", *["total_kernel"] * 3]
+    sweep = [*["dot_softplus_sweep_kernel"] * 3, "siglip_loss_losses_kernel", "dot_features_gradient_kernel"] * 3
+    expected = [
+        "siglip_loss_positives_kernel",
+        "dot_total_kernel",
+        *sweep,
+        "dot_features_gradient_kernel",
+        *["dot_total_kernel"] * 3,
+    ]
     assert [name for name, _ in gpu.launches] == expected
 
 

@@ -51,11 +51,11 @@ def test_every_kernel_can_be_launched_and_spills_nothing(computed):
 def test_the_contrastive_kernels_use_the_tensor_cores_of_each_target(computed):
     for target, kind in TENSOR.items():
         rows = {n: r for n, r in computed["kernels"].items() if n.startswith(f"{target} clip_loss bf16 D=512")}
-        for kernel in ("scores_kernel", "gradient_kernel"):
+        for kernel in ("dot_lse_scores_kernel", "dot_lse_gradient_kernel"):
             hot = [row["loop"] for name, row in rows.items() if name.split(": ")[1].split()[0] == kernel]
             assert hot and all(loop["kind"] == kind and loop["tensor"] > 0 for loop in hot), (target, kernel, hot)
     matrix = {n: r["matrix"] for n, r in computed["kernels"].items() if n.startswith("gfx") and "bf16" in n}
-    matrix = {name: count for name, count in matrix.items() if "scores_kernel" in name}
+    matrix = {name: count for name, count in matrix.items() if "dot_lse_scores_kernel" in name}
     assert matrix and min(matrix.values()) > 0, matrix
 
 

@@ -116,24 +116,26 @@ FAULTS = [
         "tl.store(p + (first_row + i).to(tl.int64)[:, None] * pitch",
     ),
     *(
-        Fault(f"bar.sync {k} deleted", "dot_sm80_bf16", kernel="scores_kernel", ptx=delete("bar.sync", k))
+        Fault(f"bar.sync {k} deleted", "dot_sm80_bf16", kernel="dot_lse_scores_kernel", ptx=delete("bar.sync", k))
         for k in range(3)
     ),
     Fault(
         "copies waited for one group late",
         "dot_sm80_bf16",
-        kernel="scores_kernel",
+        kernel="dot_lse_scores_kernel",
         ptx=later("cp.async.wait_group"),
     ),
     Fault(
         "wait for the last copies deleted",
         "dot_sm80_bf16",
-        kernel="gradient_kernel",
+        kernel="dot_lse_gradient_kernel",
         ptx=delete("cp.async.wait_group"),
     ),
-    Fault("wgmma waited for one group late", "dot_sm90", kernel="gradient_kernel", ptx=later("wgmma.wait_group")),
-    Fault("wgmma.wait_group deleted", "dot_sm90", kernel="scores_kernel", ptx=delete("wgmma.wait_group")),
-    Fault("wait for TMA deleted", "dot_sm90", kernel="scores_kernel", ptx=delete("@!complete")),
+    Fault(
+        "wgmma waited for one group late", "dot_sm90", kernel="dot_lse_gradient_kernel", ptx=later("wgmma.wait_group")
+    ),
+    Fault("wgmma.wait_group deleted", "dot_sm90", kernel="dot_lse_scores_kernel", ptx=delete("wgmma.wait_group")),
+    Fault("wait for TMA deleted", "dot_sm90", kernel="dot_lse_scores_kernel", ptx=delete("@!complete")),
     Fault("weights of the rows only", "dot_owned", BACKWARD, "* (weight_i + weight_j)", "* weight_i"),
     Fault(
         "positives of the transpose",
@@ -277,11 +279,13 @@ FAULTS = [
     Fault(
         "copies waited for one group late",
         "softplus_sm80_bf16",
-        kernel="softplus_kernel",
+        kernel="dot_softplus_sweep_kernel",
         ptx=later("cp.async.wait_group"),
     ),
     *(
-        Fault(f"bar.sync {k} deleted", "softplus_sm80_bf16", kernel="softplus_kernel", ptx=delete("bar.sync", k))
+        Fault(
+            f"bar.sync {k} deleted", "softplus_sm80_bf16", kernel="dot_softplus_sweep_kernel", ptx=delete("bar.sync", k)
+        )
         for k in (1, 2)
     ),
 ]

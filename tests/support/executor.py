@@ -52,7 +52,7 @@ MAKERS = ("empty", "empty_like", "empty_strided")
 METHODS = ("new_empty", "new_empty_strided")
 SHARED = {  # (kernel, argument): its blocks may read and write it without order
     (
-        "fold_kernel",
+        "dot_lse_fold_kernel",
         "mode",
     ),  # all write ONLINE; what a block left out the next launch writes again
 }

@@ -15,7 +15,7 @@ from cibr_kernels.primitives.dot.lse.triton_configs import blocks, tf32_allowed
 from cibr_kernels.primitives.dot.problem import LseProblem
 from cibr_kernels.primitives.dot.triton_parts import pitch, total
 
-FOLDED = (  # what ends_kernel takes of the arguments of fold_kernel
+FOLDED = (  # what clip_loss_ends_kernel takes of the arguments of dot_lse_fold_kernel
     "mode",
     "shift_log2",
     "part_row_max",
@@ -104,7 +104,7 @@ def launch_forward(
 
     def ends(folded: dict[str, Any], fold: bool) -> None:
         triton_call.launch(
-            kernels.ends_kernel,
+            kernels.clip_loss_ends_kernel,
             (programs,),
             {
                 **{name: folded[name] for name in FOLDED},

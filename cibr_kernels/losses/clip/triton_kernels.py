@@ -26,16 +26,16 @@ def _ends(lse, positive, share, weight, lse2, at, inside, shift, GRADIENT: tl.co
 
 
 @triton.jit(do_not_specialize=SIZES)
-def ends_kernel(
+def clip_loss_ends_kernel(
     mode, shift_log2, part_row_max, part_row_sum, part_col_max, part_col_sum, row_max, rows, col_max, cols, positives,
     losses, u, v, rows2, cols2, g_positives, exponent, stash_shift, share, n, panel, strips, col_tiles,
     FOLD: tl.constexpr, COLS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """losses (programs,): share times the sums of softplus(rows - positives) and, where COLS, softplus(cols - ...).
 
-    GRADIENT: triton_backward.weights_kernel of the gradients share sigmoid(rows - positives) and, where COLS, the
+    GRADIENT: dot_lse_weights_kernel of the gradients share sigmoid(rows - positives) and, where COLS, the
     columns'; g_positives (n,) = minus their sums; exponent () = 0, because bfloat16 and float32 need none.
-    FOLD: rows and cols (n,) are not finished where the mode is not FIXED: first this is triton_forward.fold_kernel.
+    FOLD: rows and cols (n,) are not finished where the mode is not FIXED: first this is dot_lse_fold_kernel.
     """
     pid = tl.program_id(0)
     at = pid * BLOCK_L + tl.arange(0, BLOCK_L)

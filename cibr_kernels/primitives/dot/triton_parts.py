@@ -60,11 +60,11 @@ def features_gradient(
     g_shift: int,
     g: Tensor | None = None,
 ) -> None:
-    """Writes out (rows, d) and along (blocks,): triton_backward.features_gradient_kernel."""
+    """Writes out (rows, d) and along (blocks,): triton_backward.dot_features_gradient_kernel."""
     from cibr_kernels.primitives.dot.lse import triton_backward as kernels
 
     triton_call.launch(
-        kernels.features_gradient_kernel,
+        kernels.dot_features_gradient_kernel,
         (blocks(own.shape[0], BLOCK_R),),
         {
             "sums": sums,
@@ -101,12 +101,12 @@ def both_features_gradients(
     first_positive: int,
     g: Tensor | None = None,
 ) -> None:
-    """Writes dx (n, d), dy (m, d) and along (blocks of dx,): triton_backward.both_features_gradients_kernel."""
+    """Writes dx (n, d), dy (m, d) and along (blocks of dx,): triton_backward.dot_both_features_gradients_kernel."""
     from cibr_kernels.primitives.dot.lse import triton_backward as kernels
 
     x_blocks, y_blocks = blocks(x.shape[0], BLOCK_R), blocks(y.shape[0], BLOCK_R)
     triton_call.launch(
-        kernels.both_features_gradients_kernel,
+        kernels.dot_both_features_gradients_kernel,
         (x_blocks + y_blocks,),
         {
             "x_sums": x_sums,
@@ -157,7 +157,7 @@ def total(parts: Tensor) -> Tensor:
     programs = min(MOST_TOTALS, blocks(count, LONG_TOTAL))
     out = parts.new_empty(programs if programs > 1 else ())
     triton_call.launch(
-        kernels.total_kernel, (max(programs, 1),), {"parts": parts, "out": out, "count": count}, {"BLOCK": 1024}
+        kernels.dot_total_kernel, (max(programs, 1),), {"parts": parts, "out": out, "count": count}, {"BLOCK": 1024}
     )
     return total(out) if programs > 1 else out
 

@@ -101,8 +101,8 @@ def threads(counters: Counters, count: int = 4) -> list[list[Any]]:
     seen = [known[int.from_bytes(launch[-8:], "little")] for launch in launches]
     names = [launch[:NAME].rstrip(b"\0").decode() for launch in launches]
     runs = [len(list(group)) for _, group in itertools.groupby(seen)]
-    first = names.index("statistics_kernel")
-    forward = names.index("statistics_kernel", first + 1) - first
+    first = names.index("dot_lse_statistics_kernel")
+    forward = names.index("dot_lse_statistics_kernel", first + 1) - first
     return [sorted(set(seen)), sorted({length % forward for length in runs})]
 
 

@@ -264,7 +264,7 @@ class Sweep:
         if need_w:
             summed = self.blocks_a if self.own_weights else blocks
             triton_call.launch(
-                _kernels().reduce_kernel, (self.blocks_h, self.groups),
+                _kernels().sums_reduce_kernel, (self.blocks_h, self.groups),
                 {"partials": partials, "out": dw, "blocks": summed, "width": self.h},
                 {"BLOCK_R": 32, "BLOCK_H": self.config.block_h},
             )  # fmt: skip

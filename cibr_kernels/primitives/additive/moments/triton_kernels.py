@@ -17,7 +17,7 @@ import triton.language as tl
 
 from cibr_kernels.dispatch.triton_call import SIZES
 from cibr_kernels.primitives.additive.triton_activations import value_and_slope
-from cibr_kernels.primitives.triton_sums import reduce_kernel as reduce_kernel
+from cibr_kernels.primitives.triton_sums import sums_reduce_kernel as sums_reduce_kernel
 
 
 @triton.jit

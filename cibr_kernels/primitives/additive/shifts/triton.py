@@ -78,7 +78,10 @@ def backward(grad: Tensor, problem: ShiftsProblem, needs: Needs) -> tuple[Tensor
         )
     if need_w:
         triton_call.launch(
-            _kernels().reduce_kernel, (blocks_h,), {"partials": partials, "out": dw, "blocks": blocks, "width": h}, TILE
+            _kernels().sums_reduce_kernel,
+            (blocks_h,),
+            {"partials": partials, "out": dw, "blocks": blocks, "width": h},
+            TILE,
         )
     return da, db, dw
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from cibr_kernels.primitives.additive.triton_activations import value_and_slope
-from cibr_kernels.primitives.triton_sums import reduce_kernel as reduce_kernel
+from cibr_kernels.primitives.triton_sums import sums_reduce_kernel as sums_reduce_kernel
 
 
 @triton.jit

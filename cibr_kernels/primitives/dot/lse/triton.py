@@ -131,10 +131,14 @@ def forward(
             if t is tiles:
                 arguments |= {**kept, "shift_log2": shift_log2, "stash": t.output(stash[first:last]), "pitch": pitch(m)}
                 choices = {"MAX": need_max, "STASH": stash.numel() > 0, "STRIPS": t.strips, **constants}
-                triton_call.launch(kernels.scores_kernel, (strips * col_tiles,), arguments, choices, **t.options)
+                triton_call.launch(
+                    kernels.dot_lse_scores_kernel, (strips * col_tiles,), arguments, choices, **t.options
+                )
             else:
                 grid = (min(strips * col_tiles, t.few),)
-                triton_call.launch(kernels.online_scores_kernel, grid, arguments | maxima, constants, **t.options)
+                triton_call.launch(
+                    kernels.dot_lse_online_scores_kernel, grid, arguments | maxima, constants, **t.options
+                )
             folded = {
                 **finish, **{f"part_{name}": part for name, part in (sums | maxima).items()}, "first_row": first,
                 "rows": last - first, "strips": strips, "col_tiles": col_tiles,
@@ -143,7 +147,7 @@ def forward(
             if end is not None and t is online and height == n:
                 continue
             triton_call.launch(
-                kernels.fold_kernel, (blocks(last - first, BLOCK_F) + blocks(cols.numel(), BLOCK_F),), folded,
+                kernels.dot_lse_fold_kernel, (blocks(last - first, BLOCK_F) + blocks(cols.numel(), BLOCK_F),), folded,
                 {"WANTED": wanted, **pairs[1], "MAX": need_max or t is online, "BLOCK_T": BLOCK_T, "BLOCK_L": BLOCK_F},
             )  # fmt: skip
     if end is not None:
@@ -259,13 +263,13 @@ def _choose_mode(problem: LseProblem, positives: Tensor) -> tuple[Tensor, Tensor
     largest, shift_log2 = scale.new_empty(x_blocks + y_blocks), scale.new_empty(())
     mode = torch.empty((), dtype=torch.int32, device=x.device)
     triton_call.launch(
-        kernels.statistics_kernel, (x_blocks + y_blocks,),
+        kernels.dot_lse_statistics_kernel, (x_blocks + y_blocks,),
         {"x": x, "y": y, "scale": scale, "positives": positives, "largest": largest, "n": n, "m": m,
          "d": d, "first_positive": problem.first_positive, "x_blocks": x_blocks},
         {"BLOCK_R": BLOCK_R, "BLOCK_D": features_block(x)},
     )  # fmt: skip
     triton_call.launch(
-        kernels.choose_kernel, (1,),
+        kernels.dot_lse_choose_kernel, (1,),
         {"largest": largest, "scale": scale, "mode": mode, "shift_log2": shift_log2, "x_blocks": x_blocks,
          "blocks": x_blocks + y_blocks},
         {"BLOCK": 1024},
@@ -275,7 +279,7 @@ def _choose_mode(problem: LseProblem, positives: Tensor) -> tuple[Tensor, Tensor
 
 @dataclass(frozen=True)
 class Weights:
-    """What P is made of besides the scores: triton_backward.weights_kernel."""
+    """What P is made of besides the scores: triton_backward.dot_lse_weights_kernel."""
 
     u: Tensor  # (n,)
     v: Tensor  # (m,) or (0,)
@@ -296,9 +300,9 @@ class Weights:
         n, m, new = sums.rows.numel(), sums.cols.numel(), sums.rows.new_empty
         w = Weights(new(n), new(m), new(n), new(m), new(()), sums.stash_shift)
         gradients = {"g_rows": g.rows, "g_cols": g.cols, "exponent": w.exponent, "n": n, "m": m}
-        triton_call.launch(kernels.exponent_kernel, (1,), gradients, {"BLOCK": 4096}, num_warps=8)
+        triton_call.launch(kernels.dot_exponent_kernel, (1,), gradients, {"BLOCK": 4096}, num_warps=8)
         triton_call.launch(
-            kernels.weights_kernel, (blocks(n, BLOCK_L) + blocks(m, BLOCK_L),),
+            kernels.dot_lse_weights_kernel, (blocks(n, BLOCK_L) + blocks(m, BLOCK_L),),
             {**gradients, "rows": sums.rows, "cols": sums.cols, "u": w.u, "v": w.v, "rows2": w.rows2, "cols2": w.cols2,
              "stash_shift": sums.stash_shift, "row_blocks": blocks(n, BLOCK_L)},
             {"BLOCK_L": BLOCK_L},
@@ -327,7 +331,7 @@ def _maker(problem: LseProblem, w: Weights, stash: Tensor) -> Any:
         out = panel[: end - first]
         if stash.numel():
             triton_call.launch(
-                kernels.unstash_kernel, (blocks(end - first, 32), blocks(row_pitch, 256)),
+                kernels.dot_lse_unstash_kernel, (blocks(end - first, 32), blocks(row_pitch, 256)),
                 {**weights, **place, "e": stash[first:end], "p": out},
                 {"COLS": constants["COLS"], "BLOCK_M": 32, "BLOCK_N": 256}, num_warps=8,
             )  # fmt: skip
@@ -335,13 +339,13 @@ def _maker(problem: LseProblem, w: Weights, stash: Tensor) -> Any:
             strip_tiles = tiles.strip_tiles(end - first, m)
             strips = blocks(end - first, strip_tiles * tiles.config.block_m)
             triton_call.launch(
-                kernels.gradient_kernel, (strips * blocks(m, tiles.config.block_n),),
+                kernels.dot_lse_gradient_kernel, (strips * blocks(m, tiles.config.block_n),),
                 {**scores, **place, **tiles.operands(x, y), "p": tiles.output(out), "strips": strips,
                  "strip_tiles": strip_tiles},
                 {**constants, **tiles.constants, "STRIPS": tiles.strips}, **tiles.options,
             )  # fmt: skip
         triton_call.launch(
-            kernels.online_gradient_kernel, (min(online.count(end - first, m), online.few),),
+            kernels.dot_lse_online_gradient_kernel, (min(online.count(end - first, m), online.few),),
             {**scores, **place, **online.operands(x, y), "p": online.output(out), "rows2": w.rows2, "cols2": w.cols2},
             {**constants, **online.constants}, **online.options,
         )  # fmt: skip
@@ -356,7 +360,7 @@ def _owned_gradient(problem: LseProblem, w: Weights) -> Tensor:
     config, (n, m, d), x = OWNED[target_name(problem.x.device)], problem.sizes, problem.x
     sums, (_, choices) = problem.scale.new_empty(x.shape), _pairs(problem)
     triton_call.launch(
-        kernels.owned_gradient_kernel, (blocks(n, config.block_m),),
+        kernels.dot_lse_owned_gradient_kernel, (blocks(n, config.block_m),),
         {"own": x, "partner": problem.y, "scale": problem.scale, "stash_shift": w.stash_shift,
          "own_ids": problem.row_ids, "partner_ids": problem.col_ids, "a": w.u, "b": w.v,
          "a2": w.rows2, "b2": w.cols2, "sums": sums, "rows": n, "partners": m, "d": d,

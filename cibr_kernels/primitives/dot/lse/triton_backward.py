@@ -23,7 +23,7 @@ from cibr_kernels.primitives.dot.lse.triton_tile import (
 
 
 @triton.jit(do_not_specialize=SIZES)
-def exponent_kernel(g_rows, g_cols, exponent, n, m, BLOCK: tl.constexpr):
+def dot_exponent_kernel(g_rows, g_cols, exponent, n, m, BLOCK: tl.constexpr):
     """exponent (): the power of two that brings the largest |gradient weight| to [2^13, 2^14); one program.
 
     Weights of a mean over many rows are small and probabilities smaller: so scaled they keep their digits in float16,
@@ -45,7 +45,7 @@ def _largest_magnitude(values, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_weights(value, grad, weight, lse2, at, inside, exponent, stash_shift):
-    """weight and lse2 at `at`, of a log-sum-exp and its gradient: weights_kernel."""
+    """weight and lse2 at `at`, of a log-sum-exp and its gradient: dot_lse_weights_kernel."""
     none = (value == -float("inf")) | (grad == 0.0)
     value2 = value * LOG2E
     grad *= tl.exp2(exponent)
@@ -64,7 +64,7 @@ def _weights(g, lse, weight, lse2, exponent, stash_shift, block, length, BLOCK_L
 
 
 @triton.jit(do_not_specialize=SIZES)
-def weights_kernel(
+def dot_lse_weights_kernel(
     g_rows, g_cols, rows, cols, u, v, rows2, cols2, exponent, stash_shift, n, m, row_blocks, BLOCK_L: tl.constexpr
 ):
     """u (n,) and v (m,) of P_ij = exp2(l2 - shift_log2) (u_i + v_j), times 2^exponent, where the shift is fixed.
@@ -123,7 +123,7 @@ def _gradient(
 
 
 @triton.jit(do_not_specialize=["first_row", "n", "strips", "strip_tiles"])  # m too would spill registers
-def gradient_kernel(
+def dot_lse_gradient_kernel(
     x, y, scale, stash_shift, row_ids, col_ids, row_limits, u, v, p, first_row, n, m, d, first_positive, pitch, strips,
     strip_tiles, MASK: tl.constexpr, IDS: tl.constexpr, LIMITS: tl.constexpr, COLS: tl.constexpr, STRIPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -131,7 +131,7 @@ def gradient_kernel(
     """p (panel, pitch) = exp2(l2 - shift_log2) (u_i + v_j) of rows [first_row, n), zero at masked pairs.
 
     row_ids (n,) and col_ids (m,): where IDS; row_limits (n,): where LIMITS.  Nothing where there is no fixed shift.
-    One tile a program, or strips: scores_kernel.
+    One tile a program, or strips: dot_lse_scores_kernel.
     """
     fixed = tl.load(stash_shift)
     if fixed == fixed:
@@ -153,7 +153,7 @@ def gradient_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def online_gradient_kernel(
+def dot_lse_online_gradient_kernel(
     x, y, scale, stash_shift, row_ids, col_ids, row_limits, u, v, rows2, cols2, p, first_row, n, m, d, first_positive,
     pitch, MASK: tl.constexpr, IDS: tl.constexpr, LIMITS: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -183,7 +183,7 @@ def online_gradient_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def unstash_kernel(
+def dot_lse_unstash_kernel(
     e, stash_shift, u, v, p, first_row, n, m, pitch,
     COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -206,7 +206,7 @@ def _features_gradient(
     sums, own, partner, g_positives, scale, exponent, g, out, block, rows, partners, d, shift, g_shift,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """features_gradient_kernel for one block of rows -> the sum of <own_r, out_r> / scale, from the unrounded out."""
+    """dot_features_gradient_kernel for a block of rows -> the sum of <own_r, out_r> / scale, of the unrounded out."""
     r = block * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = r < rows
     paired = inside & (r + shift >= 0) & (r + shift < partners)
@@ -228,7 +228,7 @@ def _features_gradient(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def features_gradient_kernel(
+def dot_features_gradient_kernel(
     sums, own, partner, g_positives, scale, exponent, g, out, along, rows, partners, d, shift, g_shift,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -245,11 +245,11 @@ def features_gradient_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def both_features_gradients_kernel(
+def dot_both_features_gradients_kernel(
     x_sums, y_sums, x, y, g_positives, scale, exponent, g, dx, dy, along, n, m, d, first_positive, x_blocks,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """features_gradient_kernel for dx (n, d) in programs below x_blocks and for dy (m, d) in the others.
+    """dot_features_gradient_kernel for dx (n, d) in programs below x_blocks and for dy (m, d) in the others.
 
     along (x_blocks,): of dx.
     """
@@ -267,7 +267,7 @@ def both_features_gradients_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def total_kernel(parts, out, count, BLOCK: tl.constexpr):
+def dot_total_kernel(parts, out, count, BLOCK: tl.constexpr):
     """out (programs,) = sums of every programs-th block of parts (count,), always in the same order."""
     total = tl.zeros((BLOCK,), tl.float32)
     for k in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
@@ -277,7 +277,7 @@ def total_kernel(parts, out, count, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def owned_gradient_kernel(
+def dot_lse_owned_gradient_kernel(
     own, partner, scale, stash_shift, own_ids, partner_ids, a, b, a2, b2, sums, rows, partners, d, first_positive,
     MASK: tl.constexpr, IDS: tl.constexpr, OWN_WEIGHT: tl.constexpr, PARTNER_WEIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -285,7 +285,7 @@ def owned_gradient_kernel(
     """sums (rows, d) float32 = P partner for BLOCK_M rows: P stays in registers, d <= BLOCK_D, 2 passes instead of 1.
 
     own (rows, d) and partner (partners, d) are x and y for dx, y and x for dy; own_ids and partner_ids, where IDS, the
-    groups of their rows; a, a2 and b, b2 the weights, where they have any (weights_kernel).  The positive of row i is
+    groups of their rows; a, a2 and b, b2 the weights, if any (dot_lse_weights_kernel).  The positive of row i is
     partner i + first_positive.
     """
     fixed = tl.load(stash_shift)

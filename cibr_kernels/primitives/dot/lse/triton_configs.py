@@ -75,7 +75,7 @@ class Tiles:
 
     config: Config
     tma: bool  # operands are tensor descriptors, read and written by the tensor memory accelerator
-    strips: bool  # a program makes several tiles, with specialised warps: triton_forward.scores_kernel
+    strips: bool  # a program makes several tiles, with specialised warps: triton_forward.dot_lse_scores_kernel
     processors: int
     constants: dict[str, Any]
 

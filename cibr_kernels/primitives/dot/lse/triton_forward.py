@@ -25,7 +25,7 @@ UNDERFLOW = tl.constexpr(55.0)  # exp(-55) of the shift still leaves 30 nats abo
 
 
 @triton.jit(do_not_specialize=SIZES)
-def statistics_kernel(
+def dot_lse_statistics_kernel(
     x, y, scale, positives, largest, n, m, d, first_positive, x_blocks, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """The largest squared norm of each block of BLOCK_R rows (infinity for NaN), and positives_i = scale <x_i, y_i+>.
@@ -70,7 +70,7 @@ def _largest(values, count, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def choose_kernel(largest, scale, mode, shift_log2, x_blocks, blocks, BLOCK: tl.constexpr):
+def dot_lse_choose_kernel(largest, scale, mode, shift_log2, x_blocks, blocks, BLOCK: tl.constexpr):
     """mode () int32 and shift_log2 () float32 from the bound B = |scale| max|x_i| max|y_j|; one program."""
     a = _largest(largest, x_blocks, BLOCK)
     b = _largest(largest + x_blocks, blocks - x_blocks, BLOCK)
@@ -155,7 +155,7 @@ def _exponentials(
 
 
 @triton.jit(do_not_specialize=["strips", "strip_tiles"])  # more would spill registers
-def scores_kernel(
+def dot_lse_scores_kernel(
     x, y, scale, mode, shift_log2, row_ids, col_ids, row_limits, row_max, row_sum, col_max, col_sum, stash, first_row,
     n, m, d, first_positive, panel, pitch, strips, strip_tiles,
     MASK: tl.constexpr, IDS: tl.constexpr, LIMITS: tl.constexpr, COLS: tl.constexpr, MAX: tl.constexpr,
@@ -220,7 +220,7 @@ def _merge(top, total, other_top, other_total):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def online_scores_kernel(
+def dot_lse_online_scores_kernel(
     x,
     y,
     scale,
@@ -250,7 +250,7 @@ def online_scores_kernel(
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """scores_kernel where mode is ONLINE: sums of exp2(l2 - max), and the maxima, for each tile or strip.
+    """dot_lse_scores_kernel where mode is ONLINE: sums of exp2(l2 - max), and the maxima, for each tile or strip.
 
     A program takes every num_programs-th strip, so that few programs suffice to find that nothing is wanted.
     """
@@ -369,7 +369,7 @@ def fold(part_max, part_sum, out_max, out_sum, mode, state, shift_log2, own_ids,
 
 
 @triton.jit(do_not_specialize=SIZES)
-def fold_kernel(
+def dot_lse_fold_kernel(
     mode, shift_log2, part_row_max, part_row_sum, part_col_max, part_col_sum, row_ids, col_ids, row_max, row_sum,
     col_max, col_sum, positives, stash_shift, first_row, rows, n, m, panel, strips, col_tiles, first_positive,
     row_blocks, WANTED: tl.constexpr, MASK: tl.constexpr, IDS: tl.constexpr, MAX: tl.constexpr, BLOCK_T: tl.constexpr,

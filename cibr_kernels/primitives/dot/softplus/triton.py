@@ -41,7 +41,7 @@ from cibr_kernels.primitives.dot.triton_parts import (
 )  # fmt: skip
 
 BLOCK_T, BLOCK_L = 32, 32  # a fold: sums of tiles at a time, rows or columns of a program
-BLOCK_P = 4096  # features that a program of poison_kernel looks at
+BLOCK_P = 4096  # features that a program of dot_softplus_poison_kernel looks at
 
 # With weights or ids, by target, for features of 2 bytes: four numbers for each pair live at once, dot_lse has two.
 CONFIGS = {
@@ -113,7 +113,7 @@ def mean_loss(
     gradient, programs = need_dx or need_dy, blocks(n, BLOCK_R)
     poison, positives, g_positives, weights, exponent = new(programs), new(n), new(n), new(n), new(())
     triton_call.launch(
-        kernels.positives_kernel, (programs,),
+        kernels.siglip_loss_positives_kernel, (programs,),
         {"x": x, "y": y, "scale": scale, "bias": bias, "poison": poison, "positives": positives, "share": share,
          "g_positives": g_positives, "weights": weights, "exponent": exponent, "unit": _unit(share), "n": n,
          "d": x.shape[1]},
@@ -127,7 +127,7 @@ def mean_loss(
     def fold(parts: Tensor, first: int, end: int, count: int) -> None:
         at = first // BLOCK_L
         triton_call.launch(
-            kernels.losses_kernel, (blocks(end - first, BLOCK_L),),
+            kernels.siglip_loss_losses_kernel, (blocks(end - first, BLOCK_L),),
             {"parts": parts, "positives": positives[first:end], "g_positives": g_positives[first:end],
              "losses": losses[at:], "g_sums": None if g_sums is None else g_sums[at:], "share": share,
              "rows": end - first, "tiles": count},
@@ -152,7 +152,7 @@ def times(g: Tensor, dx: Tensor, dy: Tensor, dscale: Tensor, dbias: Tensor, dtyp
     x_blocks, y_blocks = blocks(dx.numel(), BLOCK_P), blocks(dy.numel(), BLOCK_P)
     names = ("dx_out", "dy_out", "dscale_out", "dbias_out")
     triton_call.launch(
-        kernels.times_kernel, (x_blocks + y_blocks,),
+        kernels.loss_times_kernel, (x_blocks + y_blocks,),
         {"g": g, "dx": dx, "dy": dy, "dscale": dscale, "dbias": dbias, **dict(zip(names, outputs, strict=True)),
          "x_count": dx.numel(), "y_count": dy.numel(), "x_blocks": x_blocks},
         {"BLOCK": BLOCK_P},
@@ -161,7 +161,7 @@ def times(g: Tensor, dx: Tensor, dy: Tensor, dscale: Tensor, dbias: Tensor, dtyp
 
 
 def _unit(share: float) -> float:
-    """The exponent of equal weights: triton_backward.exponent_kernel's."""
+    """The exponent of equal weights: triton_backward.dot_exponent_kernel's."""
     return 13.0 - math.floor(math.log2(share)) if 1e-25 < share < 1e25 else 0.0
 
 
@@ -266,7 +266,7 @@ class _Sweep:
         strips, strip_tiles = self.grids[count, width]
         g = panel[: count * pitch(width)].view(count, -1) if self.gradient else panel
         triton_call.launch(
-            kernels.softplus_kernel, (strips * blocks(width, self.tiles.config.block_n),),
+            kernels.dot_softplus_sweep_kernel, (strips * blocks(width, self.tiles.config.block_n),),
             {**self.arguments, **self.tiles.operands(problem.x, problem.y), **sums, "p": self.tiles.output(g),
              "row_ids": problem.row_ids, "col_ids": problem.col_ids,
              "g_cols": None if self.g_cols is None else self.g_cols[left:right], "first_row": first, "n": end,
@@ -310,7 +310,7 @@ def _fold(parts: Tensor, out: Tensor, count: int) -> None:
     from cibr_kernels.primitives.dot.softplus import triton_kernels as kernels
 
     triton_call.launch(
-        kernels.reduce_kernel, (blocks(out.numel(), BLOCK_L),),
+        kernels.sums_reduce_kernel, (blocks(out.numel(), BLOCK_L),),
         {"partials": parts, "out": out, "blocks": count, "width": out.numel()},
         {"BLOCK_R": BLOCK_T, "BLOCK_H": BLOCK_L},
     )  # fmt: skip
@@ -323,7 +323,7 @@ def _poison(x: Tensor, y: Tensor) -> Tensor:
     x_blocks, y_blocks = blocks(x.numel(), BLOCK_P), blocks(y.numel(), BLOCK_P)
     parts = torch.empty(x_blocks + y_blocks, dtype=torch.float32, device=x.device)
     triton_call.launch(
-        kernels.poison_kernel, (x_blocks + y_blocks,),
+        kernels.dot_softplus_poison_kernel, (x_blocks + y_blocks,),
         {"x": x, "y": y, "parts": parts, "x_count": x.numel(), "y_count": y.numel(), "x_blocks": x_blocks},
         {"BLOCK": BLOCK_P},
     )  # fmt: skip
@@ -331,13 +331,13 @@ def _poison(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _exponent(row_weights: Tensor, col_weights: Tensor | None) -> Tensor:
-    """(): the power of two of G's unit, triton_backward.exponent_kernel's."""
+    """(): the power of two of G's unit, triton_backward.dot_exponent_kernel's."""
     from cibr_kernels.primitives.dot.lse import triton_backward as kernels
 
     exponent = row_weights.new_empty((), dtype=torch.float32)
     cols = row_weights.new_empty(0) if col_weights is None else col_weights
     triton_call.launch(
-        kernels.exponent_kernel, (1,),
+        kernels.dot_exponent_kernel, (1,),
         {"g_rows": row_weights.contiguous(), "g_cols": cols.contiguous(), "exponent": exponent,
          "n": row_weights.numel(), "m": cols.numel()},
         {"BLOCK": 4096}, num_warps=8,

@@ -14,11 +14,11 @@ import triton.language as tl
 
 from cibr_kernels.dispatch.triton_call import SIZES
 from cibr_kernels.primitives.dot.lse.triton_tile import LN2, LOG2E, multiply, on_diagonal, store_panel
-from cibr_kernels.primitives.triton_sums import reduce_kernel as reduce_kernel
+from cibr_kernels.primitives.triton_sums import sums_reduce_kernel as sums_reduce_kernel
 
 
 @triton.jit(do_not_specialize=SIZES)
-def poison_kernel(x, y, parts, x_count, y_count, x_blocks, BLOCK: tl.constexpr):
+def dot_softplus_poison_kernel(x, y, parts, x_count, y_count, x_blocks, BLOCK: tl.constexpr):
     """parts (programs,): 0, or NaN where a block of x (programs below x_blocks) or of y holds NaN or infinity.
 
     x and y have x_count and y_count elements.  A logit of -infinity would otherwise be a pair that does not count.
@@ -34,7 +34,7 @@ def poison_kernel(x, y, parts, x_count, y_count, x_blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SIZES)
-def positives_kernel(
+def siglip_loss_positives_kernel(
     x, y, scale, bias, poison, positives, share, g_positives, weights, exponent, unit, n, d,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +63,7 @@ def positives_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def times_kernel(
+def loss_times_kernel(
     g, dx, dy, dscale, dbias, dx_out, dy_out, dscale_out, dbias_out, x_count, y_count, x_blocks, BLOCK: tl.constexpr
 ):
     """g () times dx (x_count,) in programs below x_blocks and dy (y_count,) in the others; program 0: dscale, dbias."""
@@ -82,7 +82,7 @@ def times_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def losses_kernel(
+def siglip_loss_losses_kernel(
     parts, positives, g_positives, losses, g_sums, share, rows, tiles, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr
 ):
     """losses (programs,) = share times the sums of parts (tiles, rows) and of softplus(-positives) (rows,).
@@ -161,7 +161,7 @@ def _tile(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def softplus_kernel(
+def dot_softplus_sweep_kernel(
     x, y, row_ids, col_ids, scale, bias, poison, g_rows, g_cols, exponent, p, row_sum, col_sum, totals,
     first_row, n, m, d, first_positive, rows, pitch, strips, strip_tiles, first_part,
     IDS: tl.constexpr, ATTRACT: tl.constexpr, COLS: tl.constexpr, GRADIENT: tl.constexpr, COL_WEIGHTS: tl.constexpr,
@@ -175,7 +175,7 @@ def softplus_kernel(
     GRADIENT: p (rows, pitch) = 2^exponent G in the features' dtype; totals, from first_part on, the float32 sum of G of
     each program.
 
-    A program makes one tile or, where STRIPS, strip_tiles tiles below one another: triton_forward.scores_kernel.
+    A program makes one tile or, where STRIPS, strip_tiles tiles below one another: dot_lse_scores_kernel.
     """
     strip, col_tile = tl.program_id(0) % strips, tl.program_id(0) // strips
     scale2, bias2 = tl.load(scale) * LOG2E, (tl.load(bias) + tl.load(poison)) * LOG2E
