@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -52,11 +53,7 @@ class Kernel:
     """
 
     def __init__(self, ptx: str, name: str | None = None):
-        self.files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', ptx, re.M))
-        ptx = re.sub(r"/\*.*?\*/", lambda m: "\n" * m.group().count("\n"), ptx, flags=re.S)
-        ptx = re.sub(r"//[^\n]*", "", ptx)
-        ptx = re.sub(r"^[ \t]*\.(file|section)\b[^\n]*", "", ptx, flags=re.M)
-        ptx = re.sub(r"^([ \t]*\.loc\b[^\n]*)$", r"\1;", ptx, flags=re.M)
+        self.files, ptx, shared = _module(ptx)
         entry = r"\.entry\s+(%s)\s*\((.*?)\)([^{}]*?)\{" % (re.escape(name) if name else r"[\w$]+")
         head = re.search(entry, ptx, re.S)
         if not head:
@@ -67,7 +64,7 @@ class Kernel:
         self.threads = int(threads.group(1)) if threads else None
         end = _closing_brace(ptx, head.end())
         body = ptx[head.end() : end]
-        self._lay_out_shared(ptx, body)
+        self._lay_out_shared(shared, body)
         local = re.search(r"\.local\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[(\d+)\]", body)
         self.local: tuple[str, int] | None = (local.group(1), int(local.group(2))) if local else None
         self.getters: dict[tuple[int, Any], Callable[[Any], Any]] = {}  # of machine.py: operand reads, by identity
@@ -77,12 +74,12 @@ class Kernel:
         self.raw = [raw(t) for t in self.rtype]
         self.ops = {x.op for x in self.ins}
 
-    def _lay_out_shared(self, ptx: str, body: str) -> None:
+    def _lay_out_shared(self, declared: list[tuple[str, ...]], body: str) -> None:
         """Static variables that the body names, then the dynamic (extern) ones, which all start after them."""
         self.shared: dict[str, int] = {}
-        top, dynamic = 0, []
-        for extern, align, width, name, count in _SHARED.findall(ptx):
-            if not re.search(rf"(?<![\w$]){re.escape(name)}(?![\w$])", body):
+        top, dynamic, names = 0, [], set(re.findall(r"[\w$]+", body))
+        for extern, align, width, name, count in declared:
+            if name not in names:
                 continue
             if extern:
                 dynamic.append((name, int(align)))
@@ -157,6 +154,18 @@ class Kernel:
             elif x.op == "bra":
                 x.args = [("lab", index(x.args[0][1], x.args[0][2]))]
             x.registers = frozenset(_registers(x.args)) | (frozenset([x.pred[0]]) if x.pred else frozenset())
+
+
+@lru_cache(maxsize=8)
+def _module(ptx: str) -> tuple[dict[str, str], str, list[tuple[str, ...]]]:
+    """-> files by number, the text without comments, all its shared variables: once for the kernels of a module, whose
+    text can be megabytes."""
+    files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', ptx, re.M))
+    ptx = re.sub(r"/\*.*?\*/", lambda m: "\n" * m.group().count("\n"), ptx, flags=re.S)
+    ptx = re.sub(r"//[^\n]*", "", ptx)
+    ptx = re.sub(r"^[ \t]*\.(file|section)\b[^\n]*", "", ptx, flags=re.M)
+    ptx = re.sub(r"^([ \t]*\.loc\b[^\n]*)$", r"\1;", ptx, flags=re.M)
+    return files, ptx, _SHARED.findall(ptx)
 
 
 def _instruction(text: str, line: int, source: str, scopes: list[_Scope], chain: tuple[int, ...]) -> Instruction:
