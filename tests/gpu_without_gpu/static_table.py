@@ -3,12 +3,16 @@
     python tests/gpu_without_gpu/static_table.py            what would change
     python tests/gpu_without_gpu/static_table.py --update   writes the table
 
-Kernels and their configurations are those that the launchers ask for in CASES; nothing is listed by hand.  A row is
-kept on disk (tests/support/disk_cache.py) under everything that decides it: what did not change is not compiled again.
+Kernels and their configurations are those that the launchers ask for in CASES; nothing is listed by hand.  A row has a
+key, the hash of everything that decides it: source, configuration, compilers, the code that reads what they make.  The
+test takes a row from the table where the key is the same, and compiles the others, and one in CHECKED of those too.
+What was compiled is kept on disk (tests/support/disk_cache.py).
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import multiprocessing
 import os
@@ -29,10 +33,10 @@ if __name__ == "__main__":
 
 import nvcc  # noqa: E402
 import torch  # noqa: E402
-from disk_cache import cached  # noqa: E402
+from disk_cache import cached, digest  # noqa: E402
 
 import cibr_kernels as ck  # noqa: E402
-from bench.static import compiled, record, sass  # noqa: E402
+from bench.static import compiled, gpus, record, sass  # noqa: E402
 from bench.static.gpus import AMD, GPUS  # noqa: E402
 from cibr_kernels.losses.penalty import TERMS  # noqa: E402
 from cibr_kernels.nn.statistics import Standardize  # noqa: E402
@@ -42,6 +46,7 @@ TARGETS: tuple[int | str, ...] = (*GPUS, *AMD)
 SOURCES = ("csrc/additive/moments/cuda.cu", "csrc/additive/shifts/cuda.cu")
 ARCHITECTURES = {80: "80", 90: "90a", 100: "100a", 120: "120"}  # nvcc's names
 SLACK = 1.05  # of a hot loop's length
+CHECKED = 8
 Facts = dict[str, Any]
 
 
@@ -216,31 +221,50 @@ def facts(kernel: compiled.Compiled) -> Facts:
     return row
 
 
-def compute(target: int | str, doing: str = os.devnull) -> dict[str, Facts]:
-    """{name: row} of every kernel on one target; the file `doing` says which is being compiled."""
-    rows = {}
+def compute(table: dict[str, Facts], target: int | str, doing: str = os.devnull) -> dict[str, Facts]:
+    """{name: row} of every kernel on one target; the file `doing` says which is being compiled.
+
+    table: the rows that need not be compiled where their key is the same.
+    """
+    rows: dict[str, Facts] = {}
+    label = target if isinstance(target, str) else f"sm_{target}"
     for name, launch in launches(target):
         Path(doing).write_text(f"{target} {name}")
-        label = target if isinstance(target, str) else f"sm_{target}"
-        rows[f"{label} {name}"] = cached(launch_key(launch, target), partial(launch_facts, launch, target))
+        make = partial(launch_rows, f"{label} {name}", launch, target)
+        rows |= settled([f"{label} {name}"], launch_key(launch, target), table, make)
     if isinstance(target, int) and nvcc.find():
         for source in SOURCES:
-            rows |= {f"sm_{target} {source}: {name}": row for name, row in cuda(ROOT / source, target).items()}
+            ptx = nvcc.compile_ptx(ROOT / source, ARCHITECTURES[target], include=[ROOT / "csrc"])
+            begin = f"sm_{target} {source}: "
+            names = [begin + kernel for kernel in re.findall(r"\.entry (\w+)\(", ptx)]
+            code = re.sub(r"^\s*\.file\b.*", "", ptx, flags=re.M)  # without the checkout's path
+            rows |= settled(names, [code, str(target), *judges()], table, partial(cuda_rows, begin, ptx, target))
     return rows
 
 
-def launch_facts(launch: record.Launch, target: int | str) -> Facts:
+def settled(names: list[str], key: list[str], table: dict[str, Facts], make: Callable[[], Any]) -> dict[str, Facts]:
+    """{name: row} of what is compiled at once: the table's rows if all of them have this key, else what make() says."""
+    short = digest(key)[:16]
+    if all(table.get(name, {}).get("key") == short for name in names) and int(short, 16) % CHECKED:
+        return {name: table[name] for name in names}
+    return {name: {**row, "key": short} for name, row in cached(key, make).items()}
+
+
+def launch_rows(name: str, launch: record.Launch, target: int | str) -> dict[str, Facts]:
     if isinstance(target, str):
-        return dict(compiled.amd_facts(launch, target))
-    return facts(compiled.compile_launch(launch, target))
+        return {name: dict(compiled.amd_facts(launch, target))}
+    return {name: facts(compiled.compile_launch(launch, target))}
 
 
 @lru_cache
 def judges() -> tuple[str, ...]:
-    """What, besides a kernel, decides its row: compilers, disassemblers, and the code that reads what they print."""
+    """What, besides a kernel, decides its row: compilers, disassemblers, and the code that reads what they print.
+
+    Of code its meaning, without comments and layout.
+    """
     tools = [sass.run(sass.tool(name), "--version") for name in ("ptxas", "nvdisasm", "cuobjdump")]
-    code = [Path(__file__), *sorted(Path(sass.__file__).parent.glob("*.py"))]
-    return json.dumps(versions()), *tools, *(path.read_text() for path in code)
+    code = [inspect.getsource(part) for part in (facts, launch_rows, cuda_rows, compiled, gpus, sass)]
+    return json.dumps(versions()), *tools, *(ast.dump(ast.parse(text)) for text in code)
 
 
 def launch_key(launch: record.Launch, target: int | str) -> list[str]:
@@ -248,30 +272,25 @@ def launch_key(launch: record.Launch, target: int | str) -> list[str]:
     return [compiled.source(launch).hash(), json.dumps(launch.options, sort_keys=True), str(target), *judges()]
 
 
-def cuda(source: Path, capability: int) -> dict[str, Facts]:
-    """{kernel: row} of a .cu file; its dynamic shared memory, which only a launch knows, is not in "shared"."""
-    ptx = nvcc.compile_ptx(source, ARCHITECTURES[capability], include=[ROOT / "csrc"])
-    return cached([ptx, str(capability), *judges()], partial(cuda_facts, ptx, capability))
-
-
-def cuda_facts(ptx: str, capability: int) -> dict[str, Facts]:
+def cuda_rows(begin: str, ptx: str, capability: int) -> dict[str, Facts]:
+    """{begin + kernel: row} of a .cu file; dynamic shared memory, which only a launch knows, is not in "shared"."""
     arch = ARCHITECTURES[capability]
     threads = {m[1]: int(m[2]) for m in re.finditer(r"\.entry (\w+)\([^)]*\)[^{]*?\.maxntid (\d+)", ptx)}
     with tempfile.TemporaryDirectory() as folder:
         text, cubin = Path(folder) / "k.ptx", Path(folder) / "k.cubin"
         text.write_text(ptx)
         sass.run(str(nvcc.find()), f"-arch=sm_{arch}", "-cubin", str(text), "-o", str(cubin))
-        return {k: facts(v) for k, v in compiled.examine_all(cubin, capability, threads).items()}
+        return {begin + k: facts(v) for k, v in compiled.examine_all(cubin, capability, threads).items()}
 
 
-def compute_all() -> dict[str, Any]:
-    """The whole table, two targets at a time."""
+def compute_all(table: dict[str, Facts]) -> dict[str, Any]:
+    """The whole table, two targets at a time; see compute."""
     context = multiprocessing.get_context("spawn")
     rows: dict[str, Facts] = {}
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(max_workers=2, mp_context=context) as pool:
         files = [f"{folder}/{target}" for target in TARGETS]
         try:
-            for some in pool.map(compute, TARGETS, files):
+            for some in pool.map(partial(compute, table), TARGETS, files):
                 rows |= some
         except BrokenProcessPool:
             last = [path.read_text() for path in Path(folder).iterdir()]
@@ -342,7 +361,7 @@ def save(table: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    old, new = load(), compute_all()
+    old, new = load(), compute_all({})
     problems = [line for name, row in new["kernels"].items() for line in limits(name, row)]
     print("\n".join(["versions: " + ", ".join(f"{k} {v}" for k, v in new["versions"].items()), *problems]))
     print("\n".join(differences(old["kernels"], new["kernels"])))

@@ -31,13 +31,14 @@ TENSOR = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMM
 
 @pytest.fixture(scope="session")
 def computed(tmp_path_factory):
-    """Compiled once, by the first worker that asks: minutes on two cores."""
+    """Computed once, by the first worker that asks: what has another key than in the table is compiled."""
+    table = static_table.load()["kernels"]
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        return static_table.compute_all()
+        return static_table.compute_all(table)
     shared = tmp_path_factory.getbasetemp().parent / "static-table.json"  # the run's folder, above the worker's
     with FileLock(f"{shared}.lock"):
         if not shared.exists():
-            shared.write_text(json.dumps(static_table.compute_all()))
+            shared.write_text(json.dumps(static_table.compute_all(table)))
         return json.loads(shared.read_text())
 
 
@@ -175,10 +176,32 @@ def test_a_row_is_kept_under_everything_that_decides_it():
     assert static_table.launch_key(launch, 80) == keys[0]
 
 
-def test_what_was_compiled_is_read_again(tmp_path, monkeypatch):
+@pytest.fixture
+def one_case(tmp_path, monkeypatch):
+    """No cache, and the kernels of one op."""
     monkeypatch.setattr(disk_cache, "FOLDER", tmp_path)
     monkeypatch.setattr(static_table, "CASES", {"log_mean_exp": static_table.CASES["log_mean_exp fp32"]})
     monkeypatch.setattr(static_table, "SOURCES", ())
-    rows = static_table.compute(80)
-    monkeypatch.setattr(static_table, "launch_facts", lambda *launch: pytest.fail("compiled again"))
-    assert static_table.compute(80) == rows and len(rows) > 1
+
+
+def test_what_was_compiled_is_read_again(one_case, monkeypatch):
+    rows = static_table.compute({}, 80)
+    monkeypatch.setattr(static_table, "launch_rows", lambda *launch: pytest.fail("compiled again"))
+    assert static_table.compute({}, 80) == rows and len(rows) > 1
+
+
+@pytest.mark.parametrize("checked", [1, 1 << 64], ids=["all checked", "none checked"])
+def test_a_row_of_the_table_is_taken_where_its_key_is_the_same(one_case, monkeypatch, checked):
+    made = []
+    monkeypatch.setattr(static_table, "CHECKED", checked)
+    monkeypatch.setattr(static_table, "cached", lambda key, make: make())
+    monkeypatch.setattr(static_table, "launch_rows", lambda name, *launch: made.append(name) or {name: dict(ROW)})
+    first = static_table.compute({}, 80)
+    names = made.copy()
+    assert [*first] == names and len(names) > 1
+    table = {name: {**row, "registers": 7} for name, row in first.items()}
+    table[names[0]]["key"] = "another"
+    made.clear()
+    found = static_table.compute(table, 80)
+    assert made == (names if checked == 1 else names[:1])
+    assert {name for name, row in found.items() if row["registers"] == ROW["registers"]} == {*made}

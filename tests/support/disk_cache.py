@@ -13,15 +13,19 @@ from typing import Any
 FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cibr_kernels"
 
 
+def digest(key: Iterable[str]) -> str:
+    found = hashlib.sha256()
+    for part in key:
+        found.update(f"{len(part)}:{part}".encode())
+    return found.hexdigest()
+
+
 def cached(key: Iterable[str], compute: Callable[[], Any]) -> Any:
     """What compute() returned when the same key was asked for, or returns now.
 
     A file is written whole and then named, so a worker of several never reads half of one; two may both compute.
     """
-    digest = hashlib.sha256()
-    for part in key:
-        digest.update(f"{len(part)}:{part}".encode())
-    path = FOLDER / f"{digest.hexdigest()}.json"
+    path = FOLDER / f"{digest(key)}.json"
     if path.exists():
         return json.loads(path.read_text())
     value = compute()
