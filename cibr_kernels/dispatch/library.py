@@ -8,7 +8,7 @@ or tracer, no mode, no functorch transform, no tensor subclass.  Both ways run t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -110,9 +110,8 @@ def has_tangents(inputs: tuple[Any, ...]) -> bool:
 
 
 def with_gradients(
-    name: str, forward: Callable[..., tuple[Any, ...]], general: Callable[..., Tensor],
-    times: Callable[..., Sequence[Tensor]] | None = None,
-) -> Callable[..., Tensor]:  # fmt: skip
+    name: str, forward: Callable[..., tuple[Any, ...]], general: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
     """A scalar of tensors whose gradients are made with it, as one node of autograd called `name`.  Only where
     `only_autograd_looks_on`.
 
@@ -120,7 +119,6 @@ def with_gradients(
         in float32 for float16 tensors, whose range it would leave before the upstream gradient has scaled it.
     general(*tensors, *options): the same scalar made of operators, for a backward with create_graph: they refuse a
     second derivative, which this node would forget.
-    times(g, gradients, dtype of the first tensor, *options): g times each, where all are there.
     """
 
     def make(ctx: Any, *inputs: Any) -> Tensor:
@@ -138,10 +136,7 @@ def with_gradients(
             made = iter(torch.autograd.grad(general(*tensors, *options), wanted, g, create_graph=True))
             grads = tuple(next(made) if need else None for need in needs)
         elif g.device.type != "cpu" or g.item() != 1.0:  # what loss.backward() asks for
-            if times is None or not all(needs):
-                grads = [t * g if need else None for t, need in zip(grads, needs, strict=True)]
-            else:
-                grads = times(g, grads, tensors[0].dtype, *options)
+            grads = [t * g if need else None for t, need in zip(grads, needs, strict=True)]
         if any(t is not None and t.dtype != own.dtype for t, own in zip(grads, tensors, strict=True)):
             grads = [t if t is None else t.to(own.dtype) for t, own in zip(grads, tensors, strict=True)]
         return *[t if need else None for t, need in zip(grads, needs, strict=True)], *(None,) * len(options)

@@ -31,12 +31,12 @@ class Place(NamedTuple):
     offset: int  # bytes
 
 
-# run(device, stream, cuBLAS's handle, tensors by slot, addresses by slot)
-Step = Callable[[int, int, int, list[Any], list[int]], None]
+# run(device, stream, cuBLAS's handle, addresses by slot)
+Step = Callable[[int, int, int, list[int]], None]
 
 
 class Room(NamedTuple):
-    """An allocation of a call: torch.empty(shape, dtype), or torch.empty_like an input, which takes less time."""
+    """An output: torch.empty(shape, dtype), or torch.empty_like an input, which takes less time."""
 
     slot: int
     shape: tuple[int, ...]
@@ -44,11 +44,19 @@ class Room(NamedTuple):
     like: int  # an input's slot, or -1
 
 
+class Workspace(NamedTuple):
+    """Memory of a call that no tensor owns: a tensor takes three times the host's time."""
+
+    slot: int
+    size: int  # bytes
+
+
 @dataclass
 class Phase:
-    """Allocations, then what runs, then the slots whose memory is let go."""
+    """Allocations, then what runs, then the slots of the workspaces that are let go."""
 
     rooms: list[Room] = field(default_factory=list)
+    workspaces: list[Workspace] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     let_go: list[int] = field(default_factory=list)
 
@@ -75,32 +83,39 @@ class Plan:
         for room in rooms:
             late = len(self.phases) == 2 and first_use.get(room.slot, 0) >= split
             self.phases[late].rooms.append(room)
-        self.phases[0].rooms += [room for room in workspaces if room.shape[0]]
-        self.phases[0].let_go.append(workspaces[0].slot)
+        self.phases[0].workspaces = [room for room in workspaces if room.size]
+        self.phases[0].let_go = [room.slot for room in self.phases[0].workspaces if room is workspaces[0]]
         for phase, part in zip(self.phases, (seen.commands[:split], seen.commands[split:]), strict=False):
-            phase.steps = _steps(part, at, self._slots, native)
-        self._phases = [(phase.rooms, phase.steps, phase.let_go) for phase in self.phases]
-        self._more, self._zeros = [None] * (self._slots - len(seen.inputs)), [0] * (self._slots - len(seen.inputs))
+            phase.steps = _steps(part, at, self._slots, native, device)
+        self._phases = [(phase.rooms, phase.workspaces, phase.steps, phase.let_go) for phase in self.phases]
+        self._zeros = [0] * (self._slots - len(seen.inputs))
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """On the current stream of the plan's device, which is the current device."""
-        device, more, index = self.device, self._more, self.index
+        device, index = self.device, self.index
         handle = torch._C._cuda_getCurrentBlasHandle() if self.multiplies else 0
         stream = torch._C._cuda_getCurrentRawStream(index)
-        tensors: list[Any] = [*inputs, *more]
         addresses = [t.data_ptr() for t in inputs] + self._zeros
-        for rooms, steps, let_go in self._phases:
-            for slot, shape, dtype, like in rooms:
-                if like < 0:
-                    t = tensors[slot] = torch.empty(shape, dtype=dtype, device=device)
-                else:
-                    t = tensors[slot] = torch.empty_like(inputs[like])
-                addresses[slot] = t.data_ptr()
-            for step in steps:
-                step(index, stream, handle, tensors, addresses)
-            for slot in let_go:
-                tensors[slot] = None
-        return tuple([tensors[slot] for slot in self._outputs])
+        made: dict[int, Tensor] = {}
+        held: list[int] = []
+        try:
+            for rooms, workspaces, steps, let_go in self._phases:
+                for slot, shape, dtype, like in rooms:
+                    t = torch.empty(shape, dtype=dtype, device=device) if like < 0 else torch.empty_like(inputs[like])
+                    made[slot] = t
+                    addresses[slot] = t.data_ptr()
+                for slot, size in workspaces:
+                    addresses[slot] = torch._C._cuda_cudaCachingAllocator_raw_alloc(size, stream)
+                    held.append(slot)
+                for step in steps:
+                    step(index, stream, handle, addresses)
+                for slot in let_go:
+                    held.remove(slot)
+                    torch._C._cuda_cudaCachingAllocator_raw_delete(addresses[slot])
+        finally:
+            for slot in held:
+                torch._C._cuda_cudaCachingAllocator_raw_delete(addresses[slot])
+        return tuple([made[slot] for slot in self._outputs])
 
 
 def _output_rooms(seen: Recorder, outputs: Sequence[Tensor]) -> tuple[list[Room], dict[int, Place]]:
@@ -154,7 +169,7 @@ def _split(seen: Recorder, at: dict[int, Place], spans: dict[int, _Span], rooms:
     return largest.last + 1 if late and largest.nbytes >= LARGE else end
 
 
-def _workspaces(spans: dict[int, _Span], split: int, first_slot: int, at: dict[int, Place]) -> list[Room]:
+def _workspaces(spans: dict[int, _Span], split: int, first_slot: int, at: dict[int, Place]) -> list[Workspace]:
     """-> the workspace that is let go at the split, and the other; `at` learns where temporaries lie."""
     rooms = []
     for slot, early in ((first_slot, True), (first_slot + 1, False)):
@@ -170,7 +185,7 @@ def _workspaces(spans: dict[int, _Span], split: int, first_slot: int, at: dict[i
                 offset = max(offset, end)
             placed.append((offset, offset + _round_up(span.nbytes), span))
             at[number] = Place(slot, offset)
-        rooms.append(Room(slot, (max((end for _, end, _ in placed), default=0),), torch.uint8, -1))
+        rooms.append(Workspace(slot, max((end for _, end, _ in placed), default=0)))
     return rooms
 
 
@@ -178,7 +193,9 @@ def _round_up(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _steps(commands: Sequence[Launch | Gemm | Call], at: dict[int, Place], slots: int, native: Any) -> list[Step]:
+def _steps(
+    commands: Sequence[Launch | Gemm | Call], at: dict[int, Place], slots: int, native: Any, device: torch.device
+) -> list[Step]:
     """Launches and matmuls in as few calls of C++ as possible; matmuls that it has not are PyTorch's."""
     steps: list[Step] = []
     plan: Any = None
@@ -190,7 +207,10 @@ def _steps(commands: Sequence[Launch | Gemm | Call], at: dict[int, Place], slots
     for command in commands:
         mode = _math_mode(command, native) if isinstance(command, Gemm) else 0
         if isinstance(command, Call) or (isinstance(command, Gemm) and mode is None):
-            steps.append(_call(command, place) if isinstance(command, Call) else _gemm_of_torch(command, place))
+            call = (
+                _call(command, place, device) if isinstance(command, Call) else _gemm_of_torch(command, place, device)
+            )
+            steps.append(call)
             plan = None
             continue
         if plan is None:
@@ -208,17 +228,17 @@ def _steps(commands: Sequence[Launch | Gemm | Call], at: dict[int, Place], slots
 
 
 def _native(plan: Any) -> Step:
-    run = plan.run
-    return lambda device, stream, handle, tensors, addresses: run(device, stream, handle, addresses)
+    return plan.run  # type: ignore[no-any-return]
 
 
-def _call(call: Call, place: Callable[[Pointer], Place]) -> Step:
+def _call(call: Call, place: Callable[[Pointer], Place], device: torch.device) -> Step:
     places = {name: place(pointer) for name, pointer in call.pointers.items()}
     kernel, struct, numbers = call.kernel, call.struct, call.numbers
+    like = torch.empty(0, device=device)
 
-    def run(device: int, stream: int, handle: int, tensors: list[Any], addresses: list[int]) -> None:
+    def run(index: int, stream: int, handle: int, addresses: list[int]) -> None:
         here = {name: addresses[slot] + offset for name, (slot, offset) in places.items()}
-        cuda_call.again(kernel, struct, numbers | here, tensors[0])
+        cuda_call.again(kernel, struct, numbers | here, like)
 
     return run
 
@@ -252,16 +272,16 @@ def _math_mode(gemm: Gemm, native: Any) -> int | None:
     return 0 if allowed is True else None
 
 
-def _gemm_of_torch(gemm: Gemm, place: Callable[[Pointer], Place]) -> Step:
-    def view(tensors: list[Any], m: Matrix) -> Tensor:
-        slot, offset = place(m.at)
-        base = tensors[slot]
-        start = (base.storage_offset() * base.element_size() + offset) // m.dtype.itemsize
-        empty = torch.empty(0, dtype=m.dtype, device=base.device)
-        return empty.set_(base.untyped_storage(), start, (m.rows, m.cols), m.strides)
+def _gemm_of_torch(gemm: Gemm, place: Callable[[Pointer], Place], device: torch.device) -> Step:
+    def matrix(addresses: list[int], m: Matrix) -> Tensor:
+        (slot, offset), numbers = place(m.at), (m.cols - 1) * m.strides[1] + (m.rows - 1) * m.strides[0] + 1
+        memory = torch._C._construct_storage_from_data_pointer(
+            addresses[slot] + offset, device, numbers * m.dtype.itemsize
+        )
+        return torch.empty(0, dtype=m.dtype, device=device).set_(memory, 0, (m.rows, m.cols), m.strides)
 
-    def run(device: int, stream: int, handle: int, tensors: list[Any], addresses: list[int]) -> None:
-        a, b, out = (view(tensors, m) for m in (gemm.a, gemm.b, gemm.out))
+    def run(index: int, stream: int, handle: int, addresses: list[int]) -> None:
+        a, b, out = (matrix(addresses, m) for m in (gemm.a, gemm.b, gemm.out))
         same, plain = a.dtype == out.dtype, not gemm.accumulate and gemm.alpha == 1
         how: dict[str, Any] = {"beta": int(gemm.accumulate), "alpha": gemm.alpha, "out": out}
         if plain:

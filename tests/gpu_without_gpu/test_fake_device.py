@@ -136,6 +136,21 @@ def test_the_recorded_peaks_are_within_what_is_promised(case: str, megabytes: in
     assert 4 * n * d < peak <= megabytes * 10**6, "the gradients alone, and the target"
 
 
+def test_host_instructions_are_within_their_targets() -> None:
+    """As recorded, for every case that has a target or more rows: measuring takes minutes and valgrind."""
+    ratios = host.read()["ratios"]
+    assert ratios.keys() == host.RATIOS.keys() and host.TARGETS.keys() <= ratios.keys()
+    assert host.above(ratios) == []
+    assert set(host.growths(ratios)) > {
+        f"{loss} {n}x512" for loss in ("clip_loss", "siglip_loss") for n in (32768, 65536)
+    }
+    said = host.above({"siglip_loss 1024x512": 0.6, "siglip_loss 65536x512": 1.3})
+    assert said == [
+        "siglip_loss 1024x512: 0.60 of open_clip.SigLipLoss 1024x512's host instructions, 0.59 at most",
+        "siglip_loss 65536x512: 2.17 of 1024x512's, 2.0 at most",
+    ]
+
+
 def test_nothing_waits_for_the_device(counts: host.Counts) -> None:
     assert {case: row["waits"] for case, row in counts.items() if row["waits"]} == {}
 

@@ -124,7 +124,8 @@ def test_siglip_loss_in_panels():
     x, y = (t.bfloat16() for t in towers(300, 300, 96))
     numbers = torch.tensor(10.0), torch.tensor(-4.0), 1 / 300
     with emulated(90):
-        whole = softplus.mean_loss(x, y, *numbers, True, True)
+        loss, *kept = softplus.mean_loss(x, y, *numbers, True, True)
+        whole = loss, *softplus.gradients(kept, x)
     with emulated(90) as gpu:
         panels = softplus.Panels(rows=128, gradient_rows=128, gradient_cols=128)
         cut = softplus.mean_loss(x, y, *numbers, True, True, panels)

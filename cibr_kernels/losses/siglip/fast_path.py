@@ -6,7 +6,6 @@ The arithmetic is siglip_loss/op.py's, without its O(n d) tensors of positives, 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -27,8 +26,11 @@ def plain_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, 
 
     Only where `library.only_autograd_looks_on` says that nobody but autograd looks on, and the kernel takes x.
     """
-    some = x.requires_grad or y.requires_grad or scale.requires_grad or bias.requires_grad
-    if some and torch.is_grad_enabled():
+    needs = x.requires_grad, y.requires_grad, scale.requires_grad, bias.requires_grad
+    if any(needs) and torch.is_grad_enabled():
+        if backend == "triton" and all(needs):
+            checks.positive("logit_scale", scale)
+            return _OnDevice.apply(x, y, scale, bias, share, None)  # type: ignore[no-any-return]
         return _loss_with_gradients(x, y, scale, bias, share, backend)
     return _fused(x, y, scale, bias, share, backend, (False,) * 4)[0]
 
@@ -43,7 +45,7 @@ def known_loss(x: Any, y: Any, scale: Any, bias: Any, mean: bool, backend: str) 
     if torch.is_autocast_enabled("cuda") or backend not in ("auto", "triton"):
         return None
     share = 1 / x.shape[0] if mean else 1.0
-    plan = _device_path().known(x, y, scale, bias, share, True, True)
+    plan = _device_path().known(x, y, scale, bias, share)
     return None if plan is None else _OnDevice.apply(x, y, scale, bias, share, plan)  # type: ignore[no-any-return]
 
 
@@ -54,23 +56,29 @@ def _device_path() -> ModuleType:
 
 
 class _OnDevice(torch.autograd.Function):
-    """A forward whose plan is known, with all gradients."""
+    """With all gradients.  plan: that of the forward, if it is known."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, plan: plans.Plan) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, plan: plans.Plan | None
+    ) -> Tensor:
         ctx.share, ctx.plan = share, plans.origin(plan)
-        loss, *grads = backends.in_range("siglip_loss_forward", "triton", plans.replay, plan, (x, y, scale, bias))
-        ctx.save_for_backward(x, y, scale, bias, *grads)
+        if plan is None:
+            forward = _device_path().forward_kept
+            loss, *kept = backends.in_range("siglip_loss_forward", "triton", forward, x, y, scale, bias, share)
+        else:
+            loss, *kept = backends.in_range("siglip_loss_forward", "triton", plans.replay, plan, (x, y, scale, bias))
+        ctx.save_for_backward(x, y, scale, bias, *kept)
         return loss
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, scale, bias, *grads = ctx.saved_tensors
+        x, y, scale, bias, *kept = ctx.saved_tensors
         if torch.is_grad_enabled():
             loss = general_loss(x, y, scale, bias, ctx.share, "triton")
             return *torch.autograd.grad(loss, (x, y, scale, bias), g, create_graph=True), None, None
         times = _device_path().times
-        found = backends.in_range("siglip_loss_times", "triton", times, g, *grads, x.dtype, ctx.plan)
+        found = backends.in_range("siglip_loss_times", "triton", times, g, x, kept, ctx.plan)
         return *found, None, None
 
 
@@ -90,11 +98,4 @@ def _fused(
     return backends.run("siglip_loss", "forward", backend, (x,), x, y, scale, bias, share, need_x, need_y)
 
 
-def _times(g: Tensor, grads: Sequence[Tensor], dtype: torch.dtype, share: float, backend: str) -> Sequence[Tensor]:
-    """g times each: one launch on a GPU."""
-    if backend != "triton":
-        return [t * g for t in grads]
-    return backends.run("siglip_loss", "times", backend, (grads[0],), g, *grads, dtype)
-
-
-_loss_with_gradients = library.with_gradients("siglip_loss", _fused, general_loss, _times)
+_loss_with_gradients = library.with_gradients("siglip_loss", _fused, general_loss)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,15 @@ from cibr_kernels.primitives.dot.softplus import triton as dot_softplus
 def forward(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, need_dx: bool, need_dy: bool
 ) -> tuple[Tensor, ...]:
-    """-> the loss () and dx, dy (n, d), each empty unless needed, dscale (), dbias ()."""
+    """-> the loss () and, where one of them is needed, dx, dy (n, d), each empty unless needed, dscale (), dbias ()."""
+    loss, *kept = forward_kept(x, y, scale, bias, share, need_dx, need_dy)
+    return (loss, *dot_softplus.gradients(kept, x)) if kept else (loss,)
+
+
+def forward_kept(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, need_dx: bool = True, need_dy: bool = True
+) -> tuple[Tensor, ...]:
+    """-> the loss () and, where a gradient is needed, what `times` reads."""
 
     def direction(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         return dot_softplus.mean_loss(x, y, scale, bias, share, need_dx, need_dy)
@@ -21,11 +31,9 @@ def forward(
     return plans.run(_key(x, share, need_dx, need_dy), direction, (x, y, scale, bias))
 
 
-def known(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, need_dx: bool, need_dy: bool
-) -> plans.Plan | None:
-    """The plan of `forward`, where such a call was made before: then these tensors need no check."""
-    return plans.find(_key(x, share, need_dx, need_dy), (x, y, scale, bias))
+def known(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float) -> plans.Plan | None:
+    """The plan of `forward_kept`, where such a call was made before: then these tensors need no check."""
+    return plans.find(_key(x, share, True, True), (x, y, scale, bias))
 
 
 def _key(x: Tensor, share: float, need_dx: bool, need_dy: bool) -> tuple[object, ...]:
@@ -33,13 +41,10 @@ def _key(x: Tensor, share: float, need_dx: bool, need_dy: bool) -> tuple[object,
     return "siglip_loss", share, need_dx, need_dy, tf32
 
 
-def times(
-    g: Tensor, dx: Tensor, dy: Tensor, dscale: Tensor, dbias: Tensor, dtype: torch.dtype, plan: plans.Plan | None = None
-) -> tuple[Tensor, ...]:
-    """g () times each of `forward`'s gradients, dx and dy in the features' dtype.  plan: `forward`'s, if known."""
+def times(g: Tensor, x: Tensor, kept: Sequence[Tensor], plan: plans.Plan | None) -> tuple[Tensor, ...]:
+    """g () times each gradient, dx and dy in the dtype of x.  kept: what `forward_kept` made; plan: its, if known."""
 
-    def direction(*tensors: Tensor) -> tuple[Tensor, ...]:
-        g, dx, dy, dscale, dbias = tensors
-        return dot_softplus.times(g, dx, dy, dscale, dbias, dtype)
+    def direction(g: Tensor, x: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+        return dot_softplus.times(g, x, kept)
 
-    return plans.run_after(plan, ("siglip_loss backward", dtype), direction, (g, dx, dy, dscale, dbias), 1)
+    return plans.run_after(plan, ("siglip_loss backward",), direction, (g, x, *kept), 1)

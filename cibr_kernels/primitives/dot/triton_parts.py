@@ -149,17 +149,18 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> Non
         out += torch.ops.aten.mm.dtype(a, b, torch.float32)
 
 
-def total(parts: Tensor) -> Tensor:
-    """(): the sum of parts, in a fixed order; by several programs first where one would take long."""
+def total(parts: Tensor, out: Tensor | None = None) -> Tensor:
+    """(): the sum of parts, in a fixed order; by several programs first where one would take long.  out: where to."""
     from cibr_kernels.primitives.dot.lse import triton_backward as kernels
 
     count = parts.numel()
     programs = min(MOST_TOTALS, blocks(count, LONG_TOTAL))
-    out = parts.new_empty(programs if programs > 1 else ())
+    last = programs <= 1
+    sums = out if last and out is not None else parts.new_empty(() if last else programs)
     triton_call.launch(
-        kernels.dot_total_kernel, (max(programs, 1),), {"parts": parts, "out": out, "count": count}, {"BLOCK": 1024}
+        kernels.dot_total_kernel, (max(programs, 1),), {"parts": parts, "out": sums, "count": count}, {"BLOCK": 1024}
     )
-    return total(out) if programs > 1 else out
+    return sums if last else total(sums, out)
 
 
 def features_block(t: Tensor) -> int:

@@ -26,9 +26,9 @@ replays: list[list[int]] = []
 def watch(step: Any) -> Any:
     """A step of a plan that tells its device and the current one."""
 
-    def run(device: int, stream: int, handle: int, tensors: list[Any], addresses: list[int]) -> None:
+    def run(device: int, stream: int, handle: int, addresses: list[int]) -> None:
         replays.append([device, torch.cuda.current_device()])
-        step(device, stream, handle, tensors, addresses)
+        step(device, stream, handle, addresses)
 
     return run
 

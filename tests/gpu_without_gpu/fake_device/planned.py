@@ -35,9 +35,9 @@ addresses: list[list[int]] = []  # by slot, of each replay
 def watch(step: Any) -> Any:
     """A step of a plan that tells its addresses."""
 
-    def run(device: int, stream: int, handle: int, tensors: list[Any], here: list[int]) -> None:
+    def run(device: int, stream: int, handle: int, here: list[int]) -> None:
         addresses.append(here)
-        step(device, stream, handle, tensors, here)
+        step(device, stream, handle, here)
 
     return run
 

@@ -105,9 +105,9 @@ def recorded_directions(counters: Counters, case: str) -> list[tuple[Kept, bytes
 def replayed(library: Any, seen: Kept) -> bytes:
     """What the native replay passes, every storage being where it was."""
     at = {number: plan.Place(number, 0) for number in range(len(seen.bases))}
-    steps = plan._steps(seen.commands, at, len(seen.bases), plans._native())
+    steps = plan._steps(seen.commands, at, len(seen.bases), plans._native(), torch.device("cuda", 0))
     handle = torch._C._cuda_getCurrentBlasHandle()
-    arguments = 0, torch._C._cuda_getCurrentRawStream(0), handle, seen.alive, seen.bases
+    arguments = 0, torch._C._cuda_getCurrentRawStream(0), handle, seen.bases
     return passed(library, lambda: [step(*arguments) for step in steps])
 
 

@@ -16,7 +16,7 @@ Workspace in bytes, with 128 x 128 tiles:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +42,7 @@ from cibr_kernels.primitives.dot.triton_parts import (
 
 BLOCK_T, BLOCK_L = 32, 32  # a fold: sums of tiles at a time, rows or columns of a program
 BLOCK_P = 4096  # features that a program of dot_softplus_poison_kernel looks at
+ENDS = 128  # bytes behind dx and dy: dscale, and dbias in the middle
 
 # With weights or ids, by target, for features of 2 bytes: four numbers for each pair live at once, dot_lse has two.
 CONFIGS = {
@@ -99,10 +100,16 @@ def forward(
 
 
 def mean_loss(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, share: float, need_dx: bool, need_dy: bool,
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    share: float,
+    need_dx: bool,
+    need_dy: bool,
     panels: Panels = PANELS,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> share (the sum of softplus over all pairs, signed) (), and dx, dy, each empty unless needed, dscale, dbias.
+) -> tuple[Tensor, ...]:
+    """-> share (the sum of softplus over all pairs, signed) () and, where a gradient is needed, what `gradients` reads.
 
     The loss of siglip: all weights are `share`, and the positives, row i with row i, are part of it.
     """
@@ -137,24 +144,37 @@ def mean_loss(
     _, dx, dy, along = sweep.run(fold, need_dx or not need_dy, need_dy)
     loss = total(losses)
     if not gradient:
-        return loss, dx, dy, torch.zeros_like(scale), torch.zeros_like(scale)
+        return (loss,)
+    if sweep.block is not None and dx.shape[1] == width:
+        _, _, dscale, dbias = gradients((sweep.block,), x)
+        total(along, dscale), total(sweep.totals, dbias)
+        return loss, sweep.block
     dx, dy = (g[:, :width].contiguous() if need else g.new_empty(0) for g, need in ((dx, need_dx), (dy, need_dy)))
     return loss, dx, dy, total(along), total(sweep.totals)
 
 
-def times(g: Tensor, dx: Tensor, dy: Tensor, dscale: Tensor, dbias: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """g () times each: dx and dy, of any shape and empty unless needed, in the features' dtype."""
+def gradients(kept: Sequence[Tensor], x: Tensor) -> Sequence[Tensor]:
+    """What `mean_loss` kept -> dx, dy (n, d), each empty unless needed, dscale (), dbias (): views of its one block,
+    where it has made all at once.  To a step of few rows each tensor more is time of the host."""
+    if len(kept) > 1:
+        return kept
+    (block,), count = kept, x.numel()
+    ends = block[2 * count :].view(torch.float32)
+    return block[:count].view_as(x), block[count : 2 * count].view_as(x), ends[0], ends[ends.numel() // 2]
+
+
+def times(g: Tensor, x: Tensor, kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """g () times all gradients, as `mean_loss` kept them: dx and dy in the dtype of x (n, d), dscale, dbias."""
     from cibr_kernels.primitives.dot.softplus import triton_kernels as kernels
 
-    outputs = tuple(
-        torch.empty_like(t, dtype=to) for t, to in zip((dx, dy, dscale, dbias), (dtype, dtype, None, None), strict=True)
-    )
-    x_blocks, y_blocks = blocks(dx.numel(), BLOCK_P), blocks(dy.numel(), BLOCK_P)
+    dx, dy, dscale, dbias = gradients(kept, x)
+    outputs = torch.empty_like(x), torch.empty_like(x), torch.empty_like(g), torch.empty_like(g)
+    count, x_blocks = x.numel(), blocks(x.numel(), BLOCK_P)
     names = ("dx_out", "dy_out", "dscale_out", "dbias_out")
     triton_call.launch(
-        kernels.loss_times_kernel, (x_blocks + y_blocks,),
+        kernels.loss_times_kernel, (2 * x_blocks,),
         {"g": g, "dx": dx, "dy": dy, "dscale": dscale, "dbias": dbias, **dict(zip(names, outputs, strict=True)),
-         "x_count": dx.numel(), "y_count": dy.numel(), "x_blocks": x_blocks},
+         "x_count": count, "y_count": count, "x_blocks": x_blocks},
         {"BLOCK": BLOCK_P},
     )  # fmt: skip
     return outputs
@@ -169,7 +189,7 @@ class _Sweep:
     """One pass over all tiles: sums of softplus, and with weights G and what the vendor's matmuls make of it.
 
     totals: the sums of G of each program; before them, with g_positives (n,), the gradients of positives, room for sums
-    of those.
+    of those.  block: with those, what dx and dy lie in where one launch makes both; `gradients` knows where.
     """
 
     def __init__(
@@ -177,6 +197,7 @@ class _Sweep:
         need_cols: bool, panels: Panels, g_positives: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.problem, self.exponent, self.g_cols = problem, exponent, g_cols
+        self.block: Tensor | None = None
         self.need_cols, self.gradient, self.g_positives = need_cols, g_rows is not None, g_positives
         (n, m, _), x = problem.sizes, problem.x
         self.tiles = _tiles(x) if self.gradient or problem.grouped else Tiles.of("scores", x)
@@ -245,7 +266,8 @@ class _Sweep:
                 self._scale(dx_sums, x, y, slice(first, end), dx, along_x)
         del panel, p, part_rows, sums  # what follows takes their memory
         if together and pairs is not None:
-            dx, dy = made.new_empty(x.shape), made.new_empty(y.shape)
+            self.block = made.new_empty(2 * x.numel() + ENDS // made.itemsize)
+            dx, dy, *_ = gradients((self.block,), x)
             both_features_gradients(
                 dx_sums, dy_sums, x, y, dx, dy, along_x, g_positives=pairs, scale=self.problem.scale,
                 exponent=self.exponent, first_positive=0,
