@@ -109,6 +109,9 @@ def test_arrows_point_down(path):
         package, *rest = name.split(".")
         if package == "cibr_kernels":
             assert FLOORS.index(floor(rest)) <= here, f"{inside} imports {name}, which stands above it"
+            if here == FLOORS.index("primitives") and rest[0] == "primitives" and len(inside.parts) > 2:
+                own, other = inside.parts[1], rest[1]
+                assert other in (own, "triton_sums"), f"{inside} imports {name}, another family of primitives"
     if inside.name == "native.py":
         # tables of names may be shared; functions of another backend may not
         taken = [n for n in imports(path) if ".reference." in n or ".triton." in n]

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CASES = (
-    "tests/losses/test_at_once.py::test_equals_float64_whatever_the_upstream_gradient",
+    "tests/losses/test_native_gradients.py::test_equals_float64_whatever_the_upstream_gradient",
     "tests/primitives/test_additive_moments.py::test_kernel_matches_float64",
     "tests/primitives/test_additive_moments.py::test_half_precision_storage",
     "tests/primitives/test_additive_scores.py::test_kernel_matches_float64",

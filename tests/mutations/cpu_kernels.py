@@ -55,19 +55,19 @@ _LSE = ("dot_lse_forward", "dot_lse_backward")
 _MOMENTS = ("additive_moments", "additive_moments_backward")
 _SCORES = ("additive_scores_forward", "additive_scores_backward")
 _SHIFTS = ("additive_shifts_forward", "additive_shifts_backward")
-_AT_ONCE = "losses/test_at_once.py::test_"
+_NATIVE = "losses/test_native_gradients.py::test_"
 OPS = {
     "lse": Op(("dot/lse/cpu.cpp",), _LSE, ("primitives/test_dot_lse.py", "losses/test_clip_loss.py")),
     "softplus": Op(("dot/softplus/cpu.cpp",), ("dot_softplus",), ("primitives/test_dot_softplus.py",)),
     "clip": Op(
         ("losses/clip/cpu.cpp", "dot/lse/cpu.cpp"),
         ("clip_loss", *_LSE),
-        tuple(_AT_ONCE + t for t in ("equals_float64_whatever_the_upstream_gradient", "gradients_of_some_inputs")),
+        tuple(_NATIVE + t for t in ("equals_float64_whatever_the_upstream_gradient", "gradients_of_some_inputs")),
     ),
     "siglip": Op(
         ("losses/siglip/cpu.cpp", "dot/softplus/cpu.cpp"),
         ("siglip_loss", "dot_softplus"),
-        (f"{_AT_ONCE}equals_float64_whatever_the_upstream_gradient",),
+        (f"{_NATIVE}equals_float64_whatever_the_upstream_gradient",),
     ),
     "moments": Op(("additive/moments/cpu.cpp",), _MOMENTS, ("primitives/test_additive_moments.py",)),
     "scores": Op(

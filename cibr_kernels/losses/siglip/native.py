@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cibr_kernels.dispatch.native_call import DTYPES, call
-from cibr_kernels.losses.at_once import with_gradients
+from cibr_kernels.losses.native_gradients import room_for_gradients
 
 
 def forward(
@@ -16,7 +16,7 @@ def forward(
 
     The gradients are float32 for float16.
     """
-    x, y, dx, dy = with_gradients(x, y, need_dx, need_dy)
+    x, y, dx, dy = room_for_gradients(x, y, need_dx, need_dy)
     n, d = x.shape
     loss = torch.empty_like(scale)
     dscale, dbias = (torch.empty_like(scale), torch.empty_like(bias)) if need_dx or need_dy else (None, None)

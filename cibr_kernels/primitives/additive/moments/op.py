@@ -54,19 +54,9 @@ def additive_moments(
 
 @operator(SERVES)
 def additive_moments_forward(
-    a: Tensor,
-    b: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    slope: float,
-    first_positive: int,
-    include_diagonal: bool,
-    need_a: bool,
-    need_b: bool,
-    need_w: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    a: Tensor, b: Tensor, w: Tensor, bias: Tensor | None, activation: str, slope: float, first_positive: int,
+    include_diagonal: bool, need_a: bool, need_b: bool, need_w: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> J (), L () and the gradients of L: (n, h), (m, h), (h,), each empty unless needed."""
     problem = MomentsProblem(a, b, w, activation, slope, first_positive, include_diagonal, bias)
     return backends.run("additive_moments", "forward", backend, (a, b, w), problem, (need_a, need_b, need_w))
@@ -81,22 +71,10 @@ def _(a, b, w, bias, activation, slope, first_positive, include_diagonal, need_a
 
 @operator(SERVES)
 def additive_moments_backward(
-    g_j: Tensor | None,
-    g_l: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    w: Tensor,
-    da_of_l: Tensor,
-    db_of_l: Tensor,
-    dw_of_l: Tensor,
-    activation: str,
-    slope: float,
-    first_positive: int,
-    need_a: bool,
-    need_b: bool,
-    need_w: bool,
+    g_j: Tensor | None, g_l: Tensor | None, a: Tensor, b: Tensor, w: Tensor, da_of_l: Tensor, db_of_l: Tensor,
+    dw_of_l: Tensor, activation: str, slope: float, first_positive: int, need_a: bool, need_b: bool, need_w: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> da (n, h), db (m, h), dw (h,), each empty unless needed: the saved gradients of L and the positives of J."""
     problem = MomentsProblem(a, b, w, activation, slope, first_positive, False)
     of_l, needs = (da_of_l, db_of_l, dw_of_l), (need_a, need_b, need_w)

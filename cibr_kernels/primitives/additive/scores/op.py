@@ -50,17 +50,9 @@ def _(a, b, w, activation, slope, backend):
 
 @operator(SERVES)
 def additive_scores_backward(
-    grad: Tensor,
-    a: Tensor,
-    b: Tensor,
-    w: Tensor,
-    activation: str,
-    slope: float,
-    need_a: bool,
-    need_b: bool,
-    need_w: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, a: Tensor, b: Tensor, w: Tensor, activation: str, slope: float, need_a: bool, need_b: bool,
+    need_w: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """grad (n, m) -> da (n, h), db (m, h), dw (h,) as their inputs, each empty unless needed."""
     problem = AdditiveProblem(a, b, w, activation, slope)
     needs = need_a, need_b, need_w

@@ -55,19 +55,9 @@ def _(a, b, w, first, k, activation, slope, backend):
 
 @operator(SERVES)
 def additive_shifts_backward(
-    grad: Tensor,
-    a: Tensor,
-    b: Tensor,
-    w: Tensor,
-    first: int,
-    k: int,
-    activation: str,
-    slope: float,
-    need_a: bool,
-    need_b: bool,
-    need_w: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, a: Tensor, b: Tensor, w: Tensor, first: int, k: int, activation: str, slope: float,
+    need_a: bool, need_b: bool, need_w: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """grad (k, n) -> da (n, h), db (m, h), dw (h,) as their inputs, each empty unless needed."""
     problem = ShiftsProblem(a, b, w, activation, slope, first, k)
     needs = need_a, need_b, need_w

@@ -96,19 +96,9 @@ def dot_lse(
 
 @operator(SERVES)
 def dot_lse_forward(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    row_limits: Tensor | None,
-    first_positive: int,
-    mask_positives: bool,
-    need_cols: bool,
-    need_max: bool,
-    budget: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, y: Tensor, scale: Tensor, row_ids: Tensor | None, col_ids: Tensor | None, row_limits: Tensor | None,
+    first_positive: int, mask_positives: bool, need_cols: bool, need_max: bool, budget: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> rows (n,), cols (m,) or (0,), positives (n,), row maxima (n,) or (0,), column maxima (m,) or (0,), stash
     shift (), stash (empty where it exceeds the budget).
 

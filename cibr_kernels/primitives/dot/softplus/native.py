@@ -14,13 +14,9 @@ from cibr_kernels.primitives.dot.problem import SoftplusProblem
 
 
 def forward(
-    problem: SoftplusProblem,
-    row_weights: Tensor | None,
-    col_weights: Tensor | None,
-    need_cols: bool,
-    need_dx: bool,
+    problem: SoftplusProblem, row_weights: Tensor | None, col_weights: Tensor | None, need_cols: bool, need_dx: bool,
     need_dy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> rows (n,), cols (m,) or (0,), dx (n, d), dy (m, d), each empty unless needed, dscale (), dbias ().
 
     Row weights are given where dx or dy is needed; both are float32 for float16.

@@ -87,14 +87,9 @@ def dot_softplus_sums(
 
 
 def _run(
-    problem: SoftplusProblem,
-    row_weights: Tensor | None,
-    col_weights: Tensor | None,
-    need_cols: bool,
-    need_dx: bool,
-    need_dy: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    problem: SoftplusProblem, row_weights: Tensor | None, col_weights: Tensor | None, need_cols: bool, need_dx: bool,
+    need_dy: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> rows, cols, dx, dy, dscale, dbias."""
     checks.positive("logit_scale", problem.scale)
     tensors, weights = (problem.x, problem.y), (row_weights, col_weights)
@@ -103,20 +98,10 @@ def _run(
 
 @operator(SERVES)
 def dot_softplus_total(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_weights: Tensor,
-    col_weights: Tensor | None,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    first_positive: int,
-    attract: bool,
-    need_dx: bool,
-    need_dy: bool,
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_weights: Tensor, col_weights: Tensor | None,
+    row_ids: Tensor | None, col_ids: Tensor | None, first_positive: int, attract: bool, need_dx: bool, need_dy: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> total (), rows (n,), cols (m,) or (0,), and total's gradients: dx, dy, each empty unless needed, in
     `early_dtype`, dscale (), dbias ()."""
     needs = need_dx or need_dy
@@ -143,16 +128,9 @@ def _(
 
 @operator(SERVES)
 def dot_softplus_scale(
-    g: Tensor,
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_weights: Tensor,
-    col_weights: Tensor | None,
-    gradients: list[Tensor],
-    needed: list[bool],
-) -> list[Tensor]:
+    g: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_weights: Tensor, col_weights: Tensor | None,
+    gradients: list[Tensor], needed: list[bool],
+) -> list[Tensor]:  # fmt: skip
     """g () times each of total's gradients, in the dtype of its tensor, empty unless needed.
 
     It takes what they were made of, so that a second derivative is refused instead of forgotten.
@@ -218,20 +196,9 @@ def _(x, y, scale, bias, row_ids, col_ids, first_positive, attract, need_cols, b
 
 @operator(SERVES)
 def dot_softplus_backward(
-    g_rows: Tensor,
-    g_cols: Tensor,
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_ids: Tensor | None,
-    col_ids: Tensor | None,
-    first_positive: int,
-    attract: bool,
-    need_dx: bool,
-    need_dy: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g_rows: Tensor, g_cols: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_ids: Tensor | None,
+    col_ids: Tensor | None, first_positive: int, attract: bool, need_dx: bool, need_dy: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> dx (n, d), dy (m, d), each empty unless needed, dscale (), dbias ()."""
     col_weights = g_cols.contiguous() if g_cols.numel() else None
     problem = SoftplusProblem(x, y, scale, row_ids, col_ids, first_positive, bias, attract)

@@ -15,15 +15,9 @@ from cibr_kernels.primitives.dot.problem import SoftplusProblem
 
 
 def dot_softplus(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    row_ids: Tensor | None = None,
-    col_ids: Tensor | None = None,
-    first_positive: int = 0,
-    attract: bool = False,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, row_ids: Tensor | None = None, col_ids: Tensor | None = None,
+    first_positive: int = 0, attract: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x (n, d), y (m, d), scale (), bias () -> rows (n,), cols (m,), differentiable in all four.
 
     Other pairs with row_ids_i = col_ids_j are left out, or with `attract` counted as positives: softplus(-l).
@@ -50,13 +44,9 @@ def _signs(
 
 
 def forward(
-    problem: SoftplusProblem,
-    row_weights: Tensor | None,
-    col_weights: Tensor | None,
-    need_cols: bool,
-    need_dx: bool,
+    problem: SoftplusProblem, row_weights: Tensor | None, col_weights: Tensor | None, need_cols: bool, need_dx: bool,
     need_dy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> rows (n,), cols (m,) or (0,), dx (n, d), dy (m, d), each empty unless needed, dscale (), dbias ().
 
     The gradients are those of sum_i row_weights_i rows_i + sum_j col_weights_j cols_j; without col_weights, of the

@@ -8,7 +8,7 @@ from cibr_kernels.dispatch.native_call import scratch_like
 from cibr_kernels.numerics import early_dtype
 
 
-def with_gradients(
+def room_for_gradients(
     x: Tensor, y: Tensor, need_dx: bool, need_dy: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """-> x and y in the dtype of the gradients, and memory for dx and dy, None unless needed."""
