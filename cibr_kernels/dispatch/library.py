@@ -8,6 +8,7 @@ or tracer, no mode, no functorch transform, no tensor subclass.  Both ways run t
 from __future__ import annotations
 
 import inspect
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ class Operator:
 
     def __init__(self, function: Callable[..., Any], serves: str) -> None:
         self.function, self.name, self.serves = function, function.__name__, serves
+        function.__annotations__ = _of_old(function)
         self.registered = torch.library.custom_op(f"cibr_kernels::{self.name}", function, mutates_args=())
         self.registered.register_autograd(self._no_derivative, setup_context=lambda ctx, inputs, output: None)
         self._node: type[torch.autograd.Function] | None = None
@@ -91,6 +93,13 @@ class Operator:
                 f"{self.serves}: forward-mode derivatives (torch.autograd.forward_ad) are not there, the operator "
                 f"cibr_kernels.{self.name} has no formula for them; {_INSTEAD}"
             )
+
+
+def _of_old(function: Callable[..., Any]) -> dict[str, Any]:
+    """Types of its arguments as PyTorch 2.6 knows them: List[Tensor], not list[Tensor]."""
+    old: Any = typing.List  # noqa: UP006
+    hints = typing.get_type_hints(function).items()
+    return {name: old[typing.get_args(hint)] if typing.get_origin(hint) is list else hint for name, hint in hints}
 
 
 def operator(serves: str) -> Callable[[Callable[..., Any]], Operator]:

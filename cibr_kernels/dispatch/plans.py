@@ -7,8 +7,8 @@ A direction allocates, launches Triton kernels (`triton_call.launch`) and multip
 What it does may depend on shapes, dtypes and addresses modulo 16 of the inputs, and else on nothing that `key` does not
 say.  One that does more than that is not replayed: it runs as it stands, every time, as without plans.
 
-It also runs as it stands where plans do not serve (`_serve`), where somebody watches launches, and where the first call
-of a key comes while a graph is captured.  No GPU has run a plan yet: docs/gpu.md.
+It also runs as it stands where plans do not serve (`refusal`), where somebody watches launches, and where the first
+call of a key comes while a graph is captured.  No GPU has run a plan yet: docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def kept() -> dict[Hashable, Plan | str]:
 
 def find(key: tuple[Hashable, ...], inputs: Sequence[Tensor]) -> Plan | None:
     """The plan that `run` would replay; None where it would not.  That there is one says that such a call was made."""
-    if not (_enabled and inputs[0].is_cuda and _serve()) or triton_relaunch.watched():
+    if not (_enabled and inputs[0].is_cuda and refusal() is None) or triton_relaunch.watched():
         return None
     plan = _plans.get(_whole(key, inputs))
     if plan.__class__ is not Plan or not _fits(plan):  # type: ignore[arg-type]
@@ -78,7 +78,8 @@ def find(key: tuple[Hashable, ...], inputs: Sequence[Tensor]) -> Plan | None:
 
 def origin(plan: Plan | None) -> Plan | None:
     """For `run_after`: the plan, unless somebody's hooks may give back other tensors than are saved for a backward."""
-    return plan if torch._C._autograd._top_saved_tensors_default_hooks(True) is None else None
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # PyTorch 2.6 does not say
+    return plan if top is not None and top(True) is None else None
 
 
 def run_after(
@@ -116,7 +117,7 @@ def run(key: tuple[Hashable, ...], direction: Callable[..., Outputs], inputs: Se
     if plan is not None:
         return replay(plan, inputs)
     device = inputs[0].device
-    serves = _enabled and device.type == "cuda" and _serve() and not triton_relaunch.watched()
+    serves = _enabled and device.type == "cuda" and refusal() is None and not triton_relaunch.watched()
     whole = _whole(key, inputs)
     if not serves or isinstance(_plans.get(whole), str) or torch.cuda.is_current_stream_capturing():
         return direction(*inputs)
@@ -182,9 +183,17 @@ def _native() -> ModuleType | None:
 
 
 @lru_cache
-def _serve() -> bool:
-    """Whether plans are used in this process."""
+def refusal() -> str | None:
+    """Why this process replays nothing, whatever the call; None where it replays."""
     wanted = os.environ.get(SWITCH, "")
-    if wanted == "0" or _native() is None or torch.version.hip or triton_call.unsupported():
-        return False
-    return wanted == "1" or triton_relaunch.is_compared()
+    if wanted == "0":
+        return f"{SWITCH} is 0"
+    if _native() is None:
+        return "cibr_kernels._plans, the module of C++, is not built"
+    if torch.version.hip:
+        return "plans are NVIDIA's driver's, this PyTorch is ROCm's"
+    if (missing := triton_call.unsupported()) is not None:
+        return missing
+    if wanted == "1" or triton_relaunch.is_compared():
+        return None
+    return f"{triton_relaunch.not_compared()}: {SWITCH}=1 replays all the same"

@@ -58,7 +58,9 @@ class Gpu:
     @lru_cache
     def target(device: torch.device) -> Target:
         found = torch.cuda.get_device_properties(device)
-        shared = getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
+        names = ("shared_memory_per_block_optin", "shared_memory_per_block")
+        told = [getattr(found, name) for name in names if hasattr(found, name)]
+        shared = told[0] if told else _shared_by_triton(device)
         kind = "hip" if torch.version.hip else "cuda"
         capability = 10 * found.major + found.minor if kind == "cuda" else 0
         return Target(kind, capability, found.multi_processor_count, shared)
@@ -76,6 +78,13 @@ class Gpu:
         recorder = triton_recording.active()
         if recorder is not None:
             recorder.launched(compiled, grid, kernel, {**args, **constants})
+
+
+def _shared_by_triton(device: torch.device) -> int:
+    """What PyTorch 2.6 does not tell."""
+    from triton.runtime import driver
+
+    return int(driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"])
 
 
 _gpu: Executor = Gpu()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-COMPARED = ((3, 8),)  # versions of Triton whose launcher's bytes tests compare with these; others launch themselves
+COMPARED = tuple((3, minor) for minor in range(2, 9))  # Tritons whose launcher's bytes were compared with these
 MOST = 4096  # keys; a step has some 15, an epoch as many for each batch size
 _known: dict[tuple[Any, ...], _Compiled] = {}
 _enabled = True
@@ -100,16 +100,27 @@ def _kinds(args: dict[str, Any]) -> tuple[list[Any], list[Any]]:
 
 
 def _prepared(compiled: Any, kernel: Any, names: list[str]) -> _Compiled:
-    take = itemgetter(*(names.index(name) for name in kernel.arg_names))
-    return _Compiled(compiled, compiled.run, take)
+    taken = kernel.arg_names if _version() > (3, 2) else [p.name for p in kernel.params if not p.is_constexpr]
+    return _Compiled(compiled, compiled.run, itemgetter(*map(names.index, taken)))
+
+
+def is_compared() -> bool:
+    """Whether a compiled kernel of this Triton is known to be called as here."""
+    return _version() in COMPARED
+
+
+def not_compared() -> str:
+    """In words, for the others."""
+    compared = " ".join(f"{major}.{minor}" for major, minor in COMPARED)
+    return f"the launches of Triton {'.'.join(map(str, _version()))} were not compared (those of {compared} were)"
 
 
 @lru_cache
-def is_compared() -> bool:
-    """Whether a compiled kernel is called as here: all arguments, constants too, in the order of the signature."""
+def _version() -> tuple[int, int]:
     import triton
 
-    return tuple(map(int, triton.__version__.split(".")[:2])) in COMPARED
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 @lru_cache

@@ -38,6 +38,7 @@ def test_a_replay_passes_the_bytes_that_triton_and_pytorch_pass(device: Path) ->
     found = run(device, "replays", CIBR_KERNELS_PLANS="1")
     assert found["different"] == [] and found["bytes"] > 40000, "launches, tensor maps, matmuls"
     assert found["names"] == [], "the same kernels in the same order"
+    assert found["around"] == [] and found["refused"] == {}
 
 
 def test_when_plans_serve(device: Path) -> None:

@@ -19,7 +19,7 @@ EXPORT void fake_register(CUfunction f, int parameters, const int* sizes) {
   memcpy(function->sizes, sizes, sizeof(int) * (size_t)parameters);
 }
 
-void fake_keep(const void* p, size_t size) {
+EXPORT void fake_keep(const void* p, size_t size) {
   if (!fake_capturing) return;
   if (fake_bytes_length + size > sizeof fake_bytes) abort();
   memcpy(fake_bytes + fake_bytes_length, p, size);

@@ -76,9 +76,9 @@ def tf32() -> Iterator[None]:
 @contextmanager
 def switched_off() -> Iterator[None]:
     with patch.dict(os.environ, {plans.SWITCH: "0"}):
-        plans._serve.cache_clear()
+        plans.refusal.cache_clear()
         yield
-    plans._serve.cache_clear()
+    plans.refusal.cache_clear()
 
 
 def capturing() -> Any:

@@ -179,7 +179,11 @@ EXPORT cudaError_t cudaStreamCreate(cudaStream_t* s) { return NEW(cudaStream_t, 
 EXPORT cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned flags) { return NEW(cudaStream_t, s); }
 EXPORT cudaError_t cudaStreamCreateWithPriority(cudaStream_t* s, unsigned flags, int priority) { return NEW(cudaStream_t, s); }
 EXPORT cudaError_t cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus* status) { *status = cudaStreamCaptureStatusNone; return cudaSuccess; }
+#if CUDART_VERSION >= 13000
 EXPORT cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus* status, unsigned long long* id, cudaGraph_t* graph, const cudaGraphNode_t** nodes, const cudaGraphEdgeData** edges, size_t* count) {
+#else
+EXPORT cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus* status, unsigned long long* id, cudaGraph_t* graph, const cudaGraphNode_t** nodes, size_t* count) {
+#endif
   *status = cudaStreamCaptureStatusNone;
   if (id) *id = 0;
   return cudaSuccess;
