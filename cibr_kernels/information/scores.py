@@ -174,24 +174,8 @@ def _infonce(scores: Tensor, positives: Tensor, column: int, need: bool) -> tupl
 
 
 @additive_contrast_forward.register_fake
-def _(
-    a,
-    b,
-    w,
-    bias,
-    kind,
-    clamp,
-    activation,
-    slope,
-    first_positive,
-    include_diagonal,
-    rows,
-    need_a,
-    need_b,
-    need_w,
-    need_bias,
-    backend,
-):
+def _(a, b, w, bias, kind, clamp, *more):
+    *_, need_a, need_b, need_w, _, _ = more
     n, sums = a.shape[0], sum_dtype(a)
     grads = [t.new_empty(t.shape if need else 0) for t, need in ((a, need_a), (b, need_b), (w, need_w))]
     positives, clamped = a.new_empty(n, dtype=sums), a.new_empty(0 if clamp is None else n, dtype=sums)
