@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gpu_faults_additive
 import gpu_faults_dot
+import gpu_faults_ends
 import gpu_faults_objective
 
-FAULTS = [*gpu_faults_dot.FAULTS, *gpu_faults_additive.FAULTS, *gpu_faults_objective.FAULTS]
+FAMILIES = gpu_faults_dot, gpu_faults_additive, gpu_faults_ends, gpu_faults_objective
+FAULTS = [fault for family in FAMILIES for fault in family.FAULTS]

@@ -7,6 +7,7 @@ from mutations import Fault
 ADDITIVE, CUDA = "cibr_kernels/primitives/additive/moments/", "csrc/additive/moments/"
 KERNELS, LAUNCHER = ADDITIVE + "triton_kernels.py", ADDITIVE + "triton.py"
 POSITIVES = ADDITIVE + "triton_positives.py"
+SHIFTS = "cibr_kernels/primitives/additive/shifts/triton_kernels.py"
 SCORES = "cibr_kernels/primitives/additive/scores/triton_kernels.py"
 
 FAULTS = [
@@ -303,4 +304,42 @@ FAULTS = [
         "inside = (i < rows)[:, None] & (j >= 0)[None, :]",
     ),
     Fault("divided by another total", "additive_scores", SCORES, "1.0 + tl.sum(sums, 0)", "2.0 + tl.sum(sums, 0)"),
+    # ---- additive_shifts, Triton
+    Fault("partners past the end", "additive_shifts", SHIFTS, "(i + (first + r) % m) % m", "(i + (first + r) % m)"),
+    Fault(
+        "scores of another shift", "additive_shifts", SHIFTS, "out + r.to(tl.int64) * n + i", "out + r.to(tl.int64) + i"
+    ),
+    Fault(
+        "last features skipped",
+        "additive_shifts",
+        SHIFTS,
+        "in range(0, width, BLOCK_H)",
+        "in range(0, width - BLOCK_H, BLOCK_H)",
+    ),
+    Fault(
+        "rows of b that meet none",
+        "additive_shifts",
+        SHIFTS,
+        "(own < rows) & (other < others)",
+        "(own < rows) & (other >= 0)",
+    ),
+    Fault(
+        "shifts of b the other way", "additive_shifts", SHIFTS, "(own + (m - by)) % m if OF_B", "(own + by) % m if OF_B"
+    ),
+    Fault("gradient of b's own row", "additive_shifts", SHIFTS, "(other if OF_B else own)", "own"),
+    Fault(
+        "padding rows not masked",
+        "additive_shifts",
+        SHIFTS,
+        "inside = (own < rows)[:, None]",
+        "inside = (own >= 0)[:, None]",
+    ),
+    Fault(
+        "w missing from da and db",
+        "additive_shifts",
+        SHIFTS,
+        "        acc *= tl.load(w + k, mask=k < width, other=0.0).to(tl.float32)[None, :]\n",
+        "",
+    ),
+    Fault("dw without the gradient", "additive_shifts", SHIFTS, "g[:, None] * value", "value"),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gpu_suites_additive
 import gpu_suites_dot
+import gpu_suites_ends
 import gpu_suites_objective
 import nvcc
 from gpu_suites_additive import AdditiveCuda
@@ -14,6 +15,7 @@ from cibr_kernels.dispatch import backends
 SUITES: dict[str, Suite] = {
     **gpu_suites_dot.SUITES,
     **gpu_suites_additive.SUITES,
+    **gpu_suites_ends.SUITES,
     **gpu_suites_objective.SUITES,
 }
 

@@ -22,7 +22,7 @@ from mutations import ROOT, Fault, Suite
 from torch import Tensor
 
 from cibr_kernels.primitives.additive.activations import ACTIVATIONS
-from cibr_kernels.primitives.additive.problem import AdditiveProblem, MomentsProblem
+from cibr_kernels.primitives.additive.problem import AdditiveProblem, MomentsProblem, ShiftsProblem
 
 
 @contextmanager
@@ -139,6 +139,38 @@ class AdditiveScores(Checked):
         return found
 
 
+class AdditiveShifts(Checked):
+    """n rows of a against m of b, more: some rows of b meet none; the last shifts go round the end."""
+
+    n, m, h, k, first = 21, 25, 20, 6, 3
+    names = ("S", "da", "db", "dw")
+
+    def __init__(self, capability: int, activation: str):
+        self.capability, self.activation = capability, activation
+
+    def outputs(self, module: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        a, b, w = (torch.randn(shape).to(dtype) for shape in ((self.n, self.h), (self.m, self.h), (self.h,)))
+        problem = ShiftsProblem(a, b, w, self.activation, 0.2, self.first, self.k)
+        made = module.forward(problem), *module.backward(torch.randn(self.k, self.n).to(dtype), problem, ALL)
+        return dict(zip(self.names, made, strict=True))
+
+    def run(self, fault: Fault | None) -> Iterator[dict[str, Tensor]]:
+        tile = {"BLOCK_R": 16, "BLOCK_H": 16}
+        with launcher_of("additive_shifts", fault) as launcher, patch.object(launcher, "TILE", tile):
+            with emulated(self.capability, edit_ptx=fault.edit_ptx if fault else None):
+                found = self.outputs(launcher, torch.float32)
+            yield found
+
+    @cached_property
+    def expected(self) -> Case:
+        from cibr_kernels.primitives.additive.shifts import reference
+
+        eager, truth = (self.outputs(reference, dtype) for dtype in (torch.float32, torch.float64))
+        options = {"terms": self.n * self.k + self.h, "exponent": 0.0, "features": torch.float32}
+        return {name: (eager[name], t, options) for name, t in truth.items()}
+
+
 class AdditiveCuda(_Additive):
     """The launcher is the compiled module's; the fault is in the kernels that it launches."""
 
@@ -178,6 +210,7 @@ SUITES: dict[str, Suite] = {
         "gelu": AdditiveCase("gelu", n=20, m=33, first_positive=5, groups=2),
     }),
     "additive_scores": AdditiveScores(80, {"relu": AdditiveCase("relu"), "gelu": AdditiveCase("gelu", size=30.0)}),
+    "additive_shifts": AdditiveShifts(80, "elu"),
     "additive_cuda": AdditiveCuda("80", {"relu": AdditiveCase("relu", n=130, m=140, first_positive=7)}),
     "additive_cuda_group": AdditiveCuda("80", {"relu": AdditiveCase("relu", n=20, m=33, first_positive=5, groups=2)}),
 }  # fmt: skip

@@ -79,6 +79,14 @@ def test_anchors_of_the_faults_are_there(faults: list[Fault]) -> None:
     assert len({(f.suite, f.name) for f in faults}) == len(faults)
 
 
+def test_every_file_of_triton_kernels_has_faults() -> None:
+    """But that of the activations, which kernels inline: their values and slopes are compared one by one elsewhere."""
+    files = (mutations.ROOT / "cibr_kernels").rglob("triton*.py")
+    kernels = {str(f.relative_to(mutations.ROOT)) for f in files if "@triton.jit" in f.read_text()}
+    without = kernels - {fault.path for fault in gpu_faults.FAULTS}
+    assert len(kernels) > 10 and without == {"cibr_kernels/primitives/additive/triton_activations.py"}
+
+
 SAMPLE = {f.path: f for f in reversed(cpu_faults.FAULTS)}.values()  # one of each file; all: mutations.py cpu
 
 
