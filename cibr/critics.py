@@ -37,7 +37,7 @@ def critics_turn(players: Players, stage: Stage, output: Output, batch: Batch, s
     for buffer, value in kept:
         buffer.copy_(value)
     players.ranks.average(objective.parameters())
-    norm = gradient_norm(objective)
+    norm = gradient_norm(objective.parameters())
     if torch.isfinite(norm):
         players.optimizer.step()  # weights without a gradient stay: the model's have none yet
     players.optimizer.zero_grad()

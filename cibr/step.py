@@ -1,7 +1,7 @@
 """One step: towers, objective, backward, update.
 
-Towers and objective meet at the features (`cibr_kernels.accumulate`): the objective's backward ends in their gradients,
-and the towers' begins there.  So a batch can be encoded in parts without being cut for the loss.
+With --accumulate towers and objective meet at the features (`cibr_kernels.accumulate`): the objective's backward ends in
+their gradients, and the towers' begins there.  So a batch is encoded in parts without being cut for the loss.
 
 Random numbers are drawn anew from (seed, step, rank, part) before each encoding and from (seed, step) before the
 objective, so a step depends on nothing that came before it but the weights.
@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ from cibr.run.clock import Clock
 from cibr.run.ema import Ema
 from cibr.run.ranks import Ranks
 from cibr.run.sharding import gradient_norm, is_sharded
-from cibr.stages import Stage
+from cibr.stages import EVERYTHING, Stage
 
 DTYPES = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 
@@ -50,6 +52,19 @@ class Players:
     ranks: Ranks
     clock: Clock
     device: str
+
+    @cached_property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The model's, by name: going through all modules takes longer than a head's loss."""
+        return dict(self.model.named_parameters())
+
+    @cached_property
+    def critic_weights(self) -> list[nn.Parameter]:
+        return list(self.critics.parameters())
+
+    @cached_property
+    def buffers(self) -> list[Tensor]:
+        return [*self.model.buffers(), *self.critics.buffers()]
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         dtype = DTYPES.get(self.config.run.precision)
@@ -80,20 +95,20 @@ class Taken:
 
 def take_step(players: Players, stage: Stage, batches: Sequence[Batch], step: int) -> Taken:
     """Moves the weights by this rank's rows of a batch, the last one; those before it are for critics' turns only."""
-    modules = (players.model, players.critics)
-    before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    before = [(buffer, buffer.clone()) for buffer in players.buffers]
     players.optimizer.zero_grad()
     for turn, batch in enumerate(batches[:-1]):
         turn_on_fresh(players, stage, batch, step, turn)
     parts = forward_backward(players, stage, batches[-1], step, turn=len(batches) - 1)
     players.clock.mark("update")
     players.scaler.unscale_(players.optimizer)
-    norm, critic_norm = (gradient_norm(module).to(players.device) for module in modules)
+    both = (players.weights.values(), players.critic_weights)
+    norm, critic_norm = (gradient_norm(weights).to(players.device) for weights in both)
     critic_norm = parts.pop("critic_gradient_norm", critic_norm)  # of a turn of their own
     parts = players.ranks.mean({name: value.detach() for name, value in parts.items()})
     parts |= {"gradient_norm": norm, "critic_gradient_norm": critic_norm}
     decisive = [parts["loss"].double(), norm.double(), critic_norm.double()]
-    finite = bool(torch.isfinite(torch.stack(decisive)).all())
+    finite = all(map(math.isfinite, torch.stack(decisive).tolist()))
     if finite:
         update(players, stage, norm, step)
     else:
@@ -157,9 +172,9 @@ def cut(batch: Batch, count: int) -> list[Batch]:
 
 def left_to_average(players: Players) -> Iterator[nn.Parameter]:
     """Parameters whose gradients are still this rank's: critics', and scalars under FSDP."""
-    yield from players.critics.parameters()
-    if any(is_sharded(p) for p in players.model.parameters()):
-        yield from (p for p in players.model.parameters() if not is_sharded(p))
+    yield from players.critic_weights
+    if any(is_sharded(p) for p in players.weights.values()):
+        yield from (p for p in players.weights.values() if not is_sharded(p))
 
 
 def encode(players: Players, piece: Batch, step: int, part: int, *more: int) -> Output:
@@ -185,12 +200,13 @@ def update(players: Players, stage: Stage, norm: Tensor, step: int) -> None:
         factor = min(
             1.0, largest / (norm.item() + 1e-6)
         )  # as clip_grad_norm_, which takes no mixture of sharded and not
-        for p in players.model.parameters():
+        for p in players.weights.values():
             if p.grad is not None:
                 p.grad.mul_(factor)
-    for name, p in players.model.named_parameters():
-        if not stage.pattern.search(name):
-            p.grad = None
+    if stage.pattern is not EVERYTHING:
+        for name, p in players.weights.items():
+            if not stage.pattern.search(name):
+                p.grad = None
     players.scaler.step(players.optimizer)
     players.model.clamp_scale()
     if players.ema is not None:

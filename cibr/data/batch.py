@@ -28,7 +28,7 @@ from cibr.data.dataset import Dataset, Skipped
 from cibr.data.features import FeatureSet
 from cibr.data.options import DataOptions, require_read
 from cibr.data.order import Order
-from cibr.data.steps import Rows, Steps
+from cibr.data.steps import Made, Rows, Steps
 from cibr.data.stream import Stream, StreamSteps
 from cibr.data.transforms import Tokenizer, Transform
 from cibr.errors import UsageError
@@ -95,7 +95,7 @@ class Batches:
         self._seen |= new
         return new
 
-    def _loader(self, step: int, part: slice) -> DataLoader:
+    def _loader(self, step: int, part: slice) -> Iterable[Made]:
         workers, prefetch = default_workers(self.dataset, self.options), self.options.prefetch
         if self.order is not None:
             steps = Steps(self.dataset, self.order, part, self.transform, self.tokenizer, self.needs)
@@ -146,15 +146,19 @@ def default_workers(dataset: Dataset, options: DataOptions) -> int:
     return max(1, min(8, cores - 1, shards // int(os.environ.get("WORLD_SIZE", "1"))))
 
 
-def loader(items: Any, sampler: Iterable[Any] | None, workers: int, prefetch: int) -> DataLoader:
-    """A DataLoader of whole items in the sampler's order, in pinned memory where there is a GPU."""
+def loader(items: Any, sampler: Iterable[Any] | None, workers: int, prefetch: int) -> Iterable[Any]:
+    """Whole items in the sampler's order, in pinned memory where there is a GPU."""
+    pin = torch.cuda.is_available()
+    if not workers:  # a DataLoader would do the same, at 0.3 ms an item
+        made = items if sampler is None else map(items.__getitem__, sampler)
+        return map(Made.pin_memory, made) if pin else made
     return DataLoader(
         items,
         batch_size=None,
         sampler=sampler,
         num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
-        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=prefetch,
+        pin_memory=pin,
         worker_init_fn=leave_signals_to_the_parent,
         generator=torch.Generator(),  # its own: the global state is part of what a resumed run restores
     )

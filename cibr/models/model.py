@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cibr.config import option
-from cibr.models.features import Batch, Features, Output
+from cibr.models.features import Batch, Features, Output, unit_rows
 from cibr.needs import ALL, SECOND
 
 SPECS = "conv; open_clip:NAME[/TAG_OR_FILE]; open_clip:local-dir:DIR; open_clip:FILE.json; heads; coop:BASE; maple:BASE"
@@ -153,4 +153,4 @@ class Tempered(Model):
 
 def features_of(inputs: Tensor, projected: Tensor) -> Features:
     """X (n, width) and X W (n, d), of any float dtype -> Features."""
-    return Features(inputs.float(), F.normalize(projected.float(), dim=-1))
+    return Features(inputs.float(), unit_rows(projected.float()))

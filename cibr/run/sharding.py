@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +52,11 @@ def like(value: Tensor, parameter: Tensor) -> Tensor:
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def gradient_norm(module: nn.Module) -> Tensor:
-    """0-d; 0 of a module without gradients."""
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """0-d; 0 of parameters without gradients."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
     kinds = [[g for g in gradients if is_sharded(g) == kind] for kind in (False, True)]
     norms = [whole(nn.utils.get_total_norm(kind)) for kind in kinds if kind]
-    return torch.stack(norms).norm() if norms else torch.zeros(())
+    if len(norms) > 1:
+        return torch.stack(norms).norm()
+    return norms[0] if norms else torch.zeros(())

@@ -63,13 +63,10 @@ def accumulate(
     Source: Gao et al. 2021 (2101.06983), section 3.2.
     """
     source = Parts.of(parts, rows)
-    modules = _all_modules(model)
     only = source.only()
     if only is not None:
-        encoded = Encoded.of(encode(only[0]))
-        value, gradients = _at_features(loss, encoded)
-        _backward(encoded.tensors, gradients)
-        return value
+        return _in_one_graph(loss, Encoded.of(encode(only[0])))
+    modules = _all_modules(model)
     buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers(recurse=False)]
     outputs: list[Encoded] = []
     with ExitStack() as quiet:
@@ -114,12 +111,27 @@ def _all_modules(model: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
     return list(dict.fromkeys(inner for module in given for inner in module.modules()))
 
 
+def _in_one_graph(loss: Callable[..., Tensor], encoded: Encoded) -> Tensor:
+    """The loss of a batch in one part, whose backward goes on into what made the tensors."""
+    value = _value(loss, encoded, encoded.tensors)
+    if value.requires_grad or any(t.requires_grad for t in encoded.tensors):
+        with _no_autocast([value]):
+            value.backward()
+    return value.detach()
+
+
+def _value(loss: Callable[..., Tensor], encoded: Encoded, tensors: Sequence[Tensor]) -> Tensor:
+    """The loss of `tensors`, by the names of `encoded`."""
+    value = loss(*tensors) if encoded.names is None else loss(**dict(zip(encoded.names, tensors, strict=True)))
+    if not isinstance(value, Tensor) or value.ndim:
+        raise ValueError(f"loss must return a 0-d tensor, got {_shape(value)}")
+    return value
+
+
 def _at_features(loss: Callable[..., Tensor], encoded: Encoded) -> tuple[Tensor, list[Tensor]]:
     """The loss, and its gradients with respect to the tensors; a stride-0 zero where it does not depend on one."""
     leaves = [t.detach().requires_grad_() if t.is_floating_point() else t.detach() for t in encoded.tensors]
-    value = loss(*leaves) if encoded.names is None else loss(**dict(zip(encoded.names, leaves, strict=True)))
-    if not isinstance(value, Tensor) or value.ndim:
-        raise ValueError(f"loss must return a 0-d tensor, got {_shape(value)}")
+    value = _value(loss, encoded, leaves)
     with _no_autocast([value]):
         value.backward()
     return value.detach(), [t.new_zeros(()).expand_as(t) if t.grad is None else t.grad for t in leaves]
