@@ -1,7 +1,7 @@
 """One step: towers, objective, backward, update.
 
-With --accumulate towers and objective meet at the features (`cibr_kernels.accumulate`): the objective's backward ends in
-their gradients, and the towers' begins there.  So a batch is encoded in parts without being cut for the loss.
+With --accumulate towers and objective meet at the features (`cibr_kernels.accumulate`): the objective's backward ends
+in their gradients, and the towers' begins there.  So a batch is encoded in parts without being cut for the loss.
 
 Random numbers are drawn anew from (seed, step, rank, part) before each encoding and from (seed, step) before the
 objective, so a step depends on nothing that came before it but the weights.
@@ -96,7 +96,8 @@ class Taken:
 def take_step(players: Players, stage: Stage, batches: Sequence[Batch], step: int) -> Taken:
     """Moves the weights by this rank's rows of a batch, the last one; those before it are for critics' turns only."""
     before = [(buffer, buffer.clone()) for buffer in players.buffers]
-    players.optimizer.zero_grad()
+    for p in itertools.chain(players.weights.values(), players.critic_weights):
+        p.grad = None
     for turn, batch in enumerate(batches[:-1]):
         turn_on_fresh(players, stage, batch, step, turn)
     parts = forward_backward(players, stage, batches[-1], step, turn=len(batches) - 1)

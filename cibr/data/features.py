@@ -68,13 +68,14 @@ class FeatureSet(Dataset):
 
     def batch(self, rows: np.ndarray, numbers: np.ndarray) -> dict[str, Tensor]:
         """The batch of `rows` (n,), of each a caption by its random number."""
+        starts = self.starts.numpy()  # which indexes a few hundred numbers faster than torch does
+        first = starts[rows]
+        caption = torch.from_numpy(first + numbers % (starts[rows + 1] - first))
         index = torch.from_numpy(rows)
-        first = self.starts[index]
-        caption = first + torch.from_numpy(numbers) % (self.starts[index + 1] - first)
         return {
             "image_features": self.image_features.index_select(0, index),  # five times as fast as indexing
             "text_features": self.text_features.index_select(0, caption),
-            "group_ids": self.caption_groups[caption],
+            "group_ids": self.caption_groups.index_select(0, caption),
             "index": index,
         }
 

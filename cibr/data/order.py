@@ -27,6 +27,7 @@ class Order:
 
     def __init__(self, n: int, batch_size: int, seed: int, groups: np.ndarray | None = None) -> None:
         """`groups` (n,) are the rows' ids. Raises UsageError where there are too few for a batch."""
+        self.alone = groups is None
         ids = np.arange(n) if groups is None else groups
         self.by_group = np.argsort(ids, kind="stable")
         _, self.first, self.count = np.unique(ids[self.by_group], return_index=True, return_counts=True)
@@ -42,6 +43,8 @@ class Order:
         epoch, batch = divmod(step, self.steps_per_epoch)
         places = (batch + attempt) * self.batch_size + np.arange(self.batch_size)
         groups = self._shuffled(epoch)[places % len(self.first)]
+        if self.alone:
+            return groups
         number = random_numbers(self.seed, step, groups) % self.count[groups]
         return self.by_group[self.first[groups] + number]
 
