@@ -235,6 +235,14 @@ class CIBRLoss(OnGroup):
                 self._saturation.look(image_features, text_features, self.options.noise_std, shards)
         return {"loss": loss, "lam": lam, **parts} if output_dict else loss
 
+    def zeros(self, n: int, embed_dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """What a call of n rows is given but for the scale, of zeros: features, X, conditions and second views."""
+        widths = dict.fromkeys(("image_features", "text_features"), embed_dim)
+        if self.options.estimator == "variance":
+            widths |= {f"{name}2": width for name, width in widths.items()}
+        widths |= {name: int(self.get_submodule(module).dim) for name, module in self._read.items()}  # type: ignore[arg-type]
+        return {name: torch.zeros(n, width, dtype=dtype, device=device) for name, width in widths.items()}
+
     @torch.no_grad()
     def estimates(
         self,

@@ -89,6 +89,11 @@ def test_one_of_two_processes_compiles_and_the_other_finds(device: Path, tmp_pat
     assert compiled > 9 and found == [[0, compiled], [compiled, 0]]
 
 
+def test_after_a_warmup_with_a_cibr_loss_its_steps_compile_nothing(device: Path) -> None:
+    warm, after, moved = run(device, "machines critics")
+    assert warm == after > 20 and moved == []
+
+
 # ------------------------------------------------------------------------------------------------ memory, on the CPU
 
 

@@ -2,9 +2,11 @@
 
     FAKE_DEVICES=2 CUDA_VISIBLE_DEVICES=0,1 python -m fake_device.machines devices
     python -m fake_device.machines warmup
+    python -m fake_device.machines critics
 
 Prints JSON.  devices: after each of several steps, made while device 0 is current, [plans that are kept, the device of
 each replay so far and that which was current].  warmup: [kernels that were compiled, kernels found in the cache].
+critics: [kernels that a warmup of a CIBRLoss got, and with steps of other numbers of rows, what the warmup moved].
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from triton import knobs
 
 import cibr_kernels as ck
 from bench.processes import leave
-from cibr_kernels.dispatch import plan, plans
+from cibr_kernels.dispatch import backends, plan, plans
 
 replays: list[list[int]] = []
 
@@ -49,18 +51,42 @@ def devices() -> list[Any]:
     return found
 
 
-def warmup() -> list[int]:
+def critics() -> list[Any]:
+    backends.NAMES = ("triton", "reference")
+    counts = counted()
+    module = ck.nn.CIBRLoss(64, 48, 32, hidden=64).cuda()
+    random, versions = torch.cuda.get_rng_state(), [t._version for t in module.state_dict().values()]
+    ck.warmup(256, 64, losses=(module,))
+    moved = [] if versions == [t._version for t in module.state_dict().values()] else ["buffers"]
+    moved += [] if torch.equal(random, torch.cuda.get_rng_state()) else ["random numbers"]
+    moved += ["the count of batches"] if module._saturation.calls else []
+    found = [sum(counts)]
+    for n in (256, 200, 131, 7):
+        for _ in range(3):
+            batch = module.zeros(n, 64, torch.bfloat16, torch.device("cuda"))
+            z = [batch.pop(name).requires_grad_() for name in ("image_features", "text_features")]
+            torch.autograd.backward(module(*z, torch.ones((), device="cuda"), **batch))
+    return [*found, sum(counts), moved]
+
+
+def counted() -> list[int]:
+    """From now on: kernels that are compiled, and found in Triton's cache."""
     counts = [0, 0]
 
     def listener(*, cache_hit: bool, **_: Any) -> None:
         counts[cache_hit] += 1
 
     knobs.compilation.listener = listener
+    return counts
+
+
+def warmup() -> list[int]:
+    counts = counted()
     ck.warmup(256, 64)
     return counts
 
 
 if __name__ == "__main__":
     torch.autograd.set_multithreading_enabled(False)
-    print(json.dumps({"devices": devices, "warmup": warmup}[sys.argv[1]]()))
+    print(json.dumps({"devices": devices, "warmup": warmup, "critics": critics}[sys.argv[1]]()))
     leave()
