@@ -70,7 +70,9 @@ def parser() -> argparse.ArgumentParser:
         if name in FILES:
             _files(experiment, plot="draw the picture" if name in PICTURES else "")
     sub.add_parser("picture", help="the README's, from a record").add_argument("--plot", type=Path, metavar="FILE.png")
-    sub.add_parser("calls", help="how far a call travels inside the package, and other costs of reading it")
+    calls = sub.add_parser("calls", help="how far a call travels inside the package, and other costs of reading it")
+    calls.add_argument("--against", type=Path, metavar="CHECKOUT", help="instructions of clip_loss over a built one's")
+    calls.add_argument("--update", action="store_true", help="record those ratios")
     counts = sub.add_parser("instructions", help="of the C++ kernels, under valgrind, against their record")
     counts.add_argument("--update", action="store_true", help="record the counts")
     return top
@@ -109,9 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return picture.main(args.plot)
     if args.command == "calls":
-        from bench.guards import calls
+        from bench.guards import against, calls
 
-        return calls.main()
+        return calls.main() if args.against is None else against.main(args.against, args.update)
     if args.command == "instructions":
         from bench.guards import instructions
 

@@ -23,11 +23,8 @@ def matrix(name: str, t: Tensor) -> None:
         raise ValueError(f"{name} is empty: shape {tuple(t.shape)}")
 
 
-def matching(*, precision: bool = True, **tensors: Tensor) -> None:
-    """Each is a `matrix`; all have as many rows, one device and, with `precision`, are float64 or none is.
-
-    In one call, of which small batches would notice a dozen.
-    """
+def matrices(**tensors: Tensor) -> None:
+    """Each is a `matrix`: in one call, of which small batches would notice a dozen."""
     compiling = torch.compiler.is_compiling()
     for name, t in tensors.items():
         if (
@@ -38,6 +35,11 @@ def matching(*, precision: bool = True, **tensors: Tensor) -> None:
             or (not compiling and torch._C._functorch.is_gradtrackingtensor(t))
         ):
             matrix(name, t)  # says what is wrong
+
+
+def matching(*, precision: bool = True, **tensors: Tensor) -> None:
+    """Each is a `matrix`; all have as many rows, one device and, with `precision`, are float64 or none is."""
+    matrices(**tensors)
     first, *rest = tensors.values()
     for t in rest:
         if t.shape[0] != first.shape[0]:

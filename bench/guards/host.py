@@ -126,18 +126,11 @@ def host_ratios(cases: Sequence[str]) -> dict[str, float]:
         return {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _client(folder)
+        client(folder)
         valgrind = ["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={folder}/out"]
         done = _child(folder, [*valgrind, sys.executable], ["--instructions", *wanted])
-        files = sorted(folder.glob("out.*"), key=lambda file: int(file.suffix[1:]))
-        totals = {}
-        for file in files:
-            text = file.read_text(errors="replace")
-            label = re.search(r"^desc: Trigger: Client Request: (.+)$", text, re.MULTILINE)
-            total = re.search(r"^totals: (\d+)", text, re.MULTILINE)
-            if label and total:
-                totals[label[1]] = int(total[1])
-    return {case: round(totals[case] / totals[RATIOS[case]], 3) for case in done.split("\n") if case in wanted}
+        counted = totals(folder)
+    return {case: round(counted[case] / counted[RATIOS[case]], 3) for case in done.split("\n") if case in wanted}
 
 
 def _child(folder: Path, python: list[str], arguments: list[str]) -> str:
@@ -165,7 +158,19 @@ void stop(const char* label) { CALLGRIND_DUMP_STATS_AT(label); CALLGRIND_STOP_IN
 """
 
 
-def _client(folder: Path) -> None:
+def totals(folder: Path) -> dict[str, int]:
+    """Instructions by label, of what callgrind left in `folder`."""
+    found = {}
+    for file in sorted(folder.glob("out.*"), key=lambda file: int(file.suffix[1:])):
+        text = file.read_text(errors="replace")
+        label = re.search(r"^desc: Trigger: Client Request: (.+)$", text, re.MULTILINE)
+        total = re.search(r"^totals: (\d+)", text, re.MULTILINE)
+        if label and total:
+            found[label[1]] = int(total[1])
+    return found
+
+
+def client(folder: Path) -> None:
     """Builds what tells callgrind where a step begins and ends.  Raises Uncountable."""
     (folder / "client.c").write_text(CLIENT)
     command = ["gcc", "-O1", "-shared", "-fPIC", str(folder / "client.c"), "-o", str(folder / "client.so")]

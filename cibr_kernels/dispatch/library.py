@@ -146,7 +146,7 @@ def with_gradients(
             grads = tuple(next(made) if need else None for need in needs)
         elif g.device.type != "cpu" or g.item() != 1.0:  # what loss.backward() asks for
             grads = [t * g if need else None for t, need in zip(grads, needs, strict=True)]
-        if any(t is not None and t.dtype != own.dtype for t, own in zip(grads, tensors, strict=True)):
+        if tensors[0].dtype == torch.float16:
             grads = [t if t is None else t.to(own.dtype) for t, own in zip(grads, tensors, strict=True)]
         return *[t if need else None for t, need in zip(grads, needs, strict=True)], *(None,) * len(options)
 
@@ -170,7 +170,7 @@ def is_exporting() -> bool:
 
 def only_autograd_looks_on(*inputs: Any) -> bool:
     """Nobody but autograd, backward, wants to see a call with these inputs."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
@@ -178,7 +178,7 @@ def only_autograd_looks_on(*inputs: Any) -> bool:
         return False
     if torch._C._len_torch_function_stack() and not _only_devices():
         return False
-    return all(map(_PLAIN.__contains__, map(type, inputs)))
+    return _PLAIN.issuperset(map(type, inputs))
 
 
 def _only_devices() -> bool:

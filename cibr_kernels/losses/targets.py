@@ -20,8 +20,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 def check_features(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
     """(n, d) each, of one dtype on one device -> contiguous, under autocast in the dtype a matmul would take."""
-    checks.matrix("image_features", image_features)
-    checks.matrix("text_features", text_features)
+    checks.matrices(image_features=image_features, text_features=text_features)
     x, y = checks.autocast(image_features, text_features)
     if x.dtype != y.dtype or x.device != y.device or x.shape != y.shape:
         checks.same_place(image_features=x, text_features=y)

@@ -49,9 +49,10 @@ def plain_loss(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str)
     return _mean_softplus(_margins(*_sums(x, y, scale, one_way, 0, backend)[:3]))
 
 
-def known_loss(x: Any, y: Any, scale: Any, one_way: bool, backend: str) -> Tensor | None:
-    """The loss of a call on a GPU whose launches were recorded, and whose arguments were checked, before; else None."""
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and isinstance(scale, Tensor) and x.is_cuda):
+def known_loss(x: Tensor, y: Any, scale: Any, one_way: bool, backend: str) -> Tensor | None:
+    """The loss of a call whose launches were recorded, and whose arguments were checked, before; else None.
+    x: on a GPU."""
+    if not (isinstance(y, Tensor) and isinstance(scale, Tensor)):
         return None
     wanted = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad)
     if not wanted or torch.is_autocast_enabled("cuda") or backend not in ("auto", "triton"):
@@ -64,6 +65,12 @@ def known_loss(x: Any, y: Any, scale: Any, one_way: bool, backend: str) -> Tenso
 def device_path() -> ModuleType:
     """The backend of GPUs, imported where there is one."""
     return importlib.import_module("cibr_kernels.losses.clip.triton")
+
+
+@lru_cache
+def _native_path() -> ModuleType:
+    """The backend of CPUs, imported where it was built."""
+    return importlib.import_module("cibr_kernels.losses.clip.native")
 
 
 def _general(x: Tensor, y: Tensor, scale: Tensor, one_way: bool, backend: str) -> Tensor:
@@ -160,7 +167,8 @@ def _loss_and_gradients(
     need_y = needs is not None and needs[1]
     need_x = needs is not None and (needs[0] or not need_y)
     checks.positive("logit_scale", scale)
-    return backends.run("clip_loss", "forward", "native", (x,), x, y, scale, one_way, need_x, need_y)
+    forward = _native_path().forward  # which can run it, or `plain_loss` would not have come here
+    return backends.in_range("clip_loss_forward", "native", forward, x, y, scale, one_way, need_x, need_y)
 
 
 _with_gradients = library.with_gradients("clip_loss", _loss_and_gradients, _Plain.apply)

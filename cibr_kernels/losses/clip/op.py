@@ -104,7 +104,7 @@ def clip_loss(
     plain = candidates and group_ids is soft_targets is weights is process_group is None and reduction == "mean"
     plain = plain and not (label_smoothing or return_metrics)
     if plain and backend != "reference" and library.only_autograd_looks_on(image_features, text_features, logit_scale):
-        if logit_bias is None:
+        if logit_bias is None and isinstance(image_features, Tensor) and image_features.is_cuda:
             loss = known_loss(image_features, text_features, logit_scale, one_way, backend)
             if loss is not None:
                 return loss
