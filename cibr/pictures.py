@@ -213,6 +213,11 @@ def plot(
     if not (tsne or with_grad_cam or with_information):
         return written
     groups = group_runs([read_run(path) for path in runs], by_seed)
+    without = [group.runs[0].path for group in groups if checkpoint.find(group.runs[0].path) is None]
+    if without and not (with_grad_cam or with_information):
+        kept = "`cibr compare --keep-checkpoints` keeps them"
+        print(f"tsne.png is left out: there is no checkpoint at {without[0]}; {kept}", file=sys.stderr)
+        return written
     loaded = [(group.label, checkpoint.load_run(group.runs[0].path)) for group in groups]  # of seeds the first
     models = [(label, run.model) for label, run in loaded]
     base = loaded[0][1].config.data

@@ -47,7 +47,7 @@ def draw_comparison(found: dict[str, Any], path: Path) -> None:
                 face = COLOURS[1] if sure else "white"
                 axis.plot(mean, place, marker="o", markersize=6, color=COLOURS[0], markerfacecolor=face)
             axis.set_yticks(range(len(names)), [label(found, rows, name) for name in names], fontsize=8)
-            axis.invert_yaxis()
+            axis.set_ylim(len(names) - 0.5, -0.5)
             axis.set(xlabel="percentage points")
             axis.set_title(metric + (" (primary)" if metric == found["metrics"][0] else ""), fontsize=9)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,13 @@ def test_pairs_of_ones_own_from_a_table_to_pictures(tmp_path: Path, capsys: pyte
     assert out.splitlines()[-1].endswith("blind --retrieval NAME=SPEC, or --zero-shot NAME=SPEC")
     with pytest.raises(UsageError, match="say what to evaluate on"):
         evaluate_run(tmp_path / "blind")
+
+
+def test_plot_without_checkpoints_leaves_the_models_out(
+    trained: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `cibr compare` leaves its runs, which is no failure."""
+    bare = Path(shutil.copytree(trained[0], tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoints")))
+    succeed("plot", bare, "--out", tmp_path / "pictures")
+    printed = capsys.readouterr()
+    assert "curves.png" in printed.out and "tsne.png is left out: there is no checkpoint at" in printed.err
