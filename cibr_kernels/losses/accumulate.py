@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
 
 from cibr_kernels.distributed.once import broadcast_buffers_again, unsynchronised
 from cibr_kernels.losses.parts import Encoded, Parts
@@ -112,12 +113,40 @@ def _all_modules(model: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def _in_one_graph(loss: Callable[..., Tensor], encoded: Encoded) -> Tensor:
-    """The loss of a batch in one part, whose backward goes on into what made the tensors."""
+    """The loss of a batch in one part, whose backward goes on into what made the tensors.
+
+    As with several parts, what the loss does not depend on has a gradient of 0: DDP waits for one of each parameter.
+    """
     value = _value(loss, encoded, encoded.tensors)
-    if value.requires_grad or any(t.requires_grad for t in encoded.tensors):
+    wanted = [t for t in encoded.tensors if t.requires_grad]
+    if value.requires_grad or wanted:
+        unused = _unreached(value, wanted)
+        zeros = [t.new_zeros(()).expand_as(t) for t in unused]
         with _no_autocast([value]):
-            value.backward()
+            torch.autograd.backward([value, *unused], [None, *zeros])
     return value.detach()
+
+
+def _unreached(value: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those that no way from `value` down its graph comes to; a way ends at the first of them."""
+    edges = {_edge(t): t for t in tensors}
+    reached: set[tuple[Node, int]] = set()
+    seen: set[Node] = set()
+    todo = [_edge(value)] if value.requires_grad else []
+    while todo:
+        node, output = todo.pop()
+        if (node, output) in edges:
+            reached.add((node, output))
+        elif node not in seen:
+            seen.add(node)
+            todo += [(below, index) for below, index in node.next_functions if below is not None]
+    return [t for edge, t in edges.items() if edge not in reached]
+
+
+def _edge(t: Tensor) -> tuple[Node, int]:
+    """Where a gradient of t goes: a leaf's into an AccumulateGrad."""
+    edge = get_gradient_edge(t)
+    return edge.node, edge.output_nr
 
 
 def _value(loss: Callable[..., Tensor], encoded: Encoded, tensors: Sequence[Tensor]) -> Tensor:

@@ -91,6 +91,25 @@ def test_a_part_sees_the_same_random_numbers_twice_and_the_sequence_goes_on() ->
     assert torch.equal(seen[0], seen[4]) and torch.equal(torch.rand(3), following)
 
 
+def test_what_the_loss_does_not_depend_on_has_a_gradient_of_0() -> None:
+    """In one part as in several: DDP waits for one of each parameter.  Leaves and views are among the tensors."""
+    for rows in (3, 7, 20):  # the last is one part
+        torch.manual_seed(1)
+        used, unused, scale = torch.nn.Linear(12, 4), torch.nn.Linear(12, 6), torch.nn.Parameter(torch.tensor(2.0))
+
+        def encode(x: Tensor, used: Any = used, unused: Any = unused, scale: Tensor = scale) -> list[Tensor]:
+            return [used(x), *unused(x).chunk(2, dim=1), scale]
+
+        value = ck.accumulate(
+            encode, IMAGES, lambda x, left, *others: (x[:, :3] * left.detach()).square().mean(), rows=rows
+        )
+        assert value > 0 and used.weight.grad is not None and used.weight.grad.abs().max() > 0
+        for p in (unused.weight, unused.bias, scale):
+            assert p.grad is not None and not p.grad.any()
+        half = ck.accumulate(encode, IMAGES, lambda x, left, *others: (x[:, :3] * left).mean(), rows=rows)
+        assert half.isfinite() and unused.weight.grad[:3].any() and not unused.weight.grad[3:].any()
+
+
 def test_running_statistics_count_each_row_once() -> None:
     norm = nn.BatchNorm1d(6)
     y = F.normalize(torch.randn(8, 6), dim=1)

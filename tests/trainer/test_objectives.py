@@ -84,7 +84,7 @@ def open_clip_step_by_hand(settings: RunConfig, loss: nn.Module) -> dict[str, Te
 @pytest.mark.parametrize(("name", "loss"), [("clip", open_clip.ClipLoss()), ("siglip", open_clip.loss.SigLipLoss())])
 def test_five_steps_are_open_clips(tmp_path: Path, name: str, loss: nn.Module) -> None:
     """`eps` above the rounding of gradients, of which Adam makes whole steps otherwise: of the keys' biases, say, whose
-    gradient is 0 but for it.
+    gradient is 0 but for it.  Normalisation has another backward there than here, with other last digits.
     """
     ours = config(
         tmp_path / "run",
@@ -101,7 +101,7 @@ def test_five_steps_are_open_clips(tmp_path: Path, name: str, loss: nn.Module) -
     train(ours)
     found = state(tmp_path / "run")
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(found[key], value, rtol=1e-6, atol=5e-7, msg=lambda text, key=key: f"{key}: {text}")
 
 
 @pytest.mark.parametrize("name", SETTINGS)
