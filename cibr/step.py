@@ -196,6 +196,7 @@ def slices(total: int, count: int) -> list[slice]:
 
 
 def update(players: Players, stage: Stage, norm: Tensor, step: int) -> None:
+    """The optimiser's step on what the stage trains; the gradient, of `norm`, is cut to --clip-gradient before."""
     largest = players.config.optim.clip_gradient
     if largest is not None:
         factor = min(

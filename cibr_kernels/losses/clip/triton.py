@@ -103,6 +103,7 @@ def launch_forward(
         kept = {name: getattr(weights, name, g_positives) for name in names}
 
     def ends(folded: dict[str, Any], fold: bool) -> None:
+        """The loss, and what a backward reads, from the fold's arguments; fold: after folding the last panel."""
         triton_call.launch(
             kernels.clip_loss_ends_kernel,
             (programs,),
