@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.static.gpus import AMD, GPUS
 from cibr_kernels.dispatch import library, plans, triton_call
+from cibr_kernels.dispatch.triton_call import Grid, Named
 from cibr_kernels.nn import ConcatCritic
 
 NAMES = {
@@ -119,14 +120,7 @@ class Recorder:
         gpu = GPUS[self.machine]
         return triton_call.Target("cuda", gpu.capability, gpu.processors, gpu.shared_block)
 
-    def launch(
-        self,
-        kernel: Any,
-        grid: tuple[int, ...],
-        args: dict[str, Any],
-        constants: dict[str, Any],
-        options: dict[str, int],
-    ) -> None:
+    def launch(self, kernel: Any, grid: Grid, args: Named, constants: Named, options: dict[str, int]) -> None:
         described = {name: describe(value) for name, value in args.items() if value is not None}
         absent = {name: None for name, value in args.items() if value is None}
         self.events.append(Launch(kernel, tuple(map(int, grid)), described, {**constants, **absent}, dict(options)))

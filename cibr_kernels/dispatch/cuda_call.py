@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cibr_kernels.dispatch import backends, pointers, triton_recording
-from cibr_kernels.dispatch.triton_call import Gpu, Target
+from cibr_kernels.dispatch.triton_call import Gpu, Target, holding
 
 
 class Executor(Protocol):
@@ -52,14 +51,9 @@ _device: Executor = Device()
 _executor = ContextVar("where calls of CUDA C++ go", default=_device)
 
 
-@contextmanager
-def execute_on(executor: Executor) -> Iterator[None]:
+def execute_on(executor: Executor) -> AbstractContextManager[None]:
     """Calls of this thread go to `executor`, and CPU tensors count as its device's.  For tests."""
-    before = _executor.set(executor)
-    try:
-        yield
-    finally:
-        _executor.reset(before)
+    return holding(_executor, executor)
 
 
 def takes(*tensors: Tensor) -> bool:

@@ -7,11 +7,11 @@ launcher's own code, grids and arguments included, on CPU tensors.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ SIZES = [
     "panel", "panels", "panel_rows", "x_rows", "y_rows", "uw_rows", "bads", "wrongs", "shifts", "x_count", "y_count",
 ]  # fmt: skip
 
+Grid = tuple[int, ...]
+Named = dict[str, Any]  # arguments or constants of a kernel, by name
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Target:
@@ -41,14 +45,7 @@ class Target:
 class Executor(Protocol):
     def target(self, device: torch.device) -> Target: ...
 
-    def launch(
-        self,
-        kernel: Any,
-        grid: tuple[int, ...],
-        args: dict[str, Any],
-        constants: dict[str, Any],
-        options: dict[str, int],
-    ) -> None: ...
+    def launch(self, kernel: Any, grid: Grid, args: Named, constants: Named, options: dict[str, int]) -> None: ...
 
 
 class Gpu:
@@ -66,9 +63,7 @@ class Gpu:
         return Target(kind, capability, found.multi_processor_count, shared)
 
     @staticmethod
-    def launch(
-        kernel: Any, grid: tuple[int, ...], args: dict[str, Any], constants: dict[str, Any], options: dict[str, int]
-    ) -> None:
+    def launch(kernel: Any, grid: Grid, args: Named, constants: Named, options: dict[str, int]) -> None:
         device = next(t.device for t in args.values() if isinstance(t, Tensor))
         if device.index == torch._C._cuda_getDevice():
             compiled = triton_relaunch.launch(kernel, grid, args, constants, options, device)
@@ -92,28 +87,25 @@ _executor = ContextVar("where Triton launches go", default=_gpu)
 
 
 @contextmanager
-def execute_on(executor: Executor) -> Iterator[None]:
-    """Launches of this thread go to `executor`, and CPU tensors count as its device's.  For tests."""
-    before = _executor.set(executor)
+def holding(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Inside, `variable` has `value` in this thread."""
+    before = variable.set(value)
     try:
         yield
     finally:
-        _executor.reset(before)
+        variable.reset(before)
+
+
+def execute_on(executor: Executor) -> AbstractContextManager[None]:
+    """Launches of this thread go to `executor`, and CPU tensors count as its device's.  For tests."""
+    return holding(_executor, executor)
 
 
 def target(device: torch.device) -> Target:
     return _executor.get().target(device)
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    args: dict[str, Any],
-    constants: dict[str, Any],
-    *,
-    num_warps: int = 4,
-    num_stages: int = 2,
-) -> None:
+def launch(kernel: Any, grid: Grid, args: Named, constants: Named, *, num_warps: int = 4, num_stages: int = 2) -> None:
     """Runs a @triton.jit `kernel` over `grid`: args are tensors and numbers, constants its tl.constexpr parameters."""
     device = next(t.device for t in args.values() if isinstance(t, Tensor))
     pointers.check(getattr(kernel, "__name__", "a Triton kernel"), device, args)

@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cibr_kernels.dispatch import triton_call
+from cibr_kernels.dispatch.triton_call import Grid, Named
 
 TYPES = {
     torch.bfloat16: "bf16",
@@ -83,14 +84,7 @@ class Emulator:
     def target(self, device: torch.device) -> triton_call.Target:
         return TARGETS[self.capability]
 
-    def launch(
-        self,
-        kernel: Any,
-        grid: tuple[int, ...],
-        args: dict[str, Any],
-        constants: dict[str, Any],
-        options: dict[str, int],
-    ) -> None:
+    def launch(self, kernel: Any, grid: Grid, args: Named, constants: Named, options: dict[str, int]) -> None:
         self.launches.append((kernel.__name__, grid))
         check_grid(kernel.__name__, grid)
         compiled, names = compile(kernel, self.capability, args, constants, options)
