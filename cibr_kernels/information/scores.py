@@ -55,7 +55,8 @@ def additive_contrast(
     Only the loss has a gradient, in a, b, w and bias.  float32, float64 for float64.  No checks.
     """
     if backend == "reference":
-        return _reference(a, b, w, bias, kind, clamp, activation, slope, first_positive, include_diagonal)
+        scores = additive_scores(a, b, w, activation=activation, slope=slope, backend=backend) + bias
+        return _reference(scores, kind, first_positive, include_diagonal, clamp)
     grad = torch.is_grad_enabled()
     needs = [grad and t.requires_grad for t in (a, b, w, bias)]
     if any(needs):
@@ -69,25 +70,15 @@ def additive_contrast(
 
 
 def _reference(
-    a: Tensor,
-    b: Tensor,
-    w: Tensor,
-    bias: Tensor,
-    kind: str,
-    clamp: float | None,
-    activation: str,
-    slope: float,
-    first_positive: int,
-    include: bool,
+    scores: Tensor, kind: str, first_positive: int, include: bool, clamp: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`additive_contrast` by its definition on all n x m scores, with derivatives of every order."""
-    scores = additive_scores(a, b, w, activation=activation, slope=slope, backend="reference") + bias
+    """`additive_contrast` by its definition on all scores (n, m), with derivatives of every order."""
     clamped = scores.new_empty(0) if clamp is None else log_sum_clamped(scores.detach(), first_positive, include, clamp)
     if kind == "infonce":
         positives, rows = row_sums("lse", scores, first_positive, include=False)
         return softplus(rows - positives).mean(), positives.detach(), clamped
     positives, sums = row_sums("softplus", scores, first_positive, include)
-    per_row = b.shape[0] if include else b.shape[0] - 1
+    per_row = scores.shape[1] if include else scores.shape[1] - 1
     return softplus(-positives).mean() + sums.mean() / per_row, positives.detach(), clamped
 
 
