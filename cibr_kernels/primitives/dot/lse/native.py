@@ -62,7 +62,7 @@ def backward(
     problem: LseProblem, sums: LseSums, gradients: LseGradients, need_dx: bool, need_dy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dx (n, d), dy (m, d), each empty unless needed, dscale ()."""
-    dx, dy, dscale = feature_gradients(problem, problem.x.dtype, need_dx, need_dy)
+    made = gradient_fields(problem, problem.x.dtype, need_dx, need_dy)
     _run(
         "dot_lse_backward",
         "DotBackward",
@@ -74,21 +74,19 @@ def backward(
         col_weight=gradients.cols,
         positive_grad=gradients.positives,
         stash_shift=sums.stash_shift.item(),
-        dx=dx,
-        dy=dy,
-        dscale=dscale,
+        **made,
     )
-    return dx, dy, dscale
+    return made["dx"], made["dy"], made["dscale"]
 
 
-def feature_gradients(
-    problem: DotProblem, dtype: torch.dtype, need_dx: bool, need_dy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for dx (n, d), dy (m, d) of `dtype`, each empty unless needed, and zeros for dscale ()."""
+def gradient_fields(problem: DotProblem, dtype: torch.dtype, need_dx: bool, need_dy: bool) -> dict[str, Tensor]:
+    """The fields with room for dx (n, d), dy (m, d) of `dtype`, each empty unless needed, and zeros for dscale ()."""
     x, y = problem.x, problem.y
-    dx = scratch(x.shape if need_dx else (0,), dtype, x.device)
-    dy = scratch(y.shape if need_dy else (0,), dtype, y.device)
-    return dx, dy, torch.zeros_like(problem.scale)
+    return {
+        "dx": scratch(x.shape if need_dx else (0,), dtype, x.device),
+        "dy": scratch(y.shape if need_dy else (0,), dtype, y.device),
+        "dscale": torch.zeros_like(problem.scale),
+    }
 
 
 def _run(kernel: str, struct: str, problem: LseProblem, stash: Tensor, **fields: Tensor | float) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cibr_kernels.dispatch.native_call import call
 from cibr_kernels.numerics import early_dtype
-from cibr_kernels.primitives.dot.lse.native import feature_gradients, problem_fields
+from cibr_kernels.primitives.dot.lse.native import gradient_fields, problem_fields
 from cibr_kernels.primitives.dot.problem import SoftplusProblem
 
 
@@ -26,7 +26,7 @@ def forward(
         problem = replace(problem, x=problem.x.to(made), y=problem.y.to(made))
     n, m, d = problem.sizes
     rows, cols = problem.scale.new_empty(n), problem.scale.new_empty(m if need_cols else 0)
-    dx, dy, dscale = feature_gradients(problem, made, need_dx, need_dy)
+    gradients = gradient_fields(problem, made, need_dx, need_dy)
     dbias = torch.zeros_like(problem.bias)
     call(
         "dot_softplus",
@@ -39,9 +39,7 @@ def forward(
         col_weight=col_weights,
         row_sum=rows,
         col_sum=cols,
-        dx=dx,
-        dy=dy,
-        dscale=dscale,
+        **gradients,
         dbias=dbias,
     )
-    return rows, cols, dx, dy, dscale, dbias
+    return rows, cols, gradients["dx"], gradients["dy"], gradients["dscale"], dbias
