@@ -70,29 +70,13 @@ def sharded_dot_softplus(
 
 
 def sharded_dot_softplus_sums(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    shards: Shards,
-    *,
-    row_ids: Tensor | None = None,
-    col_ids: Tensor | None = None,
-    attract: bool = False,
-    backend: str = "auto",
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, shards: Shards, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """-> rows (n,) and cols (n,) of this rank's rows and columns, over those of all ranks.  No checks."""
-    rows, cols = dot_softplus_sums(
-        x,
-        gather(y, shards),
-        scale,
-        bias,
-        row_ids=row_ids,
-        col_ids=col_ids,
-        first_positive=shards.offset,
-        attract=attract,
-        backend=backend,
-    )
+    """-> rows (n,) and cols (n,) of this rank's rows and columns, over those of all ranks.  No checks.
+
+    options: ids, attract and backend, as of `sharded_dot_softplus`.
+    """
+    rows, cols = dot_softplus_sums(x, gather(y, shards), scale, bias, first_positive=shards.offset, **options)
     if shards.world == 1:
         return rows, cols
     parts = exchange(cols, shards.rows, (shards.local,) * shards.world, shards.group)
