@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import each_dtype, leaves, towers
+from contrastive import gradients, with_options
 from torch import Tensor
 
 import cibr_kernels as ck
@@ -52,17 +53,7 @@ def make(option: dict, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Te
 
 
 def ours(tensors: dict[str, Tensor], ids: Tensor | None, option: dict, **more):
-    negatives = {name: t for name, t in tensors.items() if name.endswith("negatives")}
-    return ck.clip_loss(
-        tensors["x"],
-        tensors["y"],
-        tensors["scale"],
-        group_ids=ids,
-        group_mode=option.get("mode", "mask"),
-        label_smoothing=option.get("smoothing", 0.0),
-        **negatives,
-        **more,
-    )
+    return with_options(ck.clip_loss, tensors, ids, option, label_smoothing=option.get("smoothing", 0.0), **more)
 
 
 def expected(tensors: dict[str, Tensor], ids: Tensor | None, option: dict) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -73,10 +64,6 @@ def expected(tensors: dict[str, Tensor], ids: Tensor | None, option: dict) -> tu
     image, top = direction(x, y, tensors["scale"], extra.get("text_negatives"), ids, *shared)
     text, text_top = direction(y, x, tensors["scale"], extra.get("image_negatives"), ids, *shared)
     return (image + text) / 2, [image, text], [top, text_top]
-
-
-def gradients(value: Tensor, tensors: dict[str, Tensor]) -> list[Tensor]:
-    return list(torch.autograd.grad(value, list(tensors.values())))
 
 
 @each_option

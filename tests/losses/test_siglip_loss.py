@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Recorded, each_dtype, leaves, towers
+from contrastive import gradients, with_options
 from torch import Tensor
 
 import cibr_kernels as ck
@@ -44,17 +45,7 @@ def make(
 
 
 def ours(tensors: dict[str, Tensor], ids: Tensor | None, option: dict, **more):
-    negatives = {name: t for name, t in tensors.items() if name.endswith("negatives")}
-    return ck.siglip_loss(
-        tensors["x"],
-        tensors["y"],
-        tensors["scale"],
-        tensors["bias"],
-        group_ids=ids,
-        group_mode=option.get("mode", "mask"),
-        **negatives,
-        **more,
-    )
+    return with_options(ck.siglip_loss, tensors, ids, option, **more)
 
 
 def expected(tensors: dict[str, Tensor], ids: Tensor | None, option: dict) -> Tensor:
@@ -65,10 +56,6 @@ def expected(tensors: dict[str, Tensor], ids: Tensor | None, option: dict) -> Te
         tensors.get("image_negatives"),
         tensors.get("text_negatives"),
     )
-
-
-def gradients(value: Tensor, tensors: dict[str, Tensor]) -> list[Tensor]:
-    return list(torch.autograd.grad(value, list(tensors.values())))
 
 
 def test_is_the_published_loss():
