@@ -2,6 +2,7 @@
 
     python tests/gpu_without_gpu/static_table.py            what would change
     python tests/gpu_without_gpu/static_table.py --update   writes the table
+    python tests/gpu_without_gpu/static_table.py --all      compiles rows of the same key, too
 
 Kernels and their configurations are those that the launchers ask for in CASES; nothing is listed by hand.  A row has a
 key, the hash of everything that decides it: source, configuration, compilers, the code that reads what they make.  The
@@ -234,18 +235,17 @@ def compute(table: dict[str, Facts], target: int | str, doing: str = os.devnull)
         rows |= settled([f"{label} {name}"], launch_key(launch, target), table, make)
     if isinstance(target, int) and nvcc.find():
         for source in SOURCES:
-            ptx = nvcc.compile_ptx(ROOT / source, ARCHITECTURES[target], include=[ROOT / "csrc"])
             begin = f"sm_{target} {source}: "
-            names = [begin + kernel for kernel in re.findall(r"\.entry (\w+)\(", ptx)]
-            code = re.sub(r"^\s*\.file\b.*", "", ptx, flags=re.M)  # without the checkout's path
-            rows |= settled(names, [code, str(target), *judges()], table, partial(cuda_rows, begin, ptx, target))
+            names = [name for name in table if name.startswith(begin)]
+            rows |= settled(names, cuda_key(source, target), table, partial(cuda_file_rows, begin, source, target))
     return rows
 
 
 def settled(names: list[str], key: list[str], table: dict[str, Facts], make: Callable[[], Any]) -> dict[str, Facts]:
     """{name: row} of what is compiled at once: the table's rows if all of them have this key, else what make() says."""
     short = digest(key)[:16]
-    if all(table.get(name, {}).get("key") == short for name in names) and int(short, 16) % CHECKED:
+    known = bool(names) and all(table.get(name, {}).get("key") == short for name in names)
+    if known and int(short, 16) % CHECKED:
         return {name: table[name] for name in names}
     return {name: {**row, "key": short} for name, row in cached(key, make).items()}
 
@@ -270,6 +270,17 @@ def judges() -> tuple[str, ...]:
 def launch_key(launch: record.Launch, target: int | str) -> list[str]:
     """Triton's hash of the kernel, of what it calls and how it is specialised; the options; the target."""
     return [compiled.source(launch).hash(), json.dumps(launch.options, sort_keys=True), str(target), *judges()]
+
+
+def cuda_key(source: str, capability: int) -> list[str]:
+    """What nvcc is given, of the .cu file and its headers; the options; the target."""
+    text = nvcc.meaning(ROOT / source, [ROOT / "csrc"])
+    return [*text, json.dumps(nvcc.OPTIONS), nvcc.version(), ARCHITECTURES[capability], *judges()]
+
+
+def cuda_file_rows(begin: str, source: str, capability: int) -> dict[str, Facts]:
+    ptx = nvcc.compile_ptx(ROOT / source, ARCHITECTURES[capability], include=[ROOT / "csrc"])
+    return cuda_rows(begin, ptx, capability)
 
 
 def cuda_rows(begin: str, ptx: str, capability: int) -> dict[str, Facts]:
@@ -361,7 +372,8 @@ def save(table: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    old, new = load(), compute_all({})
+    old = load()
+    new = compute_all({} if "--all" in sys.argv[1:] else old["kernels"])
     problems = [line for name, row in new["kernels"].items() for line in limits(name, row)]
     print("\n".join(["versions: " + ", ".join(f"{k} {v}" for k, v in new["versions"].items()), *problems]))
     print("\n".join(differences(old["kernels"], new["kernels"])))

@@ -19,6 +19,7 @@ from filelock import FileLock
 triton = pytest.importorskip("triton")
 
 import disk_cache  # noqa: E402
+import nvcc  # noqa: E402
 import static_table  # noqa: E402
 import triton.language as tl  # noqa: E402
 
@@ -174,6 +175,25 @@ def test_a_row_is_kept_under_everything_that_decides_it():
     keys += [static_table.launch_key(launch, target) for target in (90, "gfx942")]
     assert len({tuple(key) for key in keys}) == len(keys)
     assert static_table.launch_key(launch, 80) == keys[0]
+
+
+def test_the_key_of_a_cuda_file_is_what_nvcc_is_given(tmp_path):
+    """Code of the file and of headers that it includes, from whichever folder; not comments, layout, other headers."""
+
+    def meaning(folder: str, code: str = "int a; // one\n", header: str = "int b;\n", other: str = "") -> list[str]:
+        place = tmp_path / folder
+        (place / "common").mkdir(parents=True, exist_ok=True)
+        source = place / "k.cu"
+        source.write_text(f'#include <cmath>\n#include "common/b.h"\n#include "of_the_toolkit.h"\n{code}')
+        (place / "common/b.h").write_text('#pragma once\n#include "common/c.h"\n' + header)
+        (place / "common/c.h").write_text('const char* c = "a // is no comment";\n')
+        (place / "common/d.h").write_text(other)
+        return nvcc.meaning(source, [place])
+
+    first = meaning("a")
+    assert len(first) == 3 and "a // is no comment" in first[2] and "one" not in first[0]
+    assert first == meaning("b") == meaning("a", code="/* of\n two lines */ int  a;\n\n", other="int d;")
+    assert first not in (meaning("a", code="int a2;"), meaning("a", header="int b2;"))
 
 
 @pytest.fixture

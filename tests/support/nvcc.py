@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120")
+OPTIONS = ("-std=c++17", "-lineinfo")
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 CACHE = Path(os.environ.get("CIBR_PTX_CACHE") or Path(tempfile.gettempdir()) / f"cibr_ptx_{os.getuid()}")
 
@@ -49,7 +51,7 @@ def find() -> Path | None:
 
 @lru_cache
 def version() -> str:
-    """The last line that `nvcc --version` prints: its build."""
+    """What `nvcc --version` prints; the last line is its build."""
     return subprocess.run([_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -66,6 +68,35 @@ def include_directory() -> Path | None:
     return next((c.resolve() for c in candidates if (c / "cuda_bf16.h").exists()), None)
 
 
+def files(source: Path, include: Sequence[Path] = ()) -> list[Path]:
+    """The source and what it includes in quotes, directly or not, from beside the includer or under `include`.
+
+    Both branches of an #if count.  The toolkit's headers, in angle brackets, go with its version.
+    """
+    found = [Path(source)]
+    for path in found:
+        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(), re.MULTILINE):
+            places = [place / name for place in (path.parent, *include)]
+            header = next((place for place in places if place.exists()), None)
+            if header is not None and header not in found:
+                found.append(header)
+    return found
+
+
+def meaning(source: Path, include: Sequence[Path] = ()) -> list[str]:
+    """The text of `files` without comments and layout: what nvcc is given, whatever the checkout's path.
+
+    PTX is not the same text from another path: names of internal linkage have the path's hash in them.
+    """
+    return [_without_comments(path.read_text()) for path in files(source, include)]
+
+
+def _without_comments(text: str) -> str:
+    parts = r'("(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/'
+    text = re.sub(parts, lambda part: part[1] or " ", text, flags=re.DOTALL)
+    return "\n".join(" ".join(line.split()) for line in text.splitlines() if line.strip())
+
+
 def compile_ptx(
     source: Path,
     arch: str,
@@ -74,19 +105,16 @@ def compile_ptx(
 ) -> str:
     """The PTX of a .cu file; `arch` is one of ARCHITECTURES.
 
-    Cached on disk under the content of the source, of every header beside it and under `include`, the options and
-    nvcc's version.  Raises RuntimeError with nvcc's messages if it does not compile.
+    Cached on disk under the content of `files`, the options and nvcc's version.  Raises RuntimeError with nvcc's
+    messages if it does not compile.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"arch {arch!r} is not one of {ARCHITECTURES}")
     source = Path(source)
     named = [f"{k}={v}" for k, v in defines.items()] if isinstance(defines, Mapping) else list(defines)
-    options = [f"-arch=sm_{arch}", "-std=c++17", "-lineinfo", *(f"-D{d}" for d in named)]
+    options = [f"-arch=sm_{arch}", *OPTIONS, *(f"-D{d}" for d in named)]
     key = hashlib.sha256("\0".join([version(), *options, source.name]).encode())
-    headers = {
-        p for d in (source.parent, *include) for ending in ("h", "cuh", "hpp") for p in Path(d).rglob(f"*.{ending}")
-    }
-    for path in [source, *sorted(headers)]:
+    for path in files(source, include):
         key.update(path.name.encode() + b"\0" + path.read_bytes())
     cached = CACHE / f"{source.stem}-{arch}-{key.hexdigest()[:24]}.ptx"
     if not cached.exists():
