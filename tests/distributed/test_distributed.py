@@ -348,7 +348,7 @@ def test_a_silent_rank_is_an_error_within_the_timeout(ranks):
 
 
 def test_a_dead_rank_is_an_error(tmp_path: Path):
-    context = mp.get_context("spawn")
+    context = mp.get_context("fork")
     results: Any = context.SimpleQueue()
     processes = [context.Process(target=sharded_runs.death, args=(r, str(tmp_path / "store"), results)) for r in (0, 1)]
     for process in processes:

@@ -1,8 +1,8 @@
-"""Processes that work together over gloo: started once, given one task after another."""
+"""Processes that work together over gloo: forked once, given one task after another."""
 
 from __future__ import annotations
 
-import os
+import importlib
 import tempfile
 import time
 import traceback
@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 MOST = 4
+HEAVY = ("torch._dynamo", "torch.distributed.fsdp", "open_clip")  # what some task needs
 GROUPS: dict[int, dist.ProcessGroup] = {}  # in a worker: the group of the first so many ranks
 
 
@@ -23,12 +24,12 @@ class Ranks:
     """`run(function, world, ...)` calls function(group, ...) on the first `world` processes, rank by rank."""
 
     def __init__(self) -> None:
-        context = mp.get_context("spawn")
+        for name in HEAVY:  # once, and not in each of them
+            importlib.import_module(name)
+        context = mp.get_context("fork")
         self.folder = tempfile.TemporaryDirectory()
         self.tasks = [context.SimpleQueue() for _ in range(MOST)]
         self.pipes = [context.Pipe(duplex=False) for _ in range(MOST)]
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"
         store = str(Path(self.folder.name) / "store")
         self.processes = [
             context.Process(target=_work, args=(rank, store, self.tasks[rank], self.pipes[rank][1]), daemon=True)
@@ -36,10 +37,6 @@ class Ranks:
         ]
         for process in self.processes:
             process.start()
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
 
     def run(self, function: Callable[..., Any], world: int, *args: Any, timeout: float = 120, **options: Any) -> list:
         """-> what each rank returned.  Raises AssertionError with the tracebacks if any raised or kept silent."""
