@@ -9,6 +9,7 @@ else 3.  The positives and everything else are O(n d).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -16,16 +17,12 @@ from torch.distributed import ProcessGroup
 
 from cibr_kernels import checks
 from cibr_kernels.dispatch import backends, library
-from cibr_kernels.distributed import merge
 from cibr_kernels.distributed.lse import STRATEGIES
 from cibr_kernels.distributed.shards import Agreement, Shards
-from cibr_kernels.distributed.softplus import sharded_dot_softplus, sharded_dot_softplus_sums
 from cibr_kernels.losses import targets
 from cibr_kernels.losses.clip.options import Negatives
-from cibr_kernels.losses.siglip import negatives as more_pairs
 from cibr_kernels.losses.siglip.fast_path import known_loss, plain_loss
-from cibr_kernels.numerics import promote, softplus
-from cibr_kernels.primitives.dot.softplus.op import dot_softplus, dot_softplus_sums
+from cibr_kernels.losses.siglip.problem import Problem
 
 
 def siglip_loss(
@@ -100,59 +97,61 @@ def siglip_loss(
     }
     with Agreement("siglip_loss", process_group, **options) as agreement:
         x, y, scale, bias = _inputs(image_features, text_features, logit_scale, logit_bias)
-        ids, weights = targets.check_ids(group_ids, x), targets.check_weights(weights, x)
-        extra = (
-            (x, targets.check_negatives("text_negatives", text_negatives, x)),
-            (y, targets.check_negatives("image_negatives", image_negatives, x)),
+        ids = targets.check_ids(group_ids, x)
+        problem = Problem(
+            image=x,
+            text=y,
+            scale=scale,
+            bias=bias,
+            image_negatives=targets.check_negatives("image_negatives", image_negatives, x),
+            text_negatives=targets.check_negatives("text_negatives", text_negatives, x),
+            negatives=negatives,
+            weights=targets.check_weights(weights, x),
+            groups=None,
+            attract=ids is not None and group_mode == "positives",
+            shards=None,
+            strategy=strategy,
+            backend=backend,
         )
+        _refuse(problem, reduction)
         if negatives is not None:
-            more_pairs.refuse(negatives, group_mode if group_ids is not None else "mask")
-            negatives = negatives.checked(x)
-        if strategy == "ring" and reduction == "none":
-            raise ValueError("strategy 'ring' gives a mean or a sum, not reduction 'none'; use 'gather'")
-        if strategy == "ring" and weights is not None and weights.requires_grad:
-            raise ValueError("strategy 'ring' has no gradient for weights; use 'gather'")
+            problem = replace(problem, negatives=negatives.checked(x))
         if process_group is not None:  # dot_softplus would refuse it too, while the other ranks wait for this one
             checks.positive("logit_scale", scale)
         agreement.describe(image_features=x, text_features=y)
     shards = agreement.shards
-    groups = targets.Groups.of(ids, shards)
-    common: dict[str, Any] = {"attract": group_mode == "positives", "backend": backend}
-    if groups is not None:
-        common |= {"row_ids": groups.rows, "col_ids": groups.cols}
-    positives = scale * (promote(x) * promote(y)).sum(1) + bias
-    if reduction == "none":
-        if shards is None:
-            rows, cols = dot_softplus_sums(x, y, scale, bias, **common)
-        else:
-            rows, cols = sharded_dot_softplus_sums(x, y, scale, bias, shards, **common)
-        losses = (rows + cols) / 2 + softplus(-positives)
-        for anchors, queue in extra:
-            if queue is not None:
-                more, _ = dot_softplus_sums(
-                    anchors, queue, scale, bias, first_positive=queue.shape[0], need_cols=False, backend=backend
-                )
-                losses = losses + more
-        if negatives is not None:
-            losses = losses + more_pairs.per_pair(x, y, scale, bias, negatives, shards, **common)
-        loss = losses if weights is None else losses * weights
-    else:
-        c = targets.pair_weights(positives, weights, reduction, shards)
-        u, v = (c, None) if weights is None else (c / 2, c / 2)  # a pair (i, j) counts (c_i + c_j) / 2
-        if shards is None:
-            loss = dot_softplus(x, y, scale, bias, u, v, **common)
-        else:
-            loss = sharded_dot_softplus(x, y, scale, bias, u, v, shards, strategy=strategy, **common)
-        loss = loss + (c * softplus(-positives)).sum()
-        for anchors, queue in extra:
-            if queue is not None:
-                loss = loss + dot_softplus(
-                    anchors, queue, scale, bias, c, first_positive=queue.shape[0], backend=backend
-                )
-        if negatives is not None:
-            weighted = weights is not None
-            loss = loss + more_pairs.total(x, y, scale, bias, negatives, c, weighted, shards, strategy, **common)
-    return (loss, _measure(x, y, scale, bias, positives, shards)) if return_metrics else loss
+    if shards is not None or ids is not None:
+        problem = replace(problem, shards=shards, groups=targets.Groups.of(ids, shards))
+    positives = problem.positives()
+    loss = problem.losses(positives) if reduction == "none" else problem.total(positives, reduction)
+    return (loss, problem.means(positives)) if return_metrics else loss
+
+
+def _refuse(problem: Problem, reduction: str) -> None:
+    """Raises ValueError, with the reason, for options that do not go together or are about a softmax."""
+    negatives, ring = problem.negatives, problem.strategy == "ring"
+    if negatives is not None:
+        if negatives.one_way:
+            raise ValueError(
+                "siglip_loss needs both 'image_to_text' and 'text_to_image' among the directions: a sigmoid counts a "
+                "pair once, for both"
+            )
+        if negatives.joint:
+            raise ValueError("siglip_loss has no joint: it asks for one softmax over all directions, and there is none")
+        if negatives.hardness:
+            raise ValueError(
+                "siglip_loss has no hardness: it weighs candidates in a softmax's denominator, and has none"
+            )
+        if negatives.margin is not None:
+            raise ValueError(
+                "siglip_loss has no margin: the kernels of sigmoids know no limits; mask pairs by group_ids"
+            )
+        if problem.attract:
+            raise ValueError("negatives and group_mode 'positives' do not go together")
+    if ring and reduction == "none":
+        raise ValueError("strategy 'ring' gives a mean or a sum, not reduction 'none'; use 'gather'")
+    if ring and problem.weights is not None and problem.weights.requires_grad:
+        raise ValueError("strategy 'ring' has no gradient for weights; use 'gather'")
 
 
 def _inputs(
@@ -162,15 +161,3 @@ def _inputs(
     x, y = targets.check_features(image_features, text_features)
     scale = checks.scalar("logit_scale", logit_scale, x)
     return x, y, scale, checks.scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, x)
-
-
-def _measure(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, positives: Tensor, shards: Shards | None
-) -> dict[str, Tensor]:
-    """The mean logits of the positives and of all other pairs of the batch (NaN where there are none)."""
-    total, n = promote(y.detach()).sum(0), x.shape[0]
-    if shards is not None:
-        total, n = merge.vector_total(total, shards), shards.total
-    sums = (scale * (promote(x) * total).sum(1) + n * bias - positives).detach()
-    means = {"positive_logit": positives.detach(), "negative_logit": sums / (n - 1 if n > 1 else float("nan"))}
-    return {name: t.mean() if shards is None else merge.mean(t, shards) for name, t in means.items()}
