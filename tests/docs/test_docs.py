@@ -12,12 +12,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-import os
 import re
-import socket
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,10 +21,10 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import run_script
 from shown import assert_printed
 
 import cibr_kernels as ck
-from bench.processes import LEAVE
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
@@ -100,36 +96,7 @@ def test_the_blocks_of_a_page_run(
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=[f"{block.page}:{block.line}" for block in SCRIPTS])
 def test_a_script_for_several_ranks_runs(script: Block, tmp_path: Path) -> None:
-    path = tmp_path / "script.py"
-    path.write_text(script.code + LEAVE)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(script.ranks),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    logs = [tmp_path / f"{rank}.log" for rank in range(script.ranks)]
-    processes = []
-    for rank, log in enumerate(logs):
-        environment = {**common, "RANK": str(rank)}
-        with log.open("w") as stderr:
-            processes.append(subprocess.Popen([sys.executable, str(path)], env=environment, stderr=stderr))
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        codes = [process.poll() for process in processes]
-        if any(codes) or None not in codes:  # one has failed, and the others would wait for it; or all are done
-            break
-        time.sleep(0.05)
-    for process in processes:
-        process.kill()
-        process.wait()
-    said = "\n".join(f"rank {rank}:\n{log.read_text()}" for rank, log in enumerate(logs))
-    assert codes == [0] * script.ranks, said
+    run_script(script.code, tmp_path, script.ranks)
 
 
 def section(name: str) -> str:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import run_script
 from shown import assert_printed
 from test_docs import BLOCK, here
 
 import cibr_kernels as ck
-from bench.processes import LEAVE
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -35,18 +32,6 @@ def output(page: str) -> str:
     return text
 
 
-def run(code: str, folder: Path, ranks: int) -> str:
-    """What the script prints, on both streams."""
-    path = folder / "recipe.py"
-    path.write_text(code + LEAVE)
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if "torchrun" in code else []
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *launch, str(path)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_a_recipe_is_short(page: str) -> None:
     _, _, code = script(page)
@@ -62,8 +47,8 @@ def test_a_recipe_prints_what_its_page_shows(page: str, tmp_path: Path) -> None:
         pytest.skip(
             f"{', '.join(absent)} cannot be imported here; its output was recorded once (docs/recipes/index.md)"
         )
-    for world in {ranks, 1}:  # the same batch on several, and on one
-        assert_printed(output(page), run(code, tmp_path, world), TOLERANCE)
+    for world in (ranks, 1) if ranks > 1 else (None,):  # the same batch on several, and on one
+        assert_printed(output(page), run_script(code, tmp_path, world), TOLERANCE)
 
 
 def test_the_task_api_of_open_clips_main_branch_takes_our_losses() -> None:
