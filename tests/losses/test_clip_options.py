@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import each_dtype, leaves, towers
-from contrastive import gradients, with_options
+from contrastive import gradients, with_gradients, with_options
 from torch import Tensor
 
 import cibr_kernels as ck
@@ -89,13 +89,7 @@ def test_kernels_against_the_definition(option, dtype):
     truth = expected(wide, ids, option)[0].mean()
     value = ours(tensors, ids, option)
     assert value.dtype == torch.float32
-    triples = zip(
-        [value, *gradients(value, tensors)],
-        [eager, *gradients(eager, tensors)],
-        [truth, *gradients(truth, wide)],
-        strict=True,
-    )
-    for name, (a, e, t) in zip(("loss", *tensors), triples, strict=True):
+    for name, a, e, t in with_gradients(tensors, wide, value, eager, truth):
         testing.assert_close(name, a, e, t, terms=2 * N + D, exponent=10.0, features=dtype)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Recorded, each_dtype, leaves, towers
-from contrastive import gradients, with_options
+from contrastive import gradients, with_gradients, with_options
 from torch import Tensor
 
 import cibr_kernels as ck
@@ -99,15 +99,9 @@ def test_kernels_against_the_definition(option, dtype, bias):
         value = ours(tensors, ids, option, reduction=reduction)
         value = value if reduction == "mean" else (value * upstream).sum()
         assert value.dtype == torch.float32
-        triples = zip(
-            [value, *gradients(value, tensors)],
-            [eager, *gradients(eager, tensors)],
-            [truth, *gradients(truth, wide)],
-            strict=True,
-        )
         cosines = (wide["x"] @ wide["y"].T).detach()
         weights = (10 * cosines + bias).sigmoid() * (upstream[:, None] + upstream) / 2
-        for name, (a, e, t) in zip(("loss", *tensors), triples, strict=True):
+        for name, a, e, t in with_gradients(tensors, wide, value, eager, truth):
             # cosines of both signs cancel in dscale: measured against the sum of absolute terms
             magnitude = (weights * cosines).abs().sum().item() if name == "scale" else 0.0
             testing.assert_close(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,3 +21,12 @@ def with_options(
 def gradients(value: Tensor, tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """Of each of the tensors, in their order."""
     return list(torch.autograd.grad(value, list(tensors.values())))
+
+
+def with_gradients(
+    tensors: Mapping[str, Tensor], wide: Mapping[str, Tensor], value: Tensor, eager: Tensor, truth: Tensor
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """("loss", value, eager, truth), then the same of each tensor's gradient, by its name; the truth is of `wide`."""
+    yield "loss", value, eager, truth
+    each = gradients(value, tensors), gradients(eager, tensors), gradients(truth, wide)
+    yield from zip(tensors, *each, strict=True)
