@@ -82,7 +82,7 @@ def unsupported(*tensors: Tensor) -> str | None:
     return None
 
 
-def call(kernel: str, struct: str, **fields: Any) -> None:
+def call(kernel: str, struct: str, fields: dict[str, Any]) -> None:
     """Fills `struct` and enqueues `kernel` on the current stream.  None and empty tensors become null."""
     module = backends.compiled()
     tensors = [v for v in fields.values() if isinstance(v, Tensor) and v.numel()]

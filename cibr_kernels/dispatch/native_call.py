@@ -17,10 +17,11 @@ GRAIN = 1 << 21  # multiply-adds that are worth a thread: 20 to 40 us of one cor
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/common/dtype.h
 
 
-def call(kernel: str, struct: str, work: int, **fields: Any) -> None:
+def call(kernel: str, struct: str, work: int, fields: dict[str, Any]) -> None:
     """Fills `struct`'s fields and runs `kernel` on torch's number of threads, or fewer where there is little to do.
 
-    None and empty tensors stay null pointers (csrc/common/fields.h).
+    fields: by name, all but "threads", which is added.  None and empty tensors stay null pointers
+        (csrc/common/fields.h).
     work: about how many multiply-adds it is; results do not depend on the number of threads.
     """
     module = backends.compiled()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cibr_kernels.dispatch.native_call import DTYPES, call
-from cibr_kernels.losses.native_gradients import room_for_gradients
+from cibr_kernels.losses.native_gradients import loss_with_gradients
 
 
 def forward(
@@ -16,27 +15,6 @@ def forward(
 
     The gradients are float32 for float16.
     """
-    x, y, dx, dy = room_for_gradients(x, y, need_dx, need_dy)
-    n, d = x.shape
-    loss = torch.empty_like(scale)
-    dscale, dbias = (torch.empty_like(scale), torch.empty_like(bias)) if need_dx or need_dy else (None, None)
-    call(
-        "siglip_loss",
-        "SiglipLoss",
-        n * n * d,
-        x=x,
-        y=y,
-        dtype=DTYPES[x.dtype],
-        n=n,
-        m=n,
-        d=d,
-        scale=scale.item(),
-        bias=bias.item(),
-        share=share,
-        dx=dx,
-        dy=dy,
-        dscale=dscale,
-        loss=loss,
-        dbias=dbias,
-    )
-    return loss, dx, dy, dscale, dbias
+    dbias = torch.empty_like(bias) if need_dx or need_dy else None
+    own = {"bias": bias.item(), "share": share, "dbias": dbias}
+    return *loss_with_gradients("siglip_loss", "SiglipLoss", x, y, scale, need_dx, need_dy, own), dbias

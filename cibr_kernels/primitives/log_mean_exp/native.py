@@ -11,22 +11,18 @@ from cibr_kernels.dispatch.native_call import DTYPES, call
 def forward(scores: Tensor, mask: Tensor | None) -> Tensor:
     """-> L ()."""
     el = torch.empty((), dtype=torch.float32, device=scores.device)
-    call("log_mean_exp_forward", "LogMeanExp", **_problem(scores, mask), el=el)
+    _call("log_mean_exp_forward", scores, mask, el=el)
     return el
 
 
 def backward(grad: Tensor, scores: Tensor, mask: Tensor | None, el: Tensor) -> Tensor:
     """-> dscores, the shape and dtype of scores."""
     dscores = torch.empty_like(scores)
-    call("log_mean_exp_backward", "LogMeanExp", **_problem(scores, mask), el=el, grad=grad, dscores=dscores)
+    _call("log_mean_exp_backward", scores, mask, el=el, grad=grad, dscores=dscores)
     return dscores
 
 
-def _problem(scores: Tensor, mask: Tensor | None) -> dict:
-    return {
-        "work": 8 * scores.numel(),
-        "scores": scores,
-        "mask": mask,
-        "dtype": DTYPES[scores.dtype],
-        "count": scores.numel(),
-    }
+def _call(kernel: str, scores: Tensor, mask: Tensor | None, **fields: Tensor) -> None:
+    count = scores.numel()
+    problem = {"scores": scores, "mask": mask, "dtype": DTYPES[scores.dtype], "count": count}
+    call(kernel, "LogMeanExp", 8 * count, problem | fields)

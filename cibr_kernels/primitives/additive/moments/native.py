@@ -48,14 +48,14 @@ def forward(problem: MomentsProblem, needs: Needs) -> tuple[Tensor, Tensor, Tens
     }
     if cuda_call.takes(a):
         processors = cuda_call.target(a.device).processors
-        machine = {**_types(problem), "processors": processors, "score_budget": SCORE_BUDGET}
-        cuda_call.call("additive_moments", "AdditiveMomentsCuda", **fields, **machine, dw=dw)
+        fields |= {"dw": dw, **_types(problem), "processors": processors, "score_budget": SCORE_BUDGET}
+        cuda_call.call("additive_moments", "AdditiveMomentsCuda", fields)
         return j, el, da, db, dw
     wide_dw = dw.float()
     fields |= {"w": problem.w.float(), "dw": wide_dw, "features_dtype": DTYPES[a.dtype]}
     work = fields["n"] * fields["m"] * fields["h"]
     for k in range(problem.groups) if shape else (None,):
-        call("additive_moments", "AdditiveMoments", work, **(fields if k is None else _of_critic(fields, k)))
+        call("additive_moments", "AdditiveMoments", work, fields if k is None else _of_critic(fields, k))
     return j, el, da, db, wide_dw.to(dw.dtype)
 
 
@@ -82,12 +82,12 @@ def backward(
     }
     if cuda_call.takes(problem.a):
         fields |= {"w": problem.w, "dw_of_l": of_l[2], "dw": dw, **_types(problem)}
-        cuda_call.call("additive_moments_backward", "AdditiveMomentsBackwardCuda", **fields)
+        cuda_call.call("additive_moments_backward", "AdditiveMomentsBackwardCuda", fields)
         return da, db, dw
     wide_dw = dw.float()
     fields |= {"w": problem.w.float(), "dw_of_l": of_l[2].float(), "dw": wide_dw}
     fields |= {"groups": problem.groups, "features_dtype": DTYPES[problem.a.dtype]}
-    call("additive_moments_backward", "AdditiveMomentsBackward", UNIT_WORK * problem.a.numel(), **fields)
+    call("additive_moments_backward", "AdditiveMomentsBackward", UNIT_WORK * problem.a.numel(), fields)
     return da, db, wide_dw.to(dw.dtype)
 
 

@@ -37,4 +37,4 @@ def backward(grad: Tensor, problem: AdditiveProblem, needs: Needs) -> tuple[Tens
 def _call(kernel: str, problem: AdditiveProblem, **fields: Any) -> None:
     n, m, h = problem.sizes
     fields |= {"w": problem.w.float(), "features_dtype": DTYPES[problem.a.dtype]}
-    call(kernel, "AdditiveScores", n * m * h, **problem_fields(problem), **fields)
+    call(kernel, "AdditiveScores", n * m * h, problem_fields(problem) | fields)

@@ -41,8 +41,8 @@ def _call(kernel: str, problem: ShiftsProblem, **fields: Any) -> None:
     a, b, w = problem.tensors
     fields = problem_fields(problem) | {"first": problem.first, "k": problem.k} | fields
     if cuda_call.takes(a):
-        dtypes = {"dtype": DTYPES[a.dtype], "w_dtype": DTYPES[w.dtype]}
-        cuda_call.call(kernel, "AdditiveShiftsCuda", **fields, w=w, **dtypes)
+        fields |= {"w": w, "dtype": DTYPES[a.dtype], "w_dtype": DTYPES[w.dtype]}
+        cuda_call.call(kernel, "AdditiveShiftsCuda", fields)
     else:
         fields |= {"a": a.float(), "b": b.float(), "w": w.float()}
-        call(kernel, "AdditiveShifts", problem.k * a.numel(), **fields)
+        call(kernel, "AdditiveShifts", problem.k * a.numel(), fields)

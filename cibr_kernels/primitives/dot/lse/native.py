@@ -97,4 +97,4 @@ def _run(kernel: str, struct: str, problem: LseProblem, stash: Tensor, **fields:
         "stash": stash,
         "stash_dtype": DTYPES[stash.dtype],
     }
-    call(kernel, struct, n * m * d, **problem_fields(problem), **shared, **fields)
+    call(kernel, struct, n * m * d, problem_fields(problem) | shared | fields)

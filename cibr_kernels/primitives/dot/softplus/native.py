@@ -28,18 +28,8 @@ def forward(
     rows, cols = problem.scale.new_empty(n), problem.scale.new_empty(m if need_cols else 0)
     gradients = gradient_fields(problem, made, need_dx, need_dy)
     dbias = torch.zeros_like(problem.bias)
-    call(
-        "dot_softplus",
-        "DotSoftplus",
-        n * m * d,
-        **problem_fields(problem),
-        bias=problem.bias.item(),
-        attract=problem.attract,
-        row_weight=row_weights,
-        col_weight=col_weights,
-        row_sum=rows,
-        col_sum=cols,
-        **gradients,
-        dbias=dbias,
-    )
+    fields = problem_fields(problem) | gradients
+    fields |= {"bias": problem.bias.item(), "attract": problem.attract, "dbias": dbias}
+    fields |= {"row_weight": row_weights, "col_weight": col_weights, "row_sum": rows, "col_sum": cols}
+    call("dot_softplus", "DotSoftplus", n * m * d, fields)
     return rows, cols, gradients["dx"], gradients["dy"], gradients["dscale"], dbias
