@@ -17,8 +17,8 @@ import importlib
 import itertools
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -37,18 +37,12 @@ Outputs = tuple[Tensor, ...]
 _plans: dict[Hashable, Plan | str] = {}  # or why there is none
 _clock = itertools.count(1)
 _lock = threading.Lock()
-_enabled = True
+_replays = triton_relaunch.Switch()
 
 
-@contextmanager
-def disabled() -> Iterator[None]:
+def disabled() -> AbstractContextManager[None]:
     """Inside, nothing is replayed or recorded.  For measuring, and for doubt; not thread-safe."""
-    global _enabled
-    before, _enabled = _enabled, False
-    try:
-        yield
-    finally:
-        _enabled = before
+    return _replays.off()
 
 
 def clear() -> None:
@@ -67,7 +61,7 @@ def kept() -> dict[Hashable, Plan | str]:
 
 def find(key: tuple[Hashable, ...], inputs: Sequence[Tensor]) -> Plan | None:
     """The plan that `run` would replay; None where it would not.  That there is one says that such a call was made."""
-    if not (_enabled and inputs[0].is_cuda and refusal() is None) or triton_relaunch.watched():
+    if not (_replays.on and inputs[0].is_cuda and refusal() is None) or triton_relaunch.watched():
         return None
     plan = _plans.get(_whole(key, inputs))
     if plan.__class__ is not Plan or not _fits(plan):  # type: ignore[arg-type]
@@ -91,7 +85,7 @@ def run_after(
         return run(key, direction, inputs)
     told = _whole(key, inputs[:new])
     plan = first.after.get(told)
-    if plan is not None and plan.kept and _enabled and _fits(plan) and not triton_relaunch.watched():
+    if plan is not None and plan.kept and _replays.on and _fits(plan) and not triton_relaunch.watched():
         plan.last_use = next(_clock)
         return replay(plan, inputs)
     outputs = run(key, direction, inputs)
@@ -117,7 +111,7 @@ def run(key: tuple[Hashable, ...], direction: Callable[..., Outputs], inputs: Se
     if plan is not None:
         return replay(plan, inputs)
     device = inputs[0].device
-    serves = _enabled and device.type == "cuda" and refusal() is None and not triton_relaunch.watched()
+    serves = _replays.on and device.type == "cuda" and refusal() is None and not triton_relaunch.watched()
     whole = _whole(key, inputs)
     if not serves or isinstance(_plans.get(whole), str) or torch.cuda.is_current_stream_capturing():
         return direction(*inputs)

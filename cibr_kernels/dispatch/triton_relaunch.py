@@ -9,7 +9,7 @@ share a kernel and no key has two.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -20,7 +20,6 @@ from torch import Tensor
 COMPARED = tuple((3, minor) for minor in range(2, 9))  # Tritons whose launcher's bytes were compared with these
 MOST = 4096  # keys; a step has some 15, an epoch as many for each batch size
 _known: dict[tuple[Any, ...], _Compiled] = {}
-_enabled = True
 
 
 class _Compiled(NamedTuple):
@@ -31,15 +30,26 @@ class _Compiled(NamedTuple):
     arguments: Callable[[list[Any]], tuple[Any, ...]]
 
 
-@contextmanager
-def disabled() -> Iterator[None]:
+class Switch:
+    """Whether something is done: yes, except inside `off`, and then in no thread."""
+
+    on = True
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        before, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = before
+
+
+_again = Switch()
+
+
+def disabled() -> AbstractContextManager[None]:
     """Inside, every launch goes through Triton's own path.  For measuring, and for doubt; not thread-safe."""
-    global _enabled
-    before, _enabled = _enabled, False
-    try:
-        yield
-    finally:
-        _enabled = before
+    return _again.off()
 
 
 def kernels() -> list[Any]:
@@ -57,7 +67,7 @@ def launch(
     device: torch.device,
 ) -> Any:  # fmt: skip
     """kernel[grid](**args, **constants, **options) on `device`, which is the current one -> the compiled kernel."""
-    if not (_enabled and is_compared()) or kernel.pre_run_hooks or watched():
+    if not (_again.on and is_compared()) or kernel.pre_run_hooks or watched():
         return kernel[grid](**args, **constants, **options)
     kinds, values = _kinds(args)
     key = (id(kernel), device.index, *args, *kinds, *constants, *constants.values(), *options.values())
