@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ SOURCE = """
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+int barrier = 1, past = 0;
 template <int N>
 __global__ void __launch_bounds__(N) total(const __nv_bfloat162* __restrict__ x, float* out, int pairs) {
   extern __shared__ __align__(16) float warps[];
@@ -25,8 +28,9 @@ __global__ void __launch_bounds__(N) total(const __nv_bfloat162* __restrict__ x,
   float all = sum.x + sum.y;
   for (int o = 16; o; o /= 2) all += __shfl_xor_sync(~0u, all, o);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = all;
-  BARRIER
-  if (threadIdx.x == 0) out[blockIdx.x] = warps[0] + warps[1 + PAST] * exp2f(__expf(0.0f) - 1.0f);
+  if (barrier == 1) __syncthreads();
+  if (barrier == 2) { if (threadIdx.x < 40) __syncthreads(); else __syncwarp(); }
+  if (threadIdx.x == 0) out[blockIdx.x] = warps[0] + warps[1 + past] * exp2f(__expf(0.0f) - 1.0f);
 }
 
 cudaError_t run(const __nv_bfloat162* x, float* out, int pairs, cudaStream_t stream) {
@@ -37,7 +41,8 @@ cudaError_t run(const __nv_bfloat162* x, float* out, int pairs, cudaStream_t str
 }
 """
 DRIVER = """
-int main() {
+int main(int, char** arguments) {
+  barrier = std::atoi(arguments[1]), past = std::atoi(arguments[2]);
   std::vector<__nv_bfloat162> x(100, __float2bfloat162_rn(0.5f));
   std::vector<float> out(2);
   if (run(x.data(), out.data(), 100, nullptr) != cudaSuccess) return 2;
@@ -46,28 +51,40 @@ int main() {
 """
 
 
-def check(folder: Path, sanitizer: str, barrier: str = "__syncthreads();", past: int = 0) -> sanitizers.Report:
-    source = folder / "total.cu"
-    source.write_text(SOURCE)
-    return sanitizers.check(source, DRIVER, sanitizer, defines=[f"BARRIER={barrier}", f"PAST={past}"])
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Of a sanitizer, built once."""
+
+    @cache
+    def build(sanitizer: str) -> Path:
+        folder = tmp_path_factory.mktemp(sanitizer)
+        (folder / "total.cu").write_text(SOURCE)
+        return sanitizers.build(folder, folder / "total.cu", DRIVER, sanitizer)
+
+    return build
+
+
+def check(program: Path, barrier: int = 1, past: int = 0) -> sanitizers.Report:
+    return sanitizers.run(program, str(barrier), str(past))
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
-def test_a_right_kernel_is_clean(tmp_path, sanitizer):
-    report = check(tmp_path, sanitizer)
+def test_a_right_kernel_is_clean(program, sanitizer):
+    report = check(program(sanitizer))
     assert report.clean, report.text
 
 
-def test_a_dropped_barrier_is_a_race_at_its_line(tmp_path):
-    report = check(tmp_path, "thread", barrier="")
-    assert not report.clean and "data race" in report.text and "total.cu:16" in report.text
+def test_a_dropped_barrier_is_a_race_at_its_line(program):
+    report = check(program("thread"), barrier=0)
+    assert not report.clean and "data race" in report.text and "total.cu:17" in report.text
 
 
-def test_an_overrun_is_reported_at_its_line(tmp_path):
-    report = check(tmp_path, "address", past=1)
-    assert "heap-buffer-overflow" in report.text and "total.cu:18" in report.text
+def test_an_overrun_is_reported_at_its_line(program):
+    report = check(program("address"), past=1)
+    assert "heap-buffer-overflow" in report.text and "total.cu:20" in report.text
 
 
-def test_a_barrier_in_divergent_code(tmp_path):
-    report = check(tmp_path, "address", barrier="if (threadIdx.x < 40) __syncthreads(); else __syncwarp();")
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+def test_a_barrier_in_divergent_code(program, sanitizer):
+    report = check(program(sanitizer), barrier=2)
     assert not report.clean and "deadlock" in report.text

@@ -4,10 +4,9 @@
 //     #include "kernel.cu"       // as rewritten by sanitizers.py: <<<>>> and `extern __shared__` are not C++
 //     int main() { emu::launch(dim3(2), dim3(64), /*dynamic shared bytes*/ 0, [&] { kernel(x, y, n); }); }
 //
-// Blocks run one after another.  Within a block a CUDA thread is
-//   - a fiber (default): switched at barriers only, in a random order that changes from barrier to barrier, so that what
-//     depends on the order differs between runs; for AddressSanitizer; a barrier that not all threads reach aborts;
-//   - a std::thread (-DEMU_THREADS): for ThreadSanitizer.
+// Blocks run one after another.  Within a block a CUDA thread is a fiber, switched at barriers only, in a random order that
+// changes from barrier to barrier, so that what depends on the order differs between runs.  A barrier that not all threads
+// reach aborts.  ThreadSanitizer is told that fibers are threads, and that nothing but a barrier orders them.
 // __shared__ variables are static, so AddressSanitizer puts red zones around each, and ThreadSanitizer sees all threads
 // share them.  They keep what the block before left; dynamic shared memory is filled with 0xFF (NaN) for every block.
 // Not modelled: atomics, textures, clusters, tensor cores except mma.sync m16n8k16 bf16, other inline PTX.  A shuffle here
@@ -22,19 +21,12 @@
 #include <functional>
 #include <memory>
 #include <vector>
-#ifdef EMU_THREADS
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#include <atomic>
-#include <climits>
-#include <mutex>
-#include <thread>
-#else
 #include <ucontext.h>
-#endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
+#endif
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
 #endif
 // Host versions of the 16-bit types and vectors; they have to come before the keywords are redefined.
 #include <cuda_runtime.h>
@@ -79,76 +71,16 @@ T* dynamic_shared() {
   return reinterpret_cast<T*>(dynamic_bytes.data());
 }
 
-#ifdef EMU_THREADS
-
-inline thread_local Thread* current = nullptr;
-
-// std::barrier yields before it sleeps; with hundreds of threads on two cores that is most of the time.
-class Barrier {
- public:
-  explicit Barrier(int n) : expected_(n) {}
-
-  void arrive_and_wait() {
-    uint32_t before;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      before = generation_.load(std::memory_order_relaxed);
-      if (++arrived_ == expected_) return release();
-    }
-    while (generation_.load(std::memory_order_acquire) == before) futex(FUTEX_WAIT_PRIVATE, before);
-  }
-
-  void arrive_and_drop() {  // as on a GPU: a barrier counts the threads that still run
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (--expected_ == arrived_ && arrived_) release();
-  }
-
- private:
-  void release() {
-    arrived_ = 0;
-    generation_.fetch_add(1, std::memory_order_release);
-    futex(FUTEX_WAKE_PRIVATE, INT_MAX);
-  }
-  void futex(int what, uint32_t value) {
-    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&generation_), what, value, nullptr, nullptr, 0);
-  }
-
-  std::mutex mutex_;
-  int expected_, arrived_ = 0;
-  std::atomic<uint32_t> generation_{0};
-};
-
-struct Block {
-  int threads;
-  std::vector<Warp> warps;
-  Barrier barrier;
-  std::vector<std::unique_ptr<Barrier>> warp_barriers;
-
-  explicit Block(int n) : threads(n), warps((n + 31) / 32), barrier(n) {
-    for (int w = 0; w < (n + 31) / 32; ++w)
-      warp_barriers.emplace_back(std::make_unique<Barrier>(std::min(32, n - 32 * w)));
-  }
-};
-
-inline Block* block = nullptr;
-inline void sync_block() { block->barrier.arrive_and_wait(); }
-inline void sync_warp() { block->warp_barriers[current->linear / 32]->arrive_and_wait(); }
-
-inline void run_block(Block& b, std::vector<Thread>& threads, const std::function<void()>& kernel) {
-  std::vector<std::thread> running;
-  for (int i = 0; i < b.threads; ++i)
-    running.emplace_back([&, i] {
-      current = &threads[i];
-      kernel();
-      b.barrier.arrive_and_drop();
-      b.warp_barriers[i / 32]->arrive_and_drop();
-    });
-  for (auto& t : running) t.join();
-}
-
-#else  // fibers
-
-inline Thread* current = nullptr;
+// ThreadSanitizer's view.  What only the emulator reads and writes is not watched: it would order the fibers, or be a race.
+#if defined(__SANITIZE_THREAD__)
+#define EMU_UNWATCHED __attribute__((no_sanitize_thread))
+inline void arrives(char& at) { __tsan_release(&at); }
+inline void leaves(char& at) { __tsan_acquire(&at); }
+#else
+#define EMU_UNWATCHED
+inline void arrives(char&) {}
+inline void leaves(char&) {}
+#endif
 
 enum class State { ready, at_block_barrier, at_warp_barrier, done };
 
@@ -159,72 +91,107 @@ struct Fiber {
   State state = State::ready;
 };
 
+// Two places take turns: who is early at the next barrier must not be seen by who still leaves this one.
+struct Barrier {
+  char places[2] = {};
+  unsigned passed = 0;
+};
+
 struct Block {
   int threads;
   std::vector<Warp> warps;
   std::vector<Fiber> fibers;
+  Barrier barrier;
+  std::vector<Barrier> warp_barriers;
+  char begin = 0, end = 0;
   ucontext_t scheduler;
   void* fake_stack = nullptr;
   const std::function<void()>* kernel = nullptr;
 
-  explicit Block(int n) : threads(n), warps((n + 31) / 32), fibers(n) {}
+  explicit Block(int n) : threads(n), warps((n + 31) / 32), fibers(n), warp_barriers((n + 31) / 32) {}
 };
 
 inline Block* block = nullptr;
+inline Thread* running = nullptr;
 constexpr size_t stack_bytes = 256 << 10;
 inline const void* scheduler_stack;
 inline size_t scheduler_stack_bytes;
+inline void* scheduler_watched;             // ThreadSanitizer's name of the scheduler,
+inline std::vector<void*> fibers_watched;  // and of the fibers, which serve every block
 
-inline void to_scheduler(Fiber& f) {
+EMU_UNWATCHED inline Thread* current() { return running; }
+
+EMU_UNWATCHED inline void to_scheduler(Fiber& f) {
+  Block& b = *block;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(f.state == State::done ? nullptr : &f.fake_stack, scheduler_stack, scheduler_stack_bytes);
+#elif defined(__SANITIZE_THREAD__)
+  __tsan_switch_to_fiber(scheduler_watched, __tsan_switch_to_fiber_no_sync);
 #endif
-  swapcontext(&f.context, &block->scheduler);
+  swapcontext(&f.context, &b.scheduler);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(f.fake_stack, &scheduler_stack, &scheduler_stack_bytes);
 #endif
 }
 
-inline void to_fiber(Fiber& f) {
+EMU_UNWATCHED inline void to_fiber(Fiber& f) {
+  Block& b = *block;
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&block->fake_stack, f.stack, stack_bytes);
+  __sanitizer_start_switch_fiber(&b.fake_stack, f.stack, stack_bytes);
+#elif defined(__SANITIZE_THREAD__)
+  __tsan_switch_to_fiber(fibers_watched[running->linear], __tsan_switch_to_fiber_no_sync);
 #endif
-  swapcontext(&block->scheduler, &f.context);
+  swapcontext(&b.scheduler, &f.context);
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(block->fake_stack, nullptr, nullptr);
+  __sanitizer_finish_switch_fiber(b.fake_stack, nullptr, nullptr);
 #endif
 }
 
-inline void fiber_main() {
+EMU_UNWATCHED inline void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
 #endif
+  leaves(block->begin);
+  Fiber& f = block->fibers[running->linear];
   (*block->kernel)();
-  Fiber& f = block->fibers[current->linear];
+  arrives(block->end);
   f.state = State::done;
   to_scheduler(f);
 }
 
-inline void wait(State s) {
-  Fiber& f = block->fibers[current->linear];
+EMU_UNWATCHED inline void wait(State s, Barrier& barrier) {
+  Fiber& f = block->fibers[running->linear];
+  char& place = barrier.places[barrier.passed % 2];
   f.state = s;
+  arrives(place);
   to_scheduler(f);
+  leaves(place);
 }
-inline void sync_block() { wait(State::at_block_barrier); }
-inline void sync_warp() { wait(State::at_warp_barrier); }
+EMU_UNWATCHED inline void sync_block() { wait(State::at_block_barrier, block->barrier); }
+EMU_UNWATCHED inline void sync_warp() { wait(State::at_warp_barrier, block->warp_barriers[running->linear / 32]); }
 
 // Frees the fibers [begin, end) if all that are not done wait at `s`.
-inline void release(Block& b, int begin, int end, State s) {
-  for (int i = begin; i < end; ++i)
+EMU_UNWATCHED inline void release(Block& b, int begin, int end, State s, Barrier& barrier) {
+  bool any = false;
+  for (int i = begin; i < end; ++i) {
     if (b.fibers[i].state != State::done && b.fibers[i].state != s) return;
+    any |= b.fibers[i].state == s;
+  }
+  barrier.passed += any;
   for (int i = begin; i < end; ++i)
     if (b.fibers[i].state == s) b.fibers[i].state = State::ready;
 }
 
-inline void run_block(Block& b, std::vector<Thread>& threads, const std::function<void()>& kernel) {
+EMU_UNWATCHED inline void run_block(Block& b, std::vector<Thread>& threads, const std::function<void()>& kernel) {
   static std::vector<std::unique_ptr<char[]>> stacks;
   static unsigned random = 12345;
-  while (static_cast<int>(stacks.size()) < b.threads) stacks.emplace_back(new char[stack_bytes]);
+  while (static_cast<int>(stacks.size()) < b.threads) {
+    stacks.emplace_back(new char[stack_bytes]);
+#if defined(__SANITIZE_THREAD__)
+    scheduler_watched = __tsan_get_current_fiber();
+    fibers_watched.push_back(__tsan_create_fiber(0));
+#endif
+  }
   b.kernel = &kernel;
   std::vector<int> order(b.threads);
   for (int i = 0; i < b.threads; ++i) {
@@ -237,6 +204,7 @@ inline void run_block(Block& b, std::vector<Thread>& threads, const std::functio
     f.context.uc_link = nullptr;
     makecontext(&f.context, fiber_main, 0);
   }
+  arrives(b.begin);
   for (;;) {
     for (int i = b.threads - 1; i > 0; --i) {
       random = random * 1664525u + 1013904223u;
@@ -246,22 +214,22 @@ inline void run_block(Block& b, std::vector<Thread>& threads, const std::functio
     for (int i : order) {
       if (b.fibers[i].state != State::ready) continue;
       ran = true;
-      current = &threads[i];
+      running = &threads[i];
       to_fiber(b.fibers[i]);
     }
     for (auto& f : b.fibers) done &= f.state == State::done;
-    if (done) return;
+    if (done) break;
     if (!ran) {
       std::fprintf(stderr, "cuda_emu: deadlock: not all threads of block (%u, %u, %u) reach the same barrier\n",
                    threads[0].bid.x, threads[0].bid.y, threads[0].bid.z);
       std::abort();
     }
-    for (int w = 0; w < b.threads; w += 32) release(b, w, std::min(b.threads, w + 32), State::at_warp_barrier);
-    release(b, 0, b.threads, State::at_block_barrier);
+    for (int w = 0; w < b.threads; w += 32)
+      release(b, w, std::min(b.threads, w + 32), State::at_warp_barrier, b.warp_barriers[w / 32]);
+    release(b, 0, b.threads, State::at_block_barrier, b.barrier);
   }
+  leaves(b.end);
 }
-
-#endif
 
 // Runs `kernel` for every thread of every block of the grid.
 template <class F>
@@ -289,8 +257,8 @@ void launch(dim3 grid, dim3 size, size_t dynamic_shared_bytes, F kernel) {
 template <class T>
 T exchange(T value, int source) {
   static_assert(sizeof(T) <= sizeof(Warp::slot[0]));
-  Warp& w = *current->warp;
-  std::memcpy(&w.slot[current->linear & 31][0], &value, sizeof value);
+  Warp& w = *current()->warp;
+  std::memcpy(&w.slot[current()->linear & 31][0], &value, sizeof value);
   sync_warp();
   T result;
   std::memcpy(&result, &w.slot[source][0], sizeof result);
@@ -300,9 +268,9 @@ T exchange(T value, int source) {
 
 }  // namespace emu
 
-#define threadIdx (emu::current->tid)
-#define blockIdx (emu::current->bid)
-#define blockDim (emu::current->bdim)
-#define gridDim (emu::current->gdim)
+#define threadIdx (emu::current()->tid)
+#define blockIdx (emu::current()->bid)
+#define blockDim (emu::current()->bdim)
+#define gridDim (emu::current()->gdim)
 
 #include "cuda_emu_intrinsics.h"

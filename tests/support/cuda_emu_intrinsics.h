@@ -9,12 +9,12 @@ inline void __threadfence_block() {}
 
 // ---- shuffles and votes of a whole warp
 namespace emu {
-inline int lane() { return current->linear & 31; }
+inline int lane() { return current()->linear & 31; }
 // The source lane if it lies in the segment of `width` lanes, else the own lane.
 inline int in_segment(int source, int width) { return source / width == lane() / width && source >= 0 ? source : lane(); }
 inline unsigned ballot(bool predicate) {
   const int me = lane();
-  Warp& w = *current->warp;
+  Warp& w = *current()->warp;
   w.slot[me][0] = predicate;
   sync_warp();
   unsigned all = 0;
@@ -129,7 +129,7 @@ inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
 
 // ---- mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32: c += a b
 inline void mma16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  emu::Warp& w = *emu::current->warp;
+  emu::Warp& w = *emu::current()->warp;
   const int me = emu::lane(), group = me >> 2, pair = me & 3;
   for (int i = 0; i < 4; ++i) w.slot[me][i] = a[i];
   for (int i = 0; i < 2; ++i) w.slot[me][4 + i] = b[i];

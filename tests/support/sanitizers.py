@@ -11,9 +11,8 @@ where DRIVER is the C++ of a `main` that calls kernels or the file's own host la
       for (float v : y) if (v != 2.0f) { std::puts("wrong"); return 1; }
     }
 
-"thread" runs every CUDA thread as a host thread under ThreadSanitizer, which reports accesses that no barrier orders
-even where the result is right; "address" runs them as fibers under AddressSanitizer and UBSan.  See cuda_emu.h for what
-the emulated device has.  Keep problems small: a thousand threads with a dozen barriers take about a second.
+"thread" is ThreadSanitizer, which reports accesses that no barrier orders even where the result is right; "address" is
+AddressSanitizer and UBSan.  See cuda_emu.h for what the emulated device has.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ from typing import Literal
 import nvcc
 
 HERE = Path(__file__).parent
-FLAGS = {  # threads take longer to run than to compile
-    "thread": ["-O1", "-fsanitize=thread", "-DEMU_THREADS", "-pthread"],
-    "address": ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+FLAGS = {  # -g1 has the lines; values of variables would take longer than the rest of the compiler
+    "thread": ["-O1", "-g1", "-fsanitize=thread"],
+    "address": ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
 }
 QUIET = ["-Wno-unknown-pragmas", "-Wno-attributes"]  # #pragma unroll; the toolkit's __attribute__((device))
 MARKS = ("WARNING: ThreadSanitizer", "ERROR: AddressSanitizer", "runtime error:", "cuda_emu: deadlock")
@@ -63,38 +62,44 @@ def check(
     driver: str,
     sanitizer: Literal["thread", "address"],
     include: Sequence[Path] = (),
-    defines: Sequence[str] = (),
     timeout: float = 600,
 ) -> Report:
     """Compiles `source` and the C++ text `driver` (which has main) with g++, runs it and returns the report.
 
-    Raises RuntimeError if it does not compile, subprocess.TimeoutExpired if it hangs (a barrier that some host threads
-    never reach; "address" reports that as a deadlock).
+    Raises RuntimeError if it does not compile, subprocess.TimeoutExpired if it hangs.
     """
     with tempfile.TemporaryDirectory() as folder:
-        unit, program = Path(folder) / "unit.cpp", Path(folder) / "unit"
-        unit.write_text('#include "cuda_emu.h"\n' + host_source(source) + '\n#line 1 "driver"\n' + driver)
-        command = ["g++", "-std=c++20", "-g", *FLAGS[sanitizer], *QUIET, *(f"-D{d}" for d in defines)]
-        places = [HERE, source.parent, *include]
-        command += [
-            *(f"-I{p}" for p in places),
-            "-isystem",
-            str(nvcc.include_directory()),
-            str(unit),
-            "-o",
-            str(program),
-        ]
-        built = subprocess.run(command, capture_output=True, text=True)
-        if built.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{built.stderr[:8000]}")
-        report = _run([str(program)], timeout)
-        if "unexpected memory mapping" in report.text:  # ThreadSanitizer on kernels with much address randomisation
-            report = _run(["setarch", "-R", str(program)], timeout)
-        return report
+        return run(build(Path(folder), source, driver, sanitizer, include), timeout=timeout)
+
+
+def build(
+    folder: Path,
+    source: Path,
+    driver: str,
+    sanitizer: Literal["thread", "address"],
+    include: Sequence[Path] = (),
+) -> Path:
+    """`check`'s program, in `folder`."""
+    unit, program = folder / "unit.cpp", folder / "unit"
+    unit.write_text('#include "cuda_emu.h"\n' + host_source(source) + '\n#line 1 "driver"\n' + driver)
+    places = [f"-I{place}" for place in (HERE, source.parent, *include)]
+    command = ["g++", "-std=c++20", *FLAGS[sanitizer], *QUIET, *places]
+    command += ["-isystem", str(nvcc.include_directory()), str(unit), "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    if built.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{built.stderr[:8000]}")
+    return program
+
+
+def run(program: Path, *arguments: str, timeout: float = 600) -> Report:
+    report = _run([str(program), *arguments], timeout)
+    if "unexpected memory mapping" in report.text:  # ThreadSanitizer on kernels with much address randomisation
+        report = _run(["setarch", "-R", str(program), *arguments], timeout)
+    return report
 
 
 def _run(command: list[str], timeout: float) -> Report:
-    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}  # one finding is enough, and the run takes a minute
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}  # one finding is enough
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout, env=environment)
     return Report(done.returncode, done.stdout + done.stderr)
 
