@@ -1,14 +1,20 @@
-"""FSDP2: parameters, gradients and optimiser state of the towers spread over ranks, gathered block by block."""
+"""FSDP2: parameters, gradients and optimiser state of the towers spread over ranks, gathered block by block.
+
+PyTorch's modules for it take a second to import, so they are where something is sharded.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 
 def shard(model: nn.Module, device: str, world: int) -> None:
@@ -16,6 +22,9 @@ def shard(model: nn.Module, device: str, world: int) -> None:
 
     A block is an item of a list of modules (a transformer's layers, a ResNet's bottlenecks), outermost ones first.
     """
+    from torch.distributed import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     mesh = init_device_mesh(device, (world,))
     scalars = {p for p in model.parameters() if p.ndim == 0}  # which FSDP2 does not take: every rank has them whole
     for block in blocks(model):
@@ -33,13 +42,14 @@ def blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from blocks(child)
 
 
-def is_sharded(t: Tensor) -> bool:
-    return isinstance(t, DTensor)
+def is_sharded(t: Tensor) -> TypeIs[DTensor]:
+    module = sys.modules.get("torch.distributed.tensor")  # without which there is none
+    return module is not None and isinstance(t, module.DTensor)
 
 
 def whole(t: Tensor) -> Tensor:
     """A tensor, of all ranks' parts where it is sharded; every rank has to call it."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    return t.full_tensor() if is_sharded(t) else t
 
 
 def like(value: Tensor, parameter: Tensor) -> Tensor:
@@ -47,7 +57,9 @@ def like(value: Tensor, parameter: Tensor) -> Tensor:
     value = value.to(parameter.device)
     if value.shape != parameter.shape:
         return value
-    if isinstance(parameter, DTensor):
+    if is_sharded(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 

@@ -14,10 +14,13 @@ import inspect
 import math
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -77,9 +80,20 @@ def here(need: str) -> bool:
     return True
 
 
+TABLES = [("objectives", "OBJECTIVES"), ("models", "MODELS"), ("data", "SOURCES")]  # of the trainer, in `cibr`
 SCRIPTS = [block for page in PAGES for block in blocks(page) if block.ranks > 1]
 
 
+@pytest.fixture
+def tables() -> Iterator[None]:
+    """What a page's blocks add to the trainer's tables is gone afterwards."""
+    with ExitStack() as stack:
+        for module, table in TABLES:
+            stack.enter_context(patch.dict(getattr(importlib.import_module(f"cibr.{module}"), table)))
+        yield
+
+
+@pytest.mark.usefixtures("tables")
 @pytest.mark.parametrize("page", PAGES)
 def test_the_blocks_of_a_page_run(
     page: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -189,7 +203,7 @@ def test_every_record_has_its_command_and_date() -> None:
     assert sorted(listed) == sorted(kept)
 
 
-@pytest.mark.parametrize(("module", "table"), [("objectives", "OBJECTIVES"), ("models", "MODELS"), ("data", "SOURCES")])
+@pytest.mark.parametrize(("module", "table"), TABLES)
 def test_the_trainers_page_names_what_its_tables_have(module: str, table: str) -> None:
     named = set(re.findall(r"`([\w]+)(?::[^`]*)?`", PAGES["trainer"]))
     assert set(getattr(importlib.import_module(f"cibr.{module}"), table)) <= named

@@ -128,8 +128,11 @@ def test_every_option_says_what_it_is_and_is_of_one_section(capsys: pytest.Captu
 
 
 def test_the_command_line_starts_without_the_heavy_packages() -> None:
+    """Nor do those of other commands, models and ranks come with training."""
     heavy = ("torch", "tyro", "sklearn", "matplotlib", "webdataset")
+    others = ("open_clip", "torchvision", "sklearn", "matplotlib", "torch.distributed.fsdp", "torch.distributed.tensor")
     code = f"import sys, cibr.cli; print([m for m in {heavy} if m in sys.modules])"
+    code += f"; import cibr.train; print([m for m in {others} if m in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert printed.stdout.strip() == "[]"
+    assert printed.stdout.split() == ["[]", "[]"]
