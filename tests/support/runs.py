@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from cibr.config import RunConfig
 from cibr.run import checkpoint
@@ -46,6 +47,15 @@ def config(out: Path, **options: Any) -> RunConfig:
     """A run of the small convolutional model, or of what `options` say."""
     model = CONV if options.get("model", "conv") == "conv" else {}
     return RunConfig.from_dict({**RUN, **model, "out": str(out), **options})
+
+
+def quick_to_start(folder: Path) -> dict[str, Any]:
+    """Options of a run that imports neither open_clip nor torchvision, for processes that import everything anew."""
+    n = 200
+    tensors = {f"{name}_features": torch.randn(n, 8) for name in ("image", "text")}
+    path = folder / "features.safetensors"
+    save_file({**tensors, "caption_starts": torch.arange(n + 1), "group_ids": torch.arange(n)}, path)
+    return {**RUN, "model": "heads", "embed_dim": 16, "data": f"features:{path}"}
 
 
 def tiny_clip(folder: Path, **parts: Any) -> str:
