@@ -2,13 +2,12 @@
 
 A fault is compiled with its op alone, for one instruction set, as a small library.  Tests are collected once; for each
 library a forked child calls it in place of cibr_kernels._C's kernels and runs the op's tests until one fails.  A child
-that crashes or hangs has found its fault too.  The test that found a fault last time (cpu_found_by.json) runs first.
+that crashes or hangs has found its fault too.  The test that found a fault last time (cpu_verdicts.json) runs first.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import resource
 import selectors
@@ -16,8 +15,9 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,12 +25,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from _pytest.runner import runtestprotocol
-from mutations import HERE, ROOT, Fault, Verdict
+from mutations import ROOT, Fault, Verdict
+from verdicts import name, within
 
 from cibr_kernels.dispatch import backends
 
 CSRC = ROOT / "csrc"
-FOUND_BY = HERE / "cpu_found_by.json"
 HANGS = 120  # seconds of a processor; the longest suite takes ten
 SLEEPS = 3600  # seconds without a word, however busy the machine is
 FLAGS = {
@@ -47,6 +47,7 @@ class Op:
     sources: tuple[str, ...]
     kernels: tuple[str, ...]
     tests: tuple[str, ...]
+    package: tuple[str, ...]  # the folders and files of the package that stand between them
     isa: str = ""  # the best of generic and avx2 unless it says
     level: str = "-O1"
 
@@ -55,36 +56,50 @@ _LSE = ("dot_lse_forward", "dot_lse_backward")
 _MOMENTS = ("additive_moments", "additive_moments_backward")
 _SCORES = ("additive_scores_forward", "additive_scores_backward")
 _SHIFTS = ("additive_shifts_forward", "additive_shifts_backward")
+_DOT, _ADDITIVE = ("primitives/dot",), ("primitives/additive",)
+_LOSS = "losses/native_gradients.py", "losses/targets.py"
 _NATIVE = "losses/test_native_gradients.py::test_"
 OPS = {
-    "lse": Op(("dot/lse/cpu.cpp",), _LSE, ("primitives/test_dot_lse.py", "losses/test_clip_loss.py")),
-    "softplus": Op(("dot/softplus/cpu.cpp",), ("dot_softplus",), ("primitives/test_dot_softplus.py",)),
+    "lse": Op(
+        ("dot/lse/cpu.cpp",),
+        _LSE,
+        ("primitives/test_dot_lse.py", "losses/test_clip_loss.py"),
+        (*_DOT, "losses/clip", *_LOSS),
+    ),
+    "softplus": Op(("dot/softplus/cpu.cpp",), ("dot_softplus",), ("primitives/test_dot_softplus.py",), _DOT),
     "clip": Op(
         ("losses/clip/cpu.cpp", "dot/lse/cpu.cpp"),
         ("clip_loss", *_LSE),
         tuple(_NATIVE + t for t in ("equals_float64_whatever_the_upstream_gradient", "gradients_of_some_inputs")),
+        (*_DOT, "losses/clip", *_LOSS),
     ),
     "siglip": Op(
         ("losses/siglip/cpu.cpp", "dot/softplus/cpu.cpp"),
         ("siglip_loss", "dot_softplus"),
         (f"{_NATIVE}equals_float64_whatever_the_upstream_gradient",),
+        (*_DOT, "losses/siglip", *_LOSS),
     ),
-    "moments": Op(("additive/moments/cpu.cpp",), _MOMENTS, ("primitives/test_additive_moments.py",)),
+    "moments": Op(("additive/moments/cpu.cpp",), _MOMENTS, ("primitives/test_additive_moments.py",), _ADDITIVE),
     "scores": Op(
-        ("additive/scores/cpu.cpp",), _SCORES, ("primitives/test_additive_scores.py", "primitives/test_activations.py")
+        ("additive/scores/cpu.cpp",),
+        _SCORES,
+        ("primitives/test_additive_scores.py", "primitives/test_activations.py"),
+        _ADDITIVE,
     ),
     "scores_avx512": Op(
         ("additive/scores/cpu.cpp",),
         _SCORES,
         ("primitives/test_activations.py",),
+        _ADDITIVE,
         "avx512",
         "-O3",  # as shipped: other products are fused at -O1, and softplus is 1e-9 past its bound
     ),
-    "shifts": Op(("additive/shifts/cpu.cpp",), _SHIFTS, ("primitives/test_additive_shifts.py",)),
+    "shifts": Op(("additive/shifts/cpu.cpp",), _SHIFTS, ("primitives/test_additive_shifts.py",), _ADDITIVE),
     "log_mean_exp": Op(
         ("log_mean_exp/cpu.cpp",),
         ("log_mean_exp_forward", "log_mean_exp_backward"),
         ("primitives/test_log_mean_exp.py",),
+        ("primitives/log_mean_exp",),
     ),
 }
 
@@ -114,12 +129,12 @@ def compile_op(op: Op, fault: Fault | None, folder: Path) -> Path:
         for k in op.kernels
     ]
     unit.write_text("\n".join([*include, *export]))
-    name = isa(op)
+    level = isa(op)
     command = [
         *("g++", "-std=c++17", op.level, "-fexpensive-optimizations", "-ffp-contract=fast", "-fno-math-errno"),
         *("-w", "-shared", "-fPIC", "-fopenmp"),
-        *FLAGS[name],
-        *(f"-DCK_ISA={name}", f"-DCK_ISA_{name}=1", f"-I{folder / 'csrc'}", f"-I{CSRC}"),
+        *FLAGS[level],
+        *(f"-DCK_ISA={level}", f"-DCK_ISA_{level}=1", f"-I{folder / 'csrc'}", f"-I{CSRC}"),
         *(str(unit), "-o", str(library)),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -157,13 +172,15 @@ class Failure(NamedTuple):
     says: str
 
 
+Known = Callable[..., Collection[Path]]  # files of code, of an op and files of tests: cpu_keys.code
+
+
 class Judge:
     """A pytest plugin that runs every fault on the collected tests in place of running them once."""
 
-    def __init__(self, faults: Sequence[Fault]) -> None:
-        self.faults, self.verdicts, self.error = faults, [], None
-        self.before: dict[str, str] = json.loads(FOUND_BY.read_text())
-        self.found_by: dict[str, str] = {}  # tests by the faults that they found
+    def __init__(self, faults: Sequence[Fault], finders: Mapping[str, str], known: Known) -> None:
+        self.faults, self.finders, self.known = faults, finders, known
+        self.verdicts, self.error = [], None
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         # imports inductor's settings, which takes a second: once, and not in each child
@@ -189,20 +206,20 @@ class Judge:
         return compile_op(OPS[job], None, folder) if isinstance(job, str) else compile_op(OPS[job.suite], job, folder)
 
     def _judge(self, fault: Fault, library: Path, items: Sequence[pytest.Item]) -> None:
-        start, name = time.perf_counter(), f"{fault.suite}: {fault.name}"
-        ordered = sorted(items, key=lambda item: item.nodeid != self.before.get(name))
+        start = time.perf_counter()
+        ordered = sorted(items, key=lambda item: item.nodeid != self.finders.get(name(fault)))
         failure = first_failure(ordered, library, OPS[fault.suite])
-        if failure is not None:
-            self.found_by[name] = ordered[failure.test].nodeid
         kind, by = ("caught", failure.says) if failure else ("missed", f"all of {len(items)} tests pass")
-        self.verdicts.append(Verdict(fault, kind, by, time.perf_counter() - start))
+        finder = ordered[failure.test].nodeid if failure else ""
+        self.verdicts.append(Verdict(fault, kind, by, time.perf_counter() - start, finder))
         print(self.verdicts[-1], flush=True)
 
     def _check(self, suite: str, library: Path, items: Sequence[pytest.Item]) -> None:
         """The tests that found faults pass without one."""
-        found = {test for name, test in self.found_by.items() if name.startswith(f"{suite}: ")}
+        found = {v.finder for v in self.verdicts if v.fault.suite == suite}
         chosen = [item for item in items if item.nodeid in found]
-        if failure := first_failure(chosen, library, OPS[suite]):
+        known = self.known(OPS[suite], *{item.path for item in chosen})
+        if failure := first_failure(chosen, library, OPS[suite], known):
             raise AssertionError(f"{suite} fails without a fault: {failure.says}")
 
 
@@ -216,13 +233,18 @@ def _of(op: Op, items: Sequence[pytest.Item]) -> list[pytest.Item]:
     return list(found.values())
 
 
-def first_failure(items: Sequence[pytest.Item], library: Path, op: Op) -> Failure | None:
-    """The first of the tests that fails, in a child of its own; None where all pass."""
+def first_failure(
+    items: Sequence[pytest.Item], library: Path, op: Op, known: Collection[Path] | None = None
+) -> Failure | None:
+    """The first of the tests that fails, in a child of its own; None where all pass.
+
+    One that runs code of other files than the known ones fails too.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
-        _run_until_failure(items, library, op, writer)
+        _run_until_failure(items, library, op, writer, known)
     os.close(writer)
     last, sleeps = b"0\t\n", False
     with selectors.DefaultSelector() as ready, os.fdopen(reader, "rb", buffering=0) as pipe:
@@ -242,7 +264,9 @@ def first_failure(items: Sequence[pytest.Item], library: Path, op: Op) -> Failur
     return Failure(int(test), says) if says else None
 
 
-def _run_until_failure(items: Sequence[pytest.Item], library: Path, op: Op, writer: int) -> None:
+def _run_until_failure(
+    items: Sequence[pytest.Item], library: Path, op: Op, writer: int, known: Collection[Path] | None
+) -> None:
     """Writes the number of each test as it starts, and after a tab what the first says that fails.  Never returns."""
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1), os.dup2(silent, 2)
@@ -252,24 +276,29 @@ def _run_until_failure(items: Sequence[pytest.Item], library: Path, op: Op, writ
         install(library, op)
         for k, (item, following) in enumerate(zip(items, [*items[1:], None], strict=True)):
             os.write(writer, f"{k}\t\n".encode())
-            if failed := [r for r in runtestprotocol(item, nextitem=following, log=False) if r.failed]:
+            with within(known) if known is not None else nullcontext():
+                reports = runtestprotocol(item, nextitem=following, log=False)
+            if failed := [r for r in reports if r.failed]:
                 crash = getattr(failed[0].longrepr, "reprcrash", None)
                 words = (crash.message if crash else failed[0].longreprtext).splitlines()[0]
                 os.write(writer, f"{k}\t{item.name}: {words}\n".encode()[:3000])
                 break
+    except Exception as error:
+        os.write(writer, f"0\t{error}\n".encode()[:3000])
     finally:
         os._exit(0)
 
 
-def run(faults: Sequence[Fault], update: bool = False) -> list[Verdict]:
-    """Verdicts in order, printed as they come; update: records the tests that found them.
+def run(faults: Sequence[Fault], finders: Mapping[str, str], known: Known) -> list[Verdict]:
+    """Verdicts in order, printed as they come.  finders: the tests that run first, by name of a fault.
 
-    Raises StaleAnchor before anything is compiled, AssertionError where a test that found a fault fails without it.
+    Raises StaleAnchor before anything is compiled, AssertionError where a test that found a fault fails without it, or
+    runs code of files that are not known.
     """
     for fault in faults:
         fault.source()
     places = sorted({f"tests/{t}" for f in faults for t in OPS[f.suite].tests})
-    judge = Judge(faults)
+    judge = Judge(faults, finders, known)
     options = ["-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:terminal", "-s", "-m", "not slow"]
     before = os.getcwd()
     os.chdir(ROOT)
@@ -281,6 +310,4 @@ def run(faults: Sequence[Fault], update: bool = False) -> list[Verdict]:
         raise judge.error
     if len(judge.verdicts) != len(faults):
         raise RuntimeError(f"pytest collected nothing to judge with: {code!r}")
-    if update:
-        FOUND_BY.write_text(json.dumps(judge.before | judge.found_by, indent=1) + "\n")
     return judge.verdicts

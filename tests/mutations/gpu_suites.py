@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
 import gpu_suites_additive
 import gpu_suites_dot
 import gpu_suites_ends
 import gpu_suites_objective
 import nvcc
 from gpu_suites_additive import AdditiveCuda
-from mutations import Suite
+from mutations import ROOT, Fault, Suite
+from verdicts import cpp, of_fault, package, python, short, tests, within
 
 from cibr_kernels.dispatch import backends
 
-SUITES: dict[str, Suite] = {
-    **gpu_suites_dot.SUITES,
-    **gpu_suites_additive.SUITES,
-    **gpu_suites_ends.SUITES,
-    **gpu_suites_objective.SUITES,
-}
+FAMILIES = gpu_suites_dot, gpu_suites_additive, gpu_suites_ends, gpu_suites_objective
+SUITES: dict[str, Suite] = {suite: own for family in FAMILIES for suite, own in family.SUITES.items()}
 
 
 def missing(suite: str) -> str | None:
@@ -25,3 +27,28 @@ def missing(suite: str) -> str | None:
     if not isinstance(SUITES[suite], AdditiveCuda):
         return None
     return backends.cuda_missing() or (None if nvcc.find() else "nvcc was not found")
+
+
+@lru_cache
+def code(suite: str) -> tuple[Path, ...]:
+    """The Python that decides what a suite finds: its own, and that of the package that its family names."""
+    family = next(family for family in FAMILIES if suite in family.SUITES)
+    return *package(family.PACKAGE), *tests(Path(family.__file__))
+
+
+@lru_cache
+def _of_suite(suite: str) -> str:
+    parts = [*map(python, code(suite)), *(version(name) for name in ("triton", "torch"))]
+    if isinstance(SUITES[suite], AdditiveCuda):
+        parts += [nvcc.version(), *cpp(ROOT / "csrc", "additive/moments/cuda.cu")]
+    return short(parts)
+
+
+def key(fault: Fault) -> str:
+    """Of its verdict, where nothing is missing."""
+    return short([_of_suite(fault.suite), *of_fault(fault)])
+
+
+def watched(suite: str) -> AbstractContextManager[None]:
+    """Inside, code that is not in the keys of a suite's faults may not run."""
+    return within(code(suite))

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+import plans
 import torch
 from executor import emulated
 from gpu_checked import ALL, Case, Checked, launcher_of
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from cibr_kernels.primitives.additive.activations import ACTIVATIONS
 from cibr_kernels.primitives.additive.problem import AdditiveProblem, MomentsProblem, ShiftsProblem
+
+PACKAGE = ("primitives/additive", "primitives/triton_sums.py")  # what these run of it
 
 
 @contextmanager
@@ -178,8 +181,6 @@ class AdditiveCuda(_Additive):
         self.arch, self.cases = arch, cases
 
     def run(self, fault: Fault | None) -> Iterator[dict[str, Tensor]]:
-        import plans
-
         from cibr_kernels.primitives.additive.moments import native
 
         with tempfile.TemporaryDirectory() as folder:

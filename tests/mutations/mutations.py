@@ -11,7 +11,7 @@ suite of its op (gpu_suites.py) in the emulator.  It is
     missed       anything else
 
 Words restrict the run to the faults one of them is in: "cpu", "gpu", "cpu lse:", "stash" in "cpu lse: a stash ...".
---update records which test found each of the CPU's, for the next run to begin with.
+--update keeps the verdicts (verdicts.py), for the tests, and for the next run to begin with what found a fault.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -81,6 +81,7 @@ class Verdict:
     kind: str  # caught, equivalent, missed
     by: str
     seconds: float
+    finder: str = ""  # the test, of the CPU's
 
     def __str__(self) -> str:
         return f"{self.kind:10} {self.seconds:5.1f} s  {self.fault.suite:14} {self.fault.name:45} {self.by[:150]}"
@@ -141,8 +142,15 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(*(t.detach().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
-def run(faults: Sequence[Fault], suites: dict[str, Suite]) -> Iterator[Verdict]:
-    """Verdicts in order.  Raises StaleAnchor before anything runs, AssertionError where a suite fails without fault."""
+def run(
+    faults: Sequence[Fault],
+    suites: dict[str, Suite],
+    watched: Callable[[str], AbstractContextManager[None]] = lambda suite: nullcontext(),
+) -> Iterator[Verdict]:
+    """Verdicts in order.  Raises StaleAnchor before anything runs, AssertionError where a suite fails without fault.
+
+    watched: what a suite runs in without a fault.
+    """
     for fault in faults:
         if fault.path:
             fault.source()
@@ -150,7 +158,8 @@ def run(faults: Sequence[Fault], suites: dict[str, Suite]) -> Iterator[Verdict]:
     for fault in faults:
         suite = suites[fault.suite]
         if fault.suite not in sound:
-            sound[fault.suite] = {name: t for outputs in suite.run(None) for name, t in outputs.items()}
+            with watched(fault.suite):
+                sound[fault.suite] = {name: t for outputs in suite.run(None) for name, t in outputs.items()}
             suite.check(sound[fault.suite])
         yield judge(fault, suite, sound[fault.suite])
 
@@ -191,22 +200,31 @@ def score(device: str, verdicts: Sequence[Verdict], seconds: float) -> int:
 def main(words: Sequence[str]) -> int:
     import cpu_faults
     import cpu_kernels
+    import cpu_keys
     import gpu_faults
     import gpu_suites
+    from verdicts import CPU, GPU, load, name, row, save
 
     torch.set_num_threads(1)
     update, words = "--update" in words, [word for word in words if word != "--update"]
     missed = 0
     if faults := chosen(words, "cpu", cpu_faults.FAULTS, cpu_kernels.missing):
         start = time.perf_counter()
-        missed += score("cpu", cpu_kernels.run(faults, update), time.perf_counter() - start)
+        found = cpu_kernels.run(faults, {fault: kept["by"] for fault, kept in load(CPU).items()}, cpu_keys.code)
+        missed += score("cpu", found, time.perf_counter() - start)
+        if update:
+            rows = {name(v.fault): row(v.kind, v.finder, cpu_keys.key(v.fault, v.finder)) for v in found}
+            save(CPU, rows, cpu_faults.FAULTS)
     if faults := chosen(words, "gpu", gpu_faults.FAULTS, gpu_suites.missing):
-        start, verdicts = time.perf_counter(), []
+        start, found = time.perf_counter(), []
         with poisoned():
-            for verdict in run(faults, gpu_suites.SUITES):
+            for verdict in run(faults, gpu_suites.SUITES, gpu_suites.watched):
                 print(verdict, flush=True)
-                verdicts.append(verdict)
-        missed += score("gpu", verdicts, time.perf_counter() - start)
+                found.append(verdict)
+        missed += score("gpu", found, time.perf_counter() - start)
+        if update:
+            rows = {name(v.fault): row(v.kind, v.by[:150], gpu_suites.key(v.fault)) for v in found}
+            save(GPU, rows, gpu_faults.FAULTS)
     return missed
 
 
