@@ -1,7 +1,8 @@
-"""disk_cache.cached: computed once for a key, whoever asks, and again for any other."""
+"""disk_cache: a key is computed once, whoever asks, and another again; of code, a key has what it means."""
 
 from __future__ import annotations
 
+import ast
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,3 +43,11 @@ def test_workers_read_whole_files():
     rows = list(range(20_000))
     with ThreadPoolExecutor(8) as pool:
         assert all(found == rows for found in pool.map(lambda _: disk_cache.cached(["key"], lambda: rows), range(40)))
+
+
+def test_code_means_the_same_in_other_words():
+    code = 'class A:\n    """Says."""\n\n    def f(self, x=()):\n        return f"{x}" + "a"  # why\n'
+    same = 'class A:\n    def f(self, x=()):\n        """Does."""\n        return (f"{x}" +\n            \'a\')\n'
+    others = [code.replace(old, new) for old, new in (('"a"', '"b"'), ("()", "[]"), ("{x}", "{x!r}"), ("A", "B"))]
+    assert disk_cache.meaning(ast.parse(code)) == disk_cache.meaning(ast.parse(same))
+    assert len({disk_cache.meaning(ast.parse(text)) for text in (code, *others)}) == 5

@@ -172,7 +172,7 @@ class Failure(NamedTuple):
     says: str
 
 
-Known = Callable[..., Collection[Path]]  # files of code, of an op and files of tests: cpu_keys.code
+Known = Callable[..., Collection[Path]]  # files of code, of an op and files of tests: cpu_keys.known
 
 
 class Judge:

@@ -13,13 +13,22 @@ from cpu_kernels import CSRC, OPS, Op, isa
 from mutations import HERE, ROOT, Fault
 from verdicts import CPU, cpp, load, name, of_fault, package, python, short, tests, unsettled
 
+CALL = "dispatch/backends.py", "dispatch/library.py", "dispatch/native_call.py"
+# What runs too, and decides nothing here: whether CUDA or a counter of operations is asked for, and the budget of a
+# stash, which conftest.py puts back.
+ASIDE = "dispatch/cuda_call.py", "dispatch/flops.py", "primitives/dot/lse/op.py"
 MANY = 20  # faults that one run judges; of more, one of each file
 
 
 def code(op: Op, *files: Path) -> list[Path]:
     """The Python between an op's kernels and the tests of these files."""
-    ours = [path for path in package(op.package) if not path.name.startswith("triton")]
+    ours = [path for path in package((*CALL, *op.package)) if not path.name.startswith("triton")]
     return [*ours, *tests(ROOT / "tests/conftest.py", *files), HERE / "cpu_kernels.py", HERE / "mutations.py"]
+
+
+def known(op: Op, *files: Path) -> list[Path]:
+    """The Python that may run for a fault of the op."""
+    return [*code(op, *files), *package(ASIDE)]
 
 
 def key(fault: Fault, by: str) -> str:

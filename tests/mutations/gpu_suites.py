@@ -18,7 +18,17 @@ from verdicts import cpp, of_fault, package, python, short, tests, within
 
 from cibr_kernels.dispatch import backends
 
-FAMILIES = gpu_suites_dot, gpu_suites_additive, gpu_suites_ends, gpu_suites_objective
+_SUMS = "primitives/triton_sums.py"
+_LOSSES = "losses/clip", "losses/siglip", "losses/targets.py"
+_GROUP = "information/group.py", "information/group_device.py", "information/triton_group.py"
+_GAME = "losses/game.py", "losses/triton_game.py"
+_STATISTICS = "nn/statistics.py", "nn/statistics_device.py", "nn/triton_statistics.py"
+FAMILIES = {  # and what they run of the package, beside the launching
+    gpu_suites_dot: ("primitives/dot", _SUMS),
+    gpu_suites_additive: ("primitives/additive", _SUMS),
+    gpu_suites_ends: ("primitives/dot", "primitives/log_mean_exp", *_LOSSES, _SUMS),
+    gpu_suites_objective: ("primitives/additive", *_GROUP, *_GAME, *_STATISTICS, _SUMS),
+}
 SUITES: dict[str, Suite] = {suite: own for family in FAMILIES for suite, own in family.SUITES.items()}
 
 
@@ -31,9 +41,9 @@ def missing(suite: str) -> str | None:
 
 @lru_cache
 def code(suite: str) -> tuple[Path, ...]:
-    """The Python that decides what a suite finds: its own, and that of the package that its family names."""
-    family = next(family for family in FAMILIES if suite in family.SUITES)
-    return *package(family.PACKAGE), *tests(Path(family.__file__))
+    """The Python that decides what a suite finds."""
+    family, places = next((family, places) for family, places in FAMILIES.items() if suite in family.SUITES)
+    return *package(("dispatch", *places)), *tests(Path(family.__file__))
 
 
 @lru_cache

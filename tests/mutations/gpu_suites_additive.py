@@ -25,8 +25,6 @@ from torch import Tensor
 from cibr_kernels.primitives.additive.activations import ACTIVATIONS
 from cibr_kernels.primitives.additive.problem import AdditiveProblem, MomentsProblem, ShiftsProblem
 
-PACKAGE = ("primitives/additive", "primitives/triton_sums.py")  # what these run of it
-
 
 @contextmanager
 def small_blocks(moments: ModuleType) -> Iterator[None]:

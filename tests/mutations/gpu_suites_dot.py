@@ -23,8 +23,6 @@ from torch import Tensor
 
 from cibr_kernels.primitives.dot.problem import LseGradients, LseProblem, LseSums, SoftplusProblem
 
-PACKAGE = ("primitives/dot", "primitives/triton_sums.py")  # what these run of it
-
 
 # ---------------------------------------------------------------- dot_lse
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from cibr_kernels.losses.siglip import triton as siglip
 from cibr_kernels.primitives.dot.lse import triton as dot_lse
 from cibr_kernels.primitives.dot.lse import triton_configs as configs
 
-PACKAGE = ("losses", "primitives/dot", "primitives/log_mean_exp", "primitives/triton_sums.py")  # what these run of it
 N, D = 38, 24
 G = 0.7  # the upstream gradient
 SMALL = configs.Config(16, 16, 16, 1, 2)

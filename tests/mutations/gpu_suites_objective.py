@@ -22,8 +22,6 @@ from cibr_kernels.losses import game
 from cibr_kernels.nn import Standardize, statistics_device
 from cibr_kernels.primitives.additive.moments import triton as moments
 
-GAME = "losses/game.py", "losses/triton_game.py"
-PACKAGE = ("information", *GAME, "nn", "primitives/additive", "primitives/triton_sums.py")  # what these run of it
 BLOCKS = {"BLOCK_R": 16, "BLOCK_H": 16}
 N, D, WIDTH, HIDDEN = 37, 12, 10, 21
 

@@ -210,7 +210,7 @@ def main(words: Sequence[str]) -> int:
     missed = 0
     if faults := chosen(words, "cpu", cpu_faults.FAULTS, cpu_kernels.missing):
         start = time.perf_counter()
-        found = cpu_kernels.run(faults, {fault: kept["by"] for fault, kept in load(CPU).items()}, cpu_keys.code)
+        found = cpu_kernels.run(faults, {fault: kept["by"] for fault, kept in load(CPU).items()}, cpu_keys.known)
         missed += score("cpu", found, time.perf_counter() - start)
         if update:
             rows = {name(v.fault): row(v.kind, v.finder, cpu_keys.key(v.fault, v.finder)) for v in found}

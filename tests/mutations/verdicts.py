@@ -22,9 +22,8 @@ from disk_cache import digest, meaning
 from mutations import HERE, ROOT, Fault
 
 SUPPORT, PACKAGE = ROOT / "tests/support", ROOT / "cibr_kernels"
-# Of the package: what every op goes through, and where conftest.py puts back the budget of a stash.
-SHARED = "dispatch", "testing.py", "numerics.py", "checks.py", "primitives/dot/lse/op.py"
-CHECKED = 20
+SHARED = "testing.py", "numerics.py", "checks.py"  # files of the package that judge or serve every op
+CHECKED = 16
 Rows = dict[str, dict[str, str]]  # by "suite: fault"; verdict, by, key
 CPU, GPU = HERE / "cpu_verdicts.json", HERE / "gpu_verdicts.json"
 
@@ -82,7 +81,7 @@ def python(path: Path, test: str = "") -> str:
 
 @cache
 def package(places: tuple[str, ...]) -> list[Path]:
-    """The Python files of the package in these folders, and those that every op goes through."""
+    """The Python files of the package that these places are or have in them, and those that serve every op."""
     found = {p for place in (*SHARED, *places) for p in (PACKAGE / place, *(PACKAGE / place).rglob("*.py"))}
     return sorted(p for p in found if p.suffix == ".py")
 
