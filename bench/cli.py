@@ -126,8 +126,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _cases(args: argparse.Namespace, top: argparse.ArgumentParser, commands: Sequence[str], began: float) -> int:
     if args.isa:
         os.environ |= {"CIBR_KERNELS_ISA": args.isa, **VENDOR.get(args.isa, {})}
-    if not args.list:
-        processes.start_server()
 
     from bench.cases import CASES, chosen
 
@@ -150,6 +148,13 @@ def _cases(args: argparse.Namespace, top: argparse.ArgumentParser, commands: Seq
         cases = [replace(c, baselines=(), target=None) for c in cases]
     if not cases:
         top.error(f"--quick has none of {', '.join(args.names)}")
+    if args.isa:
+        from cibr_kernels.dispatch import backends
+
+        known = backends.compiled().supported_isas() if backends.native_available() else []
+        if args.isa not in known:
+            top.error(f"--isa must be one of {', '.join(known)}, got {args.isa!r}")
+    processes.start_server()  # after every refusal: it ends no sooner than its imports
     return run(cases, args, began)
 
 
@@ -158,12 +163,7 @@ def run(cases: Sequence[Any], args: argparse.Namespace, began: float) -> int:
     from tqdm import tqdm
 
     from bench import machine, measure, report
-    from cibr_kernels.dispatch import backends
 
-    known = backends.compiled().supported_isas() if backends.native_available() else []
-    if args.isa and args.isa not in known:
-        print(f"--isa must be one of {', '.join(known)}, got {args.isa!r}", file=sys.stderr)
-        return 2
     if args.plot:
         try:
             report.require_matplotlib()

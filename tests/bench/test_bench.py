@@ -187,7 +187,7 @@ def test_sizes_are_printed_in_their_unit():
 
 
 def test_command_line_writes_json_and_a_picture(tmp_path, monkeypatch, capsys):
-    cases = [Case("clip_loss", 96, 32, baselines=("open_clip", "one-logits"), quick=True), Case("clip_loss", 64, 32)]
+    cases = [Case("clip_loss", 96, 32, baselines=("eager", "one-logits"), quick=True), Case("clip_loss", 64, 32)]
     monkeypatch.setattr(all_cases, "CASES", cases)
     arguments = ["--quick", "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]
     pytest.importorskip("matplotlib")
@@ -200,7 +200,7 @@ def test_command_line_writes_json_and_a_picture(tmp_path, monkeypatch, capsys):
     assert written["machine"]["torch"] == torch.__version__
     assert [r["name"] for r in written["results"]] == ["clip_loss-train-96-float32-d32"]
     rows = {row["implementation"]: row for row in written["results"][0]["rows"]}
-    assert set(rows) == {"fused", "open_clip", "one-logits"} and all(r["seconds"] for r in rows.values())
+    assert set(rows) == {"fused", "eager", "one-logits"} and all(r["seconds"] for r in rows.values())
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.partial*"))
 
@@ -214,8 +214,11 @@ def test_no_case_starts_after_the_deadline(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("start", [["bench/"], ["-m", "bench"]], ids=" ".join)
 def test_an_unknown_name_lists_the_known_ones(start):
-    done = subprocess.run([sys.executable, *start, "clip_los5"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
+    """At once: torch is not imported."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *start, "clip_los5"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "argparse" in done.stderr and "torch" not in done.stderr
     assert "clip_los5" in done.stderr and "clip_loss-train-8192-float32" in done.stderr and "toy" in done.stderr
 
 
@@ -223,12 +226,20 @@ def test_an_instruction_set_is_forced_and_baselines_are_left_out():
     """In a process of its own: it is chosen where the kernels are loaded."""
     if not ck.native_available():
         pytest.skip("the compiled kernels are not built")
-    command = [sys.executable, "bench/", "clip_loss-train-64-", "--fused", "--isa"]
-    done = subprocess.run([*command, "generic"], cwd=ROOT, capture_output=True, text=True)
+    start = "from bench import cli, processes; processes.PRELOAD.remove('open_clip.loss'); raise SystemExit(cli.main())"
+    command = [sys.executable, "-c", start, "clip_loss-train-64-", "--fused", "--isa", "generic"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and ", generic in use" in done.stdout and "DEFAULT, mkl" in done.stdout
     assert "fused" in done.stdout and "open_clip" not in done.stdout
-    done = subprocess.run([*command, "avx3"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "--isa must be one of generic" in done.stderr
+
+
+def test_an_instruction_set_that_is_none_is_refused(capsys, monkeypatch):
+    if not ck.native_available():
+        pytest.skip("the compiled kernels are not built")
+    monkeypatch.setenv("CIBR_KERNELS_ISA", "generic")  # which main sets: put back after the test
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["clip_loss-train-64-", "--isa", "avx3"])
+    assert stop.value.code == 2 and "--isa must be one of generic" in capsys.readouterr().err
 
 
 def test_plot_without_matplotlib_says_what_to_install(monkeypatch):
