@@ -49,8 +49,8 @@ def test_views_have_the_stated_covariance():
 
 
 def test_penalty_lowers_redundancy_and_a_reversed_one_does_not():
-    plain, penalised = toy.train("none", 0, steps=700), toy.train("all pairs", 0, steps=700)
-    reversed_sign = toy.train("all pairs", 0, steps=700, lam=-toy.LAM)
+    plain, penalised = toy.train("none", 0, steps=500), toy.train("all pairs", 0, steps=500)
+    reversed_sign = toy.train("all pairs", 0, steps=500, lam=-toy.LAM)
     assert penalised.cmi < plain.cmi - 0.1 < reversed_sign.cmi - 0.1
     assert penalised.shared > plain.shared - 0.05
 
@@ -59,7 +59,7 @@ def test_penalty_lowers_redundancy_and_a_reversed_one_does_not():
 @pytest.mark.parametrize("seed", frame.SEEDS)
 @pytest.mark.parametrize("variant", ["none", "all pairs"])
 def test_only_all_pairs_reach_the_optimum(variant, seed):
-    outcome = toy.train(variant, seed)
+    outcome = toy.train(variant, seed, steps=1600)  # where both variants are clear of their limits
     assert toy.accepted(outcome), outcome
 
 

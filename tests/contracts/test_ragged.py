@@ -141,7 +141,7 @@ def test_symbols_from_the_first_batch(name):
 @pytest.mark.slow
 def test_seven_sizes_with_inductor():
     with torch._inductor.config.patch(fallback_random=True):  # eager's numbers
-        check("CIBRLoss", "inductor")
+        check("CIBRLoss", "inductor", dynamic=True)  # symbols at once: how they come to be is aot_eager's above
 
 
 @pytest.mark.parametrize("name", EXPORTED)

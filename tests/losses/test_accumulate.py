@@ -294,10 +294,15 @@ def test_a_gradient_scaler(model: Towers, truth: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_encoders(backend: str) -> None:
-    """Dropout's random numbers are the same in the graph without gradients and in the one with them."""
+    """Dropout's random numbers are the same in the graph without gradients and in the one with them.
+
+    Inductor, which draws them its own way, compiles the tower that has dropout.
+    """
     torch.manual_seed(3)
     model = Towers(dropout=0.5)
-    compiled = torch.compile(model, backend=backend)
+    if backend == "inductor":
+        model.image.compile(backend=backend, dynamic=True)  # one graph for parts of any size
+    compiled = model if backend == "inductor" else torch.compile(model, backend=backend)
     seen = []
 
     def encode(part: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

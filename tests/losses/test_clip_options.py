@@ -32,6 +32,14 @@ OPTIONS = {
         "text_negatives": 7,
         "image_negatives": 3,
     },
+    "everything": {
+        "ids": True,
+        "mode": "positives",
+        "smoothing": 0.2,
+        "temperatures": True,
+        "text_negatives": 7,
+        "image_negatives": 3,
+    },
     "mask, temperatures, queue": {"ids": True, "temperatures": True, "image_negatives": 6},
 }
 each_option = pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS.keys())
@@ -194,8 +202,16 @@ def test_refusals(options, error, words):
         ck.clip_loss(x, x, options.pop("logit_scale", 5.0), **options)
 
 
-@pytest.mark.parametrize("option", ["mask, smoothing, queue", "positives, smoothing, queues", "temperatures"])
-def test_compiles_whole(option):
+@pytest.mark.parametrize(
+    ("option", "backend"),
+    [
+        ("mask, smoothing, queue", "aot_eager"),
+        ("positives, smoothing, queues", "aot_eager"),
+        ("temperatures", "aot_eager"),
+        ("everything", "inductor"),
+    ],
+)
+def test_compiles_whole(option, backend):
     option = OPTIONS[option]
     tensors, ids = make(option, torch.float32)
 
@@ -203,6 +219,6 @@ def test_compiles_whole(option):
         value, metrics = ours(tensors, ids, option, return_metrics=True)
         return value, metrics["image_to_text_top1"]
 
-    eager, compiled = loss(), torch.compile(loss, fullgraph=True)()
+    eager, compiled = loss(), torch.compile(loss, fullgraph=True, backend=backend)()
     torch.testing.assert_close(compiled, eager)
     torch.testing.assert_close(gradients(compiled[0], tensors), gradients(eager[0], tensors), rtol=1e-4, atol=1e-6)

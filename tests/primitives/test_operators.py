@@ -6,6 +6,7 @@ import nvtx
 import pytest
 import torch
 from cases import LARGE, leaves, towers
+from covering import each_pair
 from torch import Tensor
 from torch.library import opcheck
 
@@ -15,26 +16,23 @@ from cibr_kernels.dispatch import backends
 OPS = torch.ops.cibr_kernels
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
 
-each_backend = pytest.mark.parametrize(
-    "backend",
-    [
-        "reference",
-        pytest.param("native", marks=pytest.mark.skipif(not ck.native_available(), reason="kernels not built")),
-    ],
-)
+BACKENDS = ["reference", "native"] if ck.native_available() else ["reference"]
+DTYPES = [torch.float32, torch.bfloat16]
+NEEDS = [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
 
 
 def features(n: int = 5, m: int = 7, d: int = 3) -> list[Tensor]:
     return leaves(*towers(n, m, d))
 
 
-@each_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ids", [False, True])  # with ids also the maxima
-@pytest.mark.parametrize(
-    ("mask", "need_cols", "budget"), [(True, True, 0), (True, False, 0), (True, True, LARGE), (False, True, 0)]
+@each_pair(
+    form=[(True, True, 0), (True, False, 0), (True, True, LARGE), (False, True, 0)],  # mask, need_cols, budget
+    ids=[False, True],  # with ids also the maxima
+    dtype=DTYPES,
+    backend=BACKENDS,
 )
-def test_dot_lse(mask, need_cols, budget, ids, dtype, backend):
+def test_dot_lse(form, ids, dtype, backend):
+    mask, need_cols, budget = form
     x, y = leaves(*features(), dtype=dtype)
     scale = torch.tensor(3.0, requires_grad=True)
     # without kept exponentials their shift is NaN, which the last check takes for a difference
@@ -50,11 +48,13 @@ def test_dot_lse(mask, need_cols, budget, ids, dtype, backend):
         opcheck(OPS.dot_lse_backward, tuple(detached(arguments)), test_utils=CHECKS)
 
 
-@each_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ids", [False, True])
-@pytest.mark.parametrize("cols", [False, True])
-@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)])
+@each_pair(
+    needs=[(True, True), (True, False), (False, True), (False, False)],
+    cols=[False, True],
+    ids=[False, True],
+    dtype=DTYPES,
+    backend=BACKENDS,
+)
 def test_dot_softplus(needs, cols, ids, dtype, backend):
     x, y = (t.requires_grad_(need) for t, need in zip(leaves(*features(), dtype=dtype), needs, strict=True))
     scale, bias, u = leaves(torch.tensor(3.0), torch.tensor(-1.0), torch.rand(5))
@@ -70,11 +70,7 @@ def test_dot_softplus(needs, cols, ids, dtype, backend):
         opcheck(OPS.dot_softplus_backward, tuple(detached(arguments)), test_utils=CHECKS)
 
 
-@each_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "needs", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
-)
+@each_pair(needs=NEEDS, dtype=DTYPES, backend=BACKENDS)
 def test_additive_scores(needs, dtype, backend):
     inputs = [
         t.requires_grad_(need) for t, need in zip(leaves(*features(), torch.randn(3), dtype=dtype), needs, strict=True)
@@ -84,10 +80,8 @@ def test_additive_scores(needs, dtype, backend):
     opcheck(OPS.additive_scores_backward, tuple(detached(arguments)), test_utils=CHECKS)
 
 
-@each_backend
-@pytest.mark.parametrize(
-    "needs", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)]
-)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("needs", NEEDS)
 def test_additive_moments(needs, backend):
     (w,) = leaves(torch.randn(3))
     (bias,) = leaves(torch.randn(()))
@@ -99,7 +93,7 @@ def test_additive_moments(needs, backend):
     opcheck(OPS.additive_moments_backward, tuple(detached(arguments)), test_utils=CHECKS)
 
 
-@each_backend
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_log_mean_exp(masked, backend):
     (scores,) = leaves(torch.randn(4, 6))
