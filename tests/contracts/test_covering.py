@@ -24,3 +24,12 @@ def test_rows_are_few():
     """At least the product of the two largest factors, and not many more."""
     assert 25 <= len(pairs(*[range(size) for size in (5, 3, 4, 5, 4)])) <= 32
     assert len(pairs(range(6), range(8), range(2), range(4))) <= 52
+
+
+def test_rows_begin_with_what_is_asked_for():
+    factors = range(4), range(3), "ab", "cdef"
+    starts = list(itertools.product(*factors[:2]))
+    rows = pairs(*factors, starts=starts)
+    assert [row[:2] for row in rows[:12]] == starts and 16 <= len(rows) <= 20
+    for one, other in itertools.combinations(range(4), 2):
+        assert {(row[one], row[other]) for row in rows} == set(itertools.product(factors[one], factors[other]))

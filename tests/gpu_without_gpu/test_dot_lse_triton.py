@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import NamedTuple
 
@@ -45,25 +46,52 @@ class Case(NamedTuple):
 
 
 RAGGED = Case()
-CASES = [
-    RAGGED._replace(stash=True, scale=1.0),
-    RAGGED._replace(kind="raw", stash=True),  # online from the start, so that the stash stays unwritten
-    RAGGED._replace(kind="opposed"),  # underflows, then online
-    RAGGED._replace(mask=False, cols=False, d=70, need_dx=False),  # a width that is copied to 96
-    RAGGED._replace(d=200, need_dy=False, mask=False),
-    Case(n=128, m=256, d=128, first_positive=128),
-    Case(n=1, m=1, d=1, first_positive=0, scale=1.0),
-    Case(n=1, m=1, d=1, first_positive=0, mask=False, need_dx=False, need_dy=False),
-    Case(n=3, m=5, d=7, first_positive=2, stash=True),
-    Case(n=5, m=5, d=16, first_positive=0, kind="raw"),
-    RAGGED._replace(owned=True),
-    RAGGED._replace(owned=True, kind="opposed", d=128),
-    RAGGED._replace(owned=True, cols=False, mask=False, d=30, scale=1.0),
+SHAPES = {  # n and m, None: of case_of; d, first_positive
+    "ragged": (None, None, 96, 16),
+    "narrow": (None, None, 30, 16),  # a width that is copied to 32
+    "wide": (None, None, 200, 16),  # 128 where rows are owned
+    "whole": (128, 256, 128, 128),
+    "few": (3, 5, 7, 2),
+    "one": (1, 1, 1, 0),
+}
+WAYS = ("P", "stash", "owned")
+SCALED = (("unit", 100.0), ("unit", 1.0))
+ONLINE = ("raw", 100.0)  # from the start, so that a stash stays unwritten
+UNDERFLOWS = ("opposed", 100.0)  # and is online then
+NEEDS = ((True, True), (True, False), (False, True), (False, False))
+
+
+def case_of(
+    capability: int,
+    dtype: torch.dtype,
+    way: str,
+    shape: str,
+    kind: tuple[str, float],
+    need: tuple[bool, bool],
+) -> Case:
+    """Which sums there are, and which of two ragged sizes 16 divides, the target and the dtype decide.
+
+    Kernels are compiled for that, which takes most of the time.  Every target and every dtype has each of both.
+    """
+    i = CAPABILITIES.index(capability) + DTYPES.index(dtype)
+    mask, cols = ((True, True), (False, True), (False, False))[i % 3]
+    n, m, d, first_positive = SHAPES[shape]
+    if n is None:
+        n, m = ((140, 192), (144, 190))[i % 2]
+    if way == "owned":
+        d = min(d, 128)
+    towers_of, scale = kind
+    return Case(n, m, d, first_positive, scale, towers_of, mask, cols, way == "stash", way == "owned", *need)
+
+
+TILED = (CAPABILITIES, DTYPES, WAYS, ("ragged", "narrow", "wide", "whole"), (*SCALED, ONLINE, UNDERFLOWS), NEEDS)
+TINY = (CAPABILITIES, DTYPES, WAYS, ("few", "one"), (*SCALED, ONLINE), NEEDS[::3])
+GRADIENTS = [  # every kernel that makes gradients, of every dtype that it has, on every target
+    row for row in itertools.product(CAPABILITIES, DTYPES, WAYS) if row[1:] != (torch.float32, "owned")
 ]
-RUNS = [(capability, dtype, RAGGED) for capability in CAPABILITIES for dtype in DTYPES] + [
-    (CAPABILITIES[i % 4], DTYPES[i % 3], case) for i, case in enumerate(CASES)
-]
-ALL = [run for run in pairs(CAPABILITIES, DTYPES, CASES) if run not in RUNS]
+EVERY = [(*row[:2], case_of(*row)) for row in [*pairs(*TILED, starts=GRADIENTS), *pairs(*TINY)]]
+RUNS = list({run[:2]: run for run in reversed(EVERY)}.values())  # one of each target and dtype
+ALL = [run for run in EVERY if run not in RUNS]
 SMALL = Case(n=37, m=70, d=32, first_positive=17)
 GROUPED = [  # (mask, cols, stash) everywhere, the groups in turn
     *(SMALL._replace(groups="few", kind=kind) for kind in ("unit", "raw")),

@@ -19,11 +19,11 @@ def each_pair(**factors: Sequence[Any]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(list(factors), pairs(*factors.values()), ids=str)
 
 
-def pairs(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
+def pairs(*factors: Sequence[Any], starts: Iterable[Sequence[Any]] = ()) -> list[tuple[Any, ...]]:
     """Rows of one value of each factor that have every pair of values of two: greedy, the same rows each time.
 
-    A row starts from the first pair that no row has yet; each other factor takes the value that adds most new pairs, of
-    several the one that was used least.
+    A row starts from one of `starts`, values of the first factors, and then from the first pair that no row has yet;
+    each other factor takes the value that adds most new pairs, of several the one that was used least.
     """
     sizes = [len(f) for f in factors]
     if len(factors) == 1:
@@ -34,10 +34,15 @@ def pairs(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
         for (i, p), (j, q) in itertools.combinations(enumerate(sizes), 2)
         for a, b in itertools.product(range(p), range(q))
     }
+    begun = [{k: factors[k].index(value) for k, value in enumerate(start)} for start in starts]
     rows = []
-    while missing:
-        i, a, j, b = min(missing)
-        row = {i: a, j: b}
+    while begun or missing:
+        if begun:
+            row = begun.pop(0)
+            missing.difference_update((i, row[i], j, row[j]) for i, j in itertools.combinations(row, 2))
+        else:
+            i, a, j, b = min(missing)
+            row = {i: a, j: b}
         for k in range(len(sizes)):
             if k not in row:
                 news = [len(missing.intersection(_between(row, k, value))) for value in range(sizes[k])]
