@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 LETTERS = range(512)  # BPE's pieces of one byte, 256 in and 256 at the end of a word; piece 512 + k is its merge k
+
+
+@cache
+def pieces() -> Any:
+    """open_clip's tokenizer: its merges take a tenth of a second to read, and nobody changes them."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
 
 
 class Vocabulary:
@@ -18,11 +28,9 @@ class Vocabulary:
     """
 
     def __init__(self, bpe_ids: Iterable[int], context_length: int) -> None:
-        from open_clip.tokenizer import SimpleTokenizer
-
         self.bpe_ids = sorted(set(bpe_ids))
         self.context_length = context_length
-        self._tokenizer = SimpleTokenizer()
+        self._tokenizer = pieces()
         self._merges = list(self._tokenizer.bpe_ranks)
         self._own = {bpe: [own] for own, bpe in enumerate(self.bpe_ids, start=2)}
         self._spells = set(LETTERS) <= set(self.bpe_ids)
@@ -30,8 +38,8 @@ class Vocabulary:
     @classmethod
     def of(cls, texts: Iterable[str], context_length: int) -> Vocabulary:
         """The vocabulary of the pieces that occur in `texts`, and of all letters."""
-        pieces = cls((), context_length)._tokenizer
-        return cls({*LETTERS, *(piece for text in set(texts) for piece in pieces.encode(text))}, context_length)
+        encode = pieces().encode
+        return cls({*LETTERS, *(piece for text in set(texts) for piece in encode(text))}, context_length)
 
     def __len__(self) -> int:
         return len(self.bpe_ids) + 3

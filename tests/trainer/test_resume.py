@@ -15,7 +15,7 @@ import bad_data
 import pytest
 import torch
 import toyset
-from kills import RUN, WORDS, Unkilled, campaign, child, disk_ends, finish, require_same_run, said, two_ranks
+from kills import RUN, WORDS, Unkilled, campaign, child, disk_ends, finish, require_same_run, said, two_ranks, unhurried
 from runs import config, flags, log_of, quick_to_start, require_same_state, start, state, tiny_clip
 
 from cibr.cli import main
@@ -67,7 +67,7 @@ def test_killed_at_random_moments(tmp_path: Path, unkilled: Unkilled, mode: str,
 def test_a_full_disk_says_so_and_loses_nothing(tmp_path: Path, whole: Path, size: int) -> None:
     """A limit on the size of files stands for it: writing fails in the middle of the tensors, or of config.json."""
     settings = config(tmp_path / "run", **RUN)
-    first = child(settings)
+    first = child(settings, before=unhurried)
     killed_at(tmp_path / "run", 6, [first], 0)
     kept = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
     process = child(settings, before=lambda: disk_ends(size, killed=False))
@@ -83,14 +83,14 @@ def test_a_full_disk_says_so_and_loses_nothing(tmp_path: Path, whole: Path, size
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_end_with_a_checkpoint(tmp_path: Path, whole: Path, number: int) -> None:
     settings = config(tmp_path / "run", **RUN)
-    process = child(settings)
+    process = child(settings, before=unhurried)
     while last_step(tmp_path / "run") < 3:
         time.sleep(0.002)
     os.kill(process.pid or 0, number)
     process.join(120)
     assert process.exitcode == 128 + number
     stopped = checkpoint.read_about(checkpoint.find(tmp_path / "run") or tmp_path)["step"]
-    assert 3 <= stopped < 30
+    assert 3 <= stopped < 18
     moved = (tmp_path / "run").rename(tmp_path / "moved")
     finish(config(moved, **RUN))
     require_same_run(moved, whole)
@@ -117,7 +117,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
 ) -> None:
     for damage in ("a byte", "cut", "gone"):
         run = copy_of(whole, tmp_path / damage)
-        newest = run / "checkpoints" / "step-00000030"
+        newest = run / "checkpoints" / "step-00000018"
         path = newest / "training.safetensors"
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
@@ -125,8 +125,8 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
             path.unlink()
         else:
             path.write_bytes(content if damage == "a byte" else content[:-100])
-        assert checkpoint.find(run) == run / "checkpoints" / "step-00000028"
-        assert "step-00000030 is damaged" in capsys.readouterr().err
+        assert checkpoint.find(run) == run / "checkpoints" / "step-00000016"
+        assert "step-00000018 is damaged" in capsys.readouterr().err
         shutil.rmtree(newest)
         train(config(run, **RUN), resume=True)
         require_same_run(run, whole)
@@ -134,9 +134,9 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
 
 def test_a_half_written_last_line_of_the_log_is_no_harm(tmp_path: Path, whole: Path) -> None:
     run = copy_of(whole, tmp_path / "run")
-    shutil.rmtree(run / "checkpoints" / "step-00000030")
+    shutil.rmtree(run / "checkpoints" / "step-00000018")
     with (run / "log.jsonl").open("a") as log:
-        log.write('{"step": 31, "loss": 0.')
+        log.write('{"step": 19, "loss": 0.')
     train(config(run, **RUN), resume=True)
     require_same_run(run, whole)
 
@@ -145,11 +145,11 @@ def test_a_run_can_be_extended_and_told_to_say_more(tmp_path: Path) -> None:
     """At a constant rate the longer run is the one that was asked for at once; other options are kept."""
     common = {**RUN, "schedule": "constant"}
     train(config(tmp_path / "whole", **common))
-    train(config(tmp_path / "run", **{**common, "steps": 14}))
-    longer = config(tmp_path / "run", **{**common, "log_every": 1, "save_every": 9, "keep": 1, "threads": 1})
-    assert train(longer, resume=True).step == 30
+    train(config(tmp_path / "run", **{**common, "steps": 10}))
+    longer = config(tmp_path / "run", **{**common, "log_every": 1, "save_every": 5, "keep": 1, "threads": 1})
+    assert train(longer, resume=True).step == 18
     require_same_state(tmp_path / "run", tmp_path / "whole")
-    assert [entry["step"] for entry in log_of(tmp_path / "run")][-3:] == [28, 29, 30]
+    assert [entry["step"] for entry in log_of(tmp_path / "run")][-3:] == [16, 17, 18]
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
     with pytest.raises(UsageError, match=r"a resumed run keeps its options, and this one was started with lr = 0.001"):
         train(config(tmp_path / "run", **{**common, "lr": 0.5}), resume=True)
@@ -275,7 +275,7 @@ def test_torchrun(tmp_path: Path) -> None:
 
 def test_a_rank_that_hangs_is_not_waited_for_without_end(tmp_path: Path) -> None:
     settings = config(tmp_path / "run", **RUN, rank_timeout=3.0)
-    first, second = two_ranks(settings)
+    first, second = two_ranks(settings, unhurried)
     while last_step(tmp_path / "run") < 3:
         time.sleep(0.002)
     os.kill(second.pid or 0, signal.SIGSTOP)
