@@ -358,17 +358,19 @@ def limits(name: str, row: Facts) -> list[str]:
     return found
 
 
-def load() -> dict[str, Any]:
-    table: dict[str, Any] = json.loads(TABLE.read_text()) if TABLE.exists() else {"versions": {}, "kernels": {}}
+def load(path: Path | None = None) -> dict[str, Any]:
+    path = path or TABLE
+    table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"versions": {}, "kernels": {}}
     return table
 
 
-def save(table: dict[str, Any]) -> None:
+def save(table: dict[str, Any], path: Path | None = None) -> None:
     """One kernel a line, so that a change reads as one."""
+    path = path or TABLE
     rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in table["kernels"].items())
-    partial = TABLE.with_suffix(".partial")
+    partial = path.with_suffix(".partial")
     partial.write_text(f'{{\n "versions": {json.dumps(table["versions"])},\n "kernels": {{\n{rows}\n }}\n}}\n')
-    os.replace(partial, TABLE)
+    os.replace(partial, path)
 
 
 def main() -> int:

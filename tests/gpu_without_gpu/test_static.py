@@ -18,6 +18,7 @@ from filelock import FileLock
 
 triton = pytest.importorskip("triton")
 
+import compile_with  # noqa: E402
 import disk_cache  # noqa: E402
 import nvcc  # noqa: E402
 import static_table  # noqa: E402
@@ -160,7 +161,8 @@ def kernels() -> tuple[Any, Any]:
     return one, copy
 
 
-def test_a_row_is_kept_under_everything_that_decides_it():
+@pytest.mark.parametrize("key", [static_table.launch_key, compile_with.launch_key], ids=["installed", "oldest"])
+def test_a_row_is_kept_under_everything_that_decides_it(key):
     one, other = kernels()
     pointer = record.Argument("*fp32", True)
     launch = record.Launch(one, (1,), {"x": pointer, "out": pointer}, {"BLOCK": 32}, {"num_warps": 4})
@@ -171,10 +173,10 @@ def test_a_row_is_kept_under_everything_that_decides_it():
         dataclasses.replace(launch, constants={"BLOCK": 64}),
         dataclasses.replace(launch, options={"num_warps": 8}),
     ]
-    keys = [static_table.launch_key(found, 80) for found in (launch, *changed)]
-    keys += [static_table.launch_key(launch, target) for target in (90, "gfx942")]
+    keys = [key(found, 80) for found in (launch, *changed)]
+    keys += [key(launch, target) for target in (90, "gfx942")]
     assert len({tuple(key) for key in keys}) == len(keys)
-    assert static_table.launch_key(launch, 80) == keys[0]
+    assert key(launch, 80) == keys[0]
 
 
 def test_the_key_of_a_cuda_file_is_what_nvcc_is_given(tmp_path):
