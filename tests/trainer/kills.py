@@ -42,6 +42,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / 
 
 import torch.distributed.fsdp  # noqa: E402, F401  which forked processes find imported, as all that is here
 from runs import CIBR, config, log_of, require_same_state  # noqa: E402
+from torch.utils.data._utils import worker  # noqa: E402
 
 from cibr.config import RunConfig  # noqa: E402
 from cibr.errors import UsageError  # noqa: E402
@@ -71,6 +72,7 @@ def child(settings: RunConfig, *, before: Callable[[], None] = lambda: None, **e
     def body() -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         os.environ |= environment
+        worker.MP_STATUS_CHECK_INTERVAL = 0.5  # workers look so often for a parent that was killed; a join awaits them
         try:
             before()
             stopped_by = train(settings, resume=True).stopped_by
