@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .errors import PtxError
-from .machine import INSTRUCTIONS, bound
+from .machine import INSTRUCTIONS, bound, reader
 from .numbers import DTYPES, RAW, U16, U32, U64, bf16_to_f32, bits, f32_to_bf16, flush_subnormals
 from .parser import Instruction
 
@@ -46,9 +46,10 @@ def _elementwise(x: Instruction, f: Callable[..., Any]) -> Run:
     else:
         dtype = DTYPES[kind]
         ftz = "ftz" in x.mods and dtype is np.float32
+        reads = [reader(x.kernel, a, dtype) for a in sources]
 
         def run(s: Any, mask: Any) -> None:
-            values = [s.get(a, dtype) for a in sources]
+            values = [read(s) for read in reads]
             if ftz:
                 result = flush_subnormals(np.asarray(f(*map(flush_subnormals, values)), np.float32))
             else:
@@ -149,8 +150,8 @@ def _min_max(x: Instruction) -> Run:
 @bound("and", "or", "xor", "not")
 def _logic(x: Instruction) -> Run:
     f = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert}[x.op]
-    dtype = DTYPES[x.mods[-1]]
-    return lambda s, mask: s.put(x.args[0], f(*[s.get(a, dtype) for a in x.args[1:]]), mask)
+    target, reads = x.args[0], [reader(x.kernel, a, DTYPES[x.mods[-1]]) for a in x.args[1:]]
+    return lambda s, mask: s.put(target, f(*[read(s) for read in reads]), mask)
 
 
 @bound("shl", "shr")
@@ -200,8 +201,10 @@ def _setp(x: Instruction) -> Run:
     dtype, combine = DTYPES[kind], next((_COMBINE[q] for q in x.mods[1:-1] if q in _COMBINE), None)
     compare = _comparison(x.mods[0], kind[0] == "f" or kind == "bf16")
 
+    first, second = (reader(x.kernel, q, dtype) for q in x.args[1:3])
+
     def run(s: Any, mask: Any) -> None:
-        a, b = (s.get(q, dtype) for q in x.args[1:3])
+        a, b = first(s), second(s)
         r = compare(bf16_to_f32(a), bf16_to_f32(b)) if kind == "bf16" else compare(a, b)
         other = s.get(x.args[3], np.bool_) if combine else None
         if target[0] == "pair":
@@ -216,8 +219,8 @@ def _setp(x: Instruction) -> Run:
 @bound("selp")
 def _selp(x: Instruction) -> Run:
     dtype = RAW[bits(DTYPES[x.mods[-1]])]
-    a, b, p = x.args[1:4]
-    return lambda s, mask: s.put(x.args[0], np.where(s.get(p, np.bool_), s.get(a, dtype), s.get(b, dtype)), mask)
+    a, b, p = (reader(x.kernel, q, kind) for q, kind in zip(x.args[1:4], (dtype, dtype, np.bool_), strict=True))
+    return lambda s, mask: s.put(x.args[0], np.where(p(s), a(s), b(s)), mask)
 
 
 @bound("slct")

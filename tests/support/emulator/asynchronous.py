@@ -47,7 +47,7 @@ class Pending:
     def check(self, s: Any, x: Any, mask: Any) -> None:
         if x.op in ("wgmma", "tcgen05"):
             return
-        warps = set(np.unique(s.warp[s.active(mask)]).tolist())
+        warps = set(s.active_warps(mask).tolist())
         for r in sorted(x.registers & self.registers.keys()):
             for kind, w in sorted(self.registers[r]):
                 if w not in warps:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from .errors import Race
+from .parser import Instruction
 
 NOBODY, ANYBODY = np.int16(-1), np.int16(-2)
 BLOCK_IDS = 32749  # blocks are numbered modulo this prime
@@ -22,7 +23,7 @@ class Conflicts:
 
     def __init__(self, size: int):
         self.owner = np.full(size // 2, NOBODY, np.int16)
-        self.reads: list[tuple[np.ndarray, int, np.ndarray, str]] = []
+        self.reads: list[tuple[np.ndarray, int, np.ndarray, Instruction]] = []
         self.recorded = 0
         self.low, self.high = size, 0  # range of the written bytes
         self.duplicates: set[str] = set()  # where a block wrote the value that another had written: harmless, and waste
@@ -31,7 +32,7 @@ class Conflicts:
         """Bytes of the arena that blocks may touch as they like."""
         self.owner[place.start // 2 : -(-place.stop // 2)] = ANYBODY
 
-    def write(self, index: np.ndarray, nbytes: int, blocks: np.ndarray, same: np.ndarray, where: str) -> None:
+    def write(self, index: np.ndarray, nbytes: int, blocks: np.ndarray, same: np.ndarray, at: Instruction) -> None:
         """Stores of `nbytes` at byte offsets `index` of the arena by `blocks` (numbers in the grid).
 
         same: whether the bytes already had the value.  Two stores of different values in one call are not seen here.
@@ -51,13 +52,13 @@ class Conflicts:
                 )
             self.owner[places[twice]] = ANYBODY
             if (before[twice] != ANYBODY).any():
-                self.duplicates.add(where)
+                self.duplicates.add(at.where())
         self.low, self.high = min(self.low, int(index.min())), max(self.high, int(index.max()) + nbytes)
 
-    def read(self, index: np.ndarray, nbytes: int, blocks: np.ndarray, where: str) -> None:
+    def read(self, index: np.ndarray, nbytes: int, blocks: np.ndarray, at: Instruction) -> None:
         if nbytes < 2 or not len(index):
             return
-        self.reads.append((index, nbytes, blocks.astype(np.int16), where))
+        self.reads.append((index, nbytes, blocks.astype(np.int16), at))
         self.recorded += len(index)
         if self.recorded > LIMIT:
             self.reads = [r for r in self.reads if self._overlaps(r)]
@@ -65,7 +66,7 @@ class Conflicts:
 
     def finish(self) -> None:
         """Raises Race if a block read what another block wrote."""
-        for index, nbytes, blocks, where in filter(self._overlaps, self.reads):
+        for index, nbytes, blocks, at in filter(self._overlaps, self.reads):
             places, mine = self._spread(index, nbytes, blocks)
             owner = self.owner[places]
             bad = (owner >= 0) & (owner != mine)
@@ -73,10 +74,10 @@ class Conflicts:
                 i = int(np.flatnonzero(bad)[0])
                 raise Race(
                     f"conflict: block {mine[i]} reads bytes of global memory that block {owner[i]} of the same "
-                    f"launch writes\n  at {where}"
+                    f"launch writes\n  at {at.where()}"
                 )
 
-    def _overlaps(self, read: tuple[np.ndarray, int, np.ndarray, str]) -> bool:
+    def _overlaps(self, read: tuple[np.ndarray, int, np.ndarray, Instruction]) -> bool:
         return int(read[0].min()) < self.high and int(read[0].max()) + read[1] > self.low
 
     @staticmethod

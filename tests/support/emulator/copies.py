@@ -33,9 +33,9 @@ def _cp(s: Machine, x: Instruction, mask: Mask) -> None:
     if "bulk" in x.mods:
         _bulk(s, x, mask)
     elif "commit_group" in x.mods:
-        s.copy_groups[np.unique(s.warp[s.active(mask)])] += 1
+        s.copy_groups[s.active_warps(mask)] += 1
     elif "wait_all" in x.mods or "wait_group" in x.mods:
-        warps = np.unique(s.warp[s.active(mask)])
+        warps = s.active_warps(mask)
         s.copy_groups[warps] += "wait_all" in x.mods
         complete = np.zeros(len(s.copy_groups), np.int64)
         complete[warps] = s.copy_groups[warps] - (x.args[0][1] if x.args else 0)
@@ -83,7 +83,7 @@ def _land(s: Machine, copy: Copy, complete: np.ndarray) -> Copy | None:
 def _bulk(s: Machine, x: Instruction, mask: Mask) -> None:
     """Tensor copies; groups of copies out of shared memory, whose source may be overwritten after the wait."""
     if "commit_group" in x.mods or "wait_group" in x.mods:
-        for w in np.unique(s.warp[s.active(mask)]).tolist():
+        for w in s.active_warps(mask).tolist():
             if "commit_group" in x.mods:
                 clock = s.races.release(s.races.unit("tma", w // s.warps_per_block)) if s.races else None
                 s.pending.commit("tma", w, clock)

@@ -238,6 +238,10 @@ class Machine:
         """Indices of the active lanes."""
         return np.arange(self.lanes) if mask is None else np.flatnonzero(mask)
 
+    def active_warps(self, mask: Mask) -> np.ndarray:
+        """Indices of the warps that have active lanes."""
+        return np.arange(self.lanes // 32) if mask is None else np.flatnonzero(mask.reshape(-1, 32).any(1))
+
     def whole_warps(self, mask: Mask) -> np.ndarray:
         """Indices of the warps that execute a warp-wide instruction.  Raises if a warp is divided."""
         if mask is None:
@@ -251,11 +255,7 @@ class Machine:
     # ---- operands
     def get(self, operand: Operand, dtype: Any) -> Any:
         """Value of an operand as `dtype`: one entry per lane, or a numpy scalar."""
-        key = (id(operand), dtype)
-        getter = self.kernel.getters.get(key)
-        if getter is None:
-            getter = self.kernel.getters[key] = _getter(self.kernel, operand, dtype)
-        return getter(self)
+        return reader(self.kernel, operand, dtype)(self)
 
     def lanewise(self, operand: Operand, dtype: Any) -> np.ndarray:
         """`get`, always one entry per lane."""
@@ -268,9 +268,9 @@ class Machine:
                 return
             raise PtxError(f"cannot write to {operand}")
         number = operand[1]
-        want = self.kernel.raw[number]
         v = np.asarray(value)
-        if v.dtype != want:
+        if v.dtype is not self.kernel.words[number]:
+            want = self.kernel.raw[number]
             if want is np.bool_:
                 v = v.astype(np.bool_)
             else:
@@ -288,6 +288,15 @@ class Machine:
             a = self.R[base[1]].astype(np.int64)
             return a + operand[2] if operand[2] else a
         return np.full(self.lanes, int(self.get(base, U64)) + operand[2], np.int64)
+
+
+def reader(kernel: Kernel, operand: Operand, dtype: Any) -> Callable[[Machine], Any]:
+    """f(machine) -> value of an operand as `dtype`, for instructions that read it often."""
+    key = (id(operand), dtype)
+    getter = kernel.getters.get(key)
+    if getter is None:
+        getter = kernel.getters[key] = _getter(kernel, operand, dtype)
+    return getter
 
 
 def _getter(kernel: Kernel, operand: Operand, dtype: Any) -> Callable[[Machine], Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .errors import OutOfBounds, PtxError, Race, Uninitialised
+from .numbers import RAW
 
 GUARD = 4096  # bytes of nothing around every buffer
 BASE = 0x100000000  # address of the arena
@@ -76,10 +77,13 @@ class GlobalMemory:
         return f"the wild address {hex(i + BASE)}"
 
     def _check_known(self, i: np.ndarray, nbytes: int, write: bool, buffer: np.ndarray) -> None:
-        places = i[:, None] + np.arange(nbytes)
+        word = min(nbytes, 8)  # bytes are looked at together: as many as an access of them is aligned to
+        known, ones = self.known.view(RAW[8 * word]), RAW[8 * word](int.from_bytes(b"\1" * word, "little"))
+        places = [i // word + part for part in range(nbytes // word)]
         if write:
-            self.known[places] = True
-        elif not (known := self.known[places].all(1)).all():
+            for at in places:
+                known[at] = ones
+        elif not (known := np.logical_and.reduce([known[at] == ones for at in places])).all():
             bad = int(np.flatnonzero(~known)[0])
             raise Uninitialised(f"read of {self._place(int(i[bad]))}, which nothing wrote, {int((~known).sum())} lanes")
 
@@ -116,9 +120,7 @@ def store(s: Any, address: np.ndarray, dtype: Any, values: list[Any], mask: Any,
     own = [np.broadcast_to(v, (s.lanes,)) if mask is None else np.broadcast_to(v, (s.lanes,))[mask] for v in values]
     if space == "global" and s.conflicts is not None:
         same = np.logical_and.reduce([typed[first + j] == v for j, v in enumerate(own)])
-        s.conflicts.write(
-            first * size, total, s.grid_block if mask is None else s.grid_block[mask], same, s.current.where()
-        )
+        s.conflicts.write(first * size, total, s.grid_block if mask is None else s.grid_block[mask], same, s.current)
     for j, v in enumerate(own):
         typed[first + j] = v
         lost = typed[first + j] != v
@@ -155,7 +157,7 @@ def global_index(s: Any, address: np.ndarray, nbytes: int, mask: Any, write: boo
         active, thread, block = address[mask], s.thread[mask], s.grid_block[mask]
     index = s.memory.index(active, nbytes, write, thread)
     if s.conflicts is not None and not write:
-        s.conflicts.read(index, nbytes, block, s.current.where())
+        s.conflicts.read(index, nbytes, block, s.current)
     if mask is None:
         return index
     full = np.full(s.lanes, GUARD, np.int64)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .errors import OutOfBounds, PtxError
-from .machine import Machine, Mask, instruction
+from .machine import Machine, Mask, bound, instruction, reader
 from .memory import LOCAL_WINDOW, SHARED_WINDOW, global_index, load, shared_index, space_of, store
 from .numbers import DTYPES, RAW, U64, bits
 from .parser import Instruction, Operand
@@ -13,8 +15,16 @@ from .parser import Instruction, Operand
 WIDTHS = {"v2": 2, "v4": 4, "v8": 8}
 
 
-@instruction("mov")
-def _mov(s: Machine, x: Instruction, mask: Mask) -> None:
+@bound("mov")
+def _mov(x: Instruction) -> Callable[[Machine, Mask], None]:
+    kind, (target, source) = x.mods[-1], x.args
+    if target[0] == "vec" or (source[0] == "vec" and len(source[1]) > 1):
+        return lambda s, mask: _repack(s, x, mask)
+    read = reader(x.kernel, source, np.bool_ if kind == "pred" else DTYPES[kind])
+    return lambda s, mask: s.put(target, read(s), mask)
+
+
+def _repack(s: Machine, x: Instruction, mask: Mask) -> None:
     kind, (target, source) = x.mods[-1], x.args
     if source[0] == "vec" and len(source[1]) > 1:  # pack
         wide = bits(DTYPES[kind])
@@ -23,13 +33,11 @@ def _mov(s: Machine, x: Instruction, mask: Mask) -> None:
         for i, part in enumerate(source[1]):
             packed |= s.lanewise(part, RAW[each]).astype(RAW[wide]) << RAW[wide](each * i)
         s.put(target, packed, mask)
-    elif target[0] == "vec":  # unpack
+    else:  # unpack
         wide = bits(DTYPES[kind])
         each, value = wide // len(target[1]), s.get(source, RAW[wide])
         for i, part in enumerate(target[1]):
             s.put(part, (value >> RAW[wide](each * i)).astype(RAW[each]), mask)
-    else:
-        s.put(target, s.get(source, np.bool_ if kind == "pred" else DTYPES[kind]), mask)
 
 
 @instruction("ld", "ldu")

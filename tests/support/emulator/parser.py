@@ -18,6 +18,7 @@ from .numbers import U32, U64, raw
 #   ("vec", [operands])  ("pair", operand, operand)  ("mem", base operand, offset or, for tensors, 0)  ("lab", index)
 Operand = tuple[Any, ...]
 
+_BLANK, _LABEL = re.compile(r"\s*"), re.compile(r"([$\w%]+):(?!:)")
 _ARGUMENT = re.compile(r"\{[^{}]*\}|\[[^\[\]]*\]|[^,\s{\[][^,]*")
 _SHARED = re.compile(r"(\.extern\s+)?\.shared\s+\.align\s+(\d+)\s+\.b(\d+)\s+([\w$]+)\s*(?:\[(\d*)\])?")
 _PARAMETER = re.compile(r"\.(u64|u32|f32|b64|b32|s32|s64|u16|s16|b16|u8|s8|b8|f64)\b")
@@ -33,6 +34,7 @@ class Instruction:
     line: int  # in the PTX
     source: str  # "file:line" of .loc, or ""
     registers: frozenset[int] = frozenset()
+    kernel: Any = None  # the Kernel that it is of
     run: Callable[[Any, Any], None] | None = None  # (machine, mask): bound at the first execution
 
     def where(self) -> str:
@@ -68,10 +70,12 @@ class Kernel:
         local = re.search(r"\.local\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[(\d+)\]", body)
         self.local: tuple[str, int] | None = (local.group(1), int(local.group(2))) if local else None
         self.getters: dict[tuple[int, Any], Callable[[Any], Any]] = {}  # of machine.py: operand reads, by identity
+        self.operands: dict[str, Operand] = {}  # of the outermost scope, by their text
         self.rtype: list[str] = []
         self.ins: list[Instruction] = []
         self._parse(body, ptx[: head.end()].count("\n") + 1)
         self.raw = [raw(t) for t in self.rtype]
+        self.words = [np.dtype(t) for t in self.raw]
         self.ops = {x.op for x in self.ins}
 
     def _lay_out_shared(self, declared: list[tuple[str, ...]], body: str) -> None:
@@ -99,20 +103,21 @@ class Kernel:
         targets: dict[str, tuple[list[str], tuple[int, ...]]] = {}
         scopes, opened, label, source = [_Scope(0)], 0, "", ""
         position = 0
-        label_pattern, statement_end = re.compile(r"([$\w%]+):(?!:)"), len(body)
-        while position < statement_end:
+        statement_end = len(body)
+        while True:
+            start, position = position, _BLANK.match(body, position).end()  # type: ignore[union-attr]
+            line += body.count("\n", start, position)
+            if position == statement_end:
+                break
             c = body[position]
-            if c.isspace():
-                line += c == "\n"
-                position += 1
-            elif c == "{":
+            if c == "{":
                 opened += 1
                 scopes.append(_Scope(opened))
                 position += 1
             elif c == "}":
                 scopes.pop()
                 position += 1
-            elif found := label_pattern.match(body, position):
+            elif found := _LABEL.match(body, position):
                 label = found.group(1)
                 labels[scopes[-1].number, label] = len(self.ins)
                 position = found.end()
@@ -120,7 +125,7 @@ class Kernel:
                 end = body.index(";", position)
                 text, lines = " ".join(body[position:end].split()), body.count("\n", position, end)
                 position = end + 1
-                chain = tuple(s.number for s in scopes)
+                chain = (0,) if len(scopes) == 1 else tuple(s.number for s in scopes)
                 if text.startswith(".loc"):
                     parts = text.replace(",", " ").split()
                     source = f"{self.files.get(parts[1], parts[1]).rsplit('/', 1)[-1]}:{parts[2]}"
@@ -128,8 +133,9 @@ class Kernel:
                     targets[label] = ([q.strip() for q in text.split(None, 1)[1].split(",")], chain)
                 elif text.startswith(".reg"):
                     self._declare(text, scopes[-1].names)
+                    self.operands.clear()
                 elif text and not text.startswith((".pragma", ".shared", ".local")):
-                    self.ins.append(_instruction(text, line, source, scopes, chain))
+                    self.ins.append(_instruction(text, line, source, scopes, chain, self.operands))
                 line += lines
         self._resolve(labels, targets)
 
@@ -154,6 +160,7 @@ class Kernel:
             elif x.op == "bra":
                 x.args = [("lab", index(x.args[0][1], x.args[0][2]))]
             x.registers = frozenset(_registers(x.args)) | (frozenset([x.pred[0]]) if x.pred else frozenset())
+            x.kernel = self
 
 
 @lru_cache(maxsize=8)
@@ -168,17 +175,26 @@ def _module(ptx: str) -> tuple[dict[str, str], str, list[tuple[str, ...]]]:
     return files, ptx, _SHARED.findall(ptx)
 
 
-def _instruction(text: str, line: int, source: str, scopes: list[_Scope], chain: tuple[int, ...]) -> Instruction:
+def _instruction(
+    text: str, line: int, source: str, scopes: list[_Scope], chain: tuple[int, ...], known: dict[str, Operand]
+) -> Instruction:
+    """known: operands of the outermost scope, of which one text is one operand."""
     pred, full = None, text
-    found = re.match(r"@(!?)(%?[\w$]+)\s+(.*)", text)
-    if found:
+    if found := re.match(r"@(!?)(%?[\w$]+)\s+(.*)", text) if text[0] == "@" else None:
         register = _lookup(found.group(2), scopes)
         if register is None:
             raise PtxError(f"unknown predicate in {text!r}")
         pred, text = (register, found.group(1) == "!"), found.group(3)
     op, *rest = text.split(None, 1)
     name, *mods = op.split(".")
-    args = [_operand(a.strip(), scopes) for a in _ARGUMENT.findall(rest[0])] if rest else []
+    args = []
+    for a in map(str.strip, _ARGUMENT.findall(rest[0])) if rest else ():
+        operand = known.get(a) if len(scopes) == 1 else None
+        if operand is None:
+            operand = _operand(a, scopes)
+            if len(scopes) == 1:
+                known[a] = operand
+        args.append(operand)
     if name == "bra":
         args = [("lab", args[0][1], chain)]
     return Instruction(name, mods, args, pred, full, line, source)

@@ -27,7 +27,7 @@ def _tcgen05(s: Machine, x: Instruction, mask: Mask) -> None:
         address = shared_index(s, s.address(x.args[0]), 4, mask)
         s.shared.view(np.uint32)[address[s.active(mask)] // 4] = 0
     elif kind == "wait":
-        for w in np.unique(s.warp[s.active(mask)]).tolist():
+        for w in s.active_warps(mask).tolist():
             s.pending.commit("tcgen05." + x.mods[0].split("::")[1], w)
             s.pending.wait("tcgen05." + x.mods[0].split("::")[1], w, 0)
     elif kind == "commit":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 import numpy as np
 
@@ -109,9 +110,21 @@ def _mma(s: Machine, x: Instruction, mask: Mask) -> None:
         s.put(target, product + s.get(x.args[3][1][j], np.float32), mask)
 
 
+Addresses = tuple[np.ndarray, np.ndarray, int, int]  # of elements; of their words; the lowest and the highest element's
+
+
+def addresses(a: np.ndarray) -> Addresses:
+    """Those of a block's shared memory, to be kept: read-only."""
+    words = np.unique(a >> 2) * 4
+    for array in (a, words):
+        array.flags.writeable = False
+    return a, words, int(a.min()), int(a.max())
+
+
+@lru_cache(maxsize=512)
 def descriptor_addresses(
     start: int, lead: int, stride: int, swizzle: int, rows: int, k: int, size: int, trans: int
-) -> np.ndarray:
+) -> Addresses:
     """Shared byte addresses (rows, k) of a matrix described to wgmma or tcgen05; swizzle: 16 (none), 32, 64, 128 B."""
     r, c = np.arange(rows)[:, None], np.arange(k)[None, :]
     if trans:
@@ -120,18 +133,18 @@ def descriptor_addresses(
     else:
         byte = c * size
         a = start + (r // 8) * stride + (r % 8) * swizzle + (byte // swizzle) * lead + byte % swizzle
-    return a ^ (((a >> 7) & (swizzle // 16 - 1)) << 4)
+    return addresses(a ^ (((a >> 7) & (swizzle // 16 - 1)) << 4))
 
 
-def read_operand(s: Machine, a: np.ndarray, size: int, block: int, reader: int | None, what: str) -> np.ndarray:
-    """Raw bits at shared addresses `a` of a block, read by an actor; checked."""
-    if a.min() < 0 or a.max() + size > s.shared_bytes:
+def read_operand(s: Machine, described: Addresses, size: int, block: int, reader: int | None, what: str) -> np.ndarray:
+    """Raw bits at shared addresses of a block, read by an actor; checked."""
+    a, words, lowest, highest = described
+    if lowest < 0 or highest + size > s.shared_bytes:
         raise OutOfBounds(f"{what} operand outside shared memory")
-    a = a + block * s.shared_width
+    start = block * s.shared_width
     if s.races is not None and reader is not None:
-        words = np.unique(a >> 2) * 4
-        s.races.access(words, 4, False, np.full(len(words), reader))
-    return s.shared[: s.shared.size // size * size].view(RAW[8 * size])[a // size]
+        s.races.access(words + start, 4, False, np.full(len(words), reader))
+    return s.shared[: s.shared.size // size * size].view(RAW[8 * size])[(a + start) // size]
 
 
 def _described(

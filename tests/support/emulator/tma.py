@@ -7,6 +7,7 @@ global_stride, each {index: value}.
 from __future__ import annotations
 
 import copy
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from .machine import Machine, Mask, instruction
 from .memory import SHARED_WINDOW
 from .numbers import RAW, U32, U64
 from .parser import Instruction
+from .tensor_core import Addresses, addresses
 
 ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 4, 9: 8, 10: 2}
 SWIZZLE_SPAN = {0: 1 << 30, 1: 32, 2: 64, 3: 128}
@@ -76,18 +78,14 @@ def _copy_box(
         raise OutOfBounds("TMA shared address not 128-byte aligned")
     if box[0] * size > SWIZZLE_SPAN[fields["swizzle_mode"]]:
         raise PtxError("TMA box wider than the swizzle span")
-    at = np.meshgrid(*[np.arange(b) for b in reversed(box)], indexing="ij")[::-1]
+    at, (a, words, lowest, highest) = _box(start, tuple(box), size, SWIZZLE_BITS[fields["swizzle_mode"]])
     inside = np.ones(at[0].shape, bool)
-    offset, linear, count = np.zeros(at[0].shape, np.int64), np.zeros(at[0].shape, np.int64), 1
+    offset = np.zeros(at[0].shape, np.int64)
     for i in range(rank):
         g = at[i] + corner[i]
         inside &= (g >= 0) & (g < fields["global_dim"][i])
         offset += g * stride[i]
-        linear += at[i] * count
-        count *= box[i]
-    a = start + linear * size
-    a = a ^ (((a >> 7) & SWIZZLE_BITS[fields["swizzle_mode"]]) << 4)
-    if a.min() < 0 or a.max() + size > s.shared_bytes:
+    if lowest < 0 or highest + size > s.shared_bytes:
         raise OutOfBounds("TMA box outside shared memory")
     a = a + block * s.shared_width
     address = fields["global_address"] + offset[inside]
@@ -99,19 +97,30 @@ def _copy_box(
     shared = s.shared[: s.shared.size // size * size].view(RAW[size * 8])
     memory = s.memory.bytes[: s.memory.bytes.size // size * size].view(RAW[size * 8])
     if s.conflicts is not None and loads:
-        s.conflicts.read(index, size, s.grid_block[lanes], x.where())
+        s.conflicts.read(index, size, s.grid_block[lanes], x)
     elif s.conflicts is not None:
         same = memory[index // size] == shared[a[inside] // size]
-        s.conflicts.write(index, size, s.grid_block[lanes], same, x.where())
+        s.conflicts.write(index, size, s.grid_block[lanes], same, x)
     if s.races is not None:
-        words = np.unique(a >> 2) * 4
         unit = s.races.start(s.races.unit("tma", block), int(s.warp[lane]))
-        s.races.access(words, 4, loads, np.full(len(words), unit))
+        s.races.access(words + block * s.shared_width, 4, loads, np.full(len(words), unit))
     if loads:
         values = np.zeros(a.shape, shared.dtype)  # zeros outside the extents
         values[inside] = memory[index // size]
         shared[a // size] = values
         actor = s.races.unit("tma", block) if s.races is not None else None
-        arrive(s, (block, int(signal[lane]) % SHARED_WINDOW), 0, -count * size, actor)
+        arrive(s, (block, int(signal[lane]) % SHARED_WINDOW), 0, -a.size * size, actor)
     else:
         memory[index // size] = shared[a[inside] // size]
+
+
+@lru_cache(maxsize=512)
+def _box(start: int, box: tuple[int, ...], size: int, swizzle: int) -> tuple[list[np.ndarray], Addresses]:
+    """Places in a box, the innermost dimension first, and where its elements lie from `start` of shared memory on."""
+    at = np.meshgrid(*[np.arange(b) for b in reversed(box)], indexing="ij")[::-1]
+    linear, count = np.zeros(at[0].shape, np.int64), 1
+    for places, extent in zip(at, box, strict=True):
+        linear += places * count
+        count *= extent
+    a = start + linear * size
+    return list(at), addresses(a ^ (((a >> 7) & swizzle) << 4))
