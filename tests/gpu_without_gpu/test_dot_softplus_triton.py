@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -41,28 +42,54 @@ class Case(NamedTuple):
 
 
 RAGGED = Case()
-CASES = [
-    RAGGED._replace(ids=True),
-    RAGGED._replace(ids=True, attract=True, scale=30.0, bias=3.0),
-    RAGGED._replace(ids=True, attract=True, weights="none"),
-    RAGGED._replace(kind="opposed", scale=20.0, bias=-60.0),  # logits near -80: G of float16 is 0
-    RAGGED._replace(kind="opposed", scale=-20.0, bias=40.0),  # near 60
-    RAGGED._replace(scale=75.0, bias=-15.0, weights="rows"),  # from -90 to 60
-    RAGGED._replace(weights="none", d=70),  # a width that is copied to 96
-    RAGGED._replace(weights="none", cols=False, ids=True, scale=75.0, bias=-15.0),
-    RAGGED._replace(need_dx=False, cols=False, d=70),
-    RAGGED._replace(need_dy=False, weights="rows", d=200),
-    RAGGED._replace(need_dx=False, need_dy=False, scale=1.0),
-    Case(n=128, m=256, d=128, first_positive=128),
-    Case(n=1, m=1, d=1, first_positive=0),
-    Case(n=3, m=5, d=7, first_positive=2, ids=True, attract=True),
-    Case(n=5, m=5, d=16, first_positive=0, scale=-3.0, bias=0.5, ids=True),
+SHAPES = {  # n and m, None: of case_of; d, first_positive
+    "ragged": (None, None, 96, 16),
+    "narrow": (None, None, 30, 16),  # a width that is copied to 32
+    "wide": (None, None, 200, 16),
+    "whole": (128, 256, 128, 128),
+    "few": (3, 5, 7, 2),
+    "one": (1, 1, 1, 0),
+}
+ORDINARY = [("unit", 10.0, -10.0), ("unit", -3.0, 0.5), ("unit", 1.0, -10.0)]  # kind, scale, bias
+EXTREME = [
+    ("unit", 30.0, 3.0),
+    ("unit", 75.0, -15.0),  # logits from -90 to 60
+    ("opposed", -20.0, 40.0),  # near 60
+    ("opposed", 20.0, -60.0),  # near -80: G of float16 is 0
 ]
-RUNS = [(capability, torch.bfloat16, RAGGED) for capability in CAPABILITIES] + [
-    (CAPABILITIES[i % 4], DTYPES[i % 3], case) for i, case in enumerate(CASES)
-]
-EVERY = pairs(CAPABILITIES, DTYPES, (RAGGED, *CASES))
-ALL = [run for run in EVERY if run not in RUNS and (run[1] != torch.float16 or run[2].bias > -60)]
+WEIGHTS, NEEDS = ("both", "none", "rows"), ((True, True), (True, False), (False, True), (False, False))
+
+
+def case_of(
+    capability: int,
+    dtype: torch.dtype,
+    weights: str,
+    shape: str,
+    logits: tuple[str, float, float],
+    need: tuple[bool, bool],
+) -> Case:
+    """Ids, sums of columns, and which of two ragged sizes 16 divides: the target and the dtype decide.
+
+    Kernels are compiled for that, which takes most of the time.  Every target and every dtype has each of the three.
+    """
+    i, j = CAPABILITIES.index(capability), DTYPES.index(dtype)
+    ids, attract = ((False, False), (True, False), (True, True))[(i + j) % 3]
+    n, m, d, first_positive = SHAPES[shape]
+    if n is None:
+        n, m = ((140, 192), (144, 190))[(i + j) % 2]
+    if dtype == torch.float16 and logits == EXTREME[3]:
+        logits = EXTREME[2]
+    kind, scale, bias = logits
+    cols = (i // 2 + j) % 2 == 0
+    return Case(n, m, d, first_positive, scale, bias, kind, ids, attract, weights, cols, *need)
+
+
+TILED = (CAPABILITIES, DTYPES, WEIGHTS, ("ragged", "narrow", "wide", "whole"), (*ORDINARY, *EXTREME), NEEDS)
+TINY = (CAPABILITIES, DTYPES, WEIGHTS, ("few", "one"), ORDINARY[:2], NEEDS[::3])
+PASSES = list(itertools.product(CAPABILITIES, DTYPES, WEIGHTS[:2]))  # with gradients and without
+EVERY = [(*row[:2], case_of(*row)) for row in [*pairs(*TILED, starts=PASSES), *pairs(*TINY)]]
+RUNS = list({run[:2]: run for run in reversed(EVERY)}.values())  # one of each target and dtype
+ALL = [run for run in EVERY if run not in RUNS]
 Inputs = dict[str, Tensor | None]
 
 
