@@ -25,7 +25,7 @@ CAPABILITIES = (80, 90, 100, 120)
 
 
 class Case(NamedTuple):
-    n: int = 140
+    n: int = 144  # a second panel of rows has the kernels of the first: 16 divides both
     m: int = 190
     d: int = 96
     first_positive: int = 16
@@ -255,7 +255,7 @@ def test_groups_limits_and_maxima(number, case, monkeypatch):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_groups_and_maxima_on_every_target(capability):
-    case = RAGGED._replace(n=144, groups="few", mask=capability < 100, stash=capability == 90)
+    case = RAGGED._replace(groups="few", mask=capability < 100, stash=capability == 90)
     launched = compare(capability, torch.bfloat16, case)
     assert GRADIENT_KERNELS.intersection(launched) == expected_kernels(case, torch.bfloat16)
 
