@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -157,6 +158,7 @@ def loader(items: Any, sampler: Iterable[Any] | None, workers: int, prefetch: in
         batch_size=None,
         sampler=sampler,
         num_workers=workers,
+        multiprocessing_context="fork" if sys.platform == "linux" else None,  # Python's own choice from 3.14 on copies
         prefetch_factor=prefetch,
         pin_memory=pin,
         worker_init_fn=leave_signals_to_the_parent,

@@ -1,5 +1,6 @@
-"""Tests of bench/: one fork server a worker, which has what their children import."""
+"""Tests of bench/: their children come from the server of all tests."""
 
+import forks
 import pytest
 
 from bench import processes
@@ -7,6 +8,5 @@ from bench import processes
 
 @pytest.fixture(scope="session", autouse=True)
 def fork_server() -> None:
-    """As the command line starts it, without open_clip: no child here measures it, and it takes longer than torch."""
-    processes.PRELOAD.remove("open_clip.loss")
+    processes.PRELOAD[:] = forks.PRELOAD
     processes.start_server()

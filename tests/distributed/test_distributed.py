@@ -13,8 +13,8 @@ import pytest
 import sharded
 import sharded_runs
 import torch
-import torch.multiprocessing as mp
 from covering import pairs
+from forks import CONTEXT, process
 from sharded import F32, F64, check
 
 import cibr_kernels as ck
@@ -348,17 +348,16 @@ def test_a_silent_rank_is_an_error_within_the_timeout(ranks):
 
 
 def test_a_dead_rank_is_an_error(tmp_path: Path):
-    context = mp.get_context("fork")
-    results: Any = context.SimpleQueue()
-    processes = [context.Process(target=sharded_runs.death, args=(r, str(tmp_path / "store"), results)) for r in (0, 1)]
-    for process in processes:
-        process.start()
+    results: Any = CONTEXT.SimpleQueue()
+    processes = [process(sharded_runs.death, rank, str(tmp_path / "store"), results) for rank in (0, 1)]
+    for started in processes:
+        started.start()
     deadline = time.monotonic() + 90
     while results.empty() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not results.empty()
     text, seconds = results.get()
     assert text.startswith("RuntimeError: clip_loss: rank 0 of 2 waited in vain for the others") and seconds < 20
-    for process in processes:
-        process.join()
+    for started in processes:
+        started.join()
     assert processes[1].exitcode == 1

@@ -1,8 +1,7 @@
-"""Processes that work together over gloo: forked once, given one task after another."""
+"""Processes that work together over gloo: started once, given one task after another."""
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 import time
 import traceback
@@ -13,10 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forks import CONTEXT, process
 
 MOST = 4
-HEAVY = ("torch._dynamo", "torch.distributed.fsdp", "open_clip")  # what some task needs
 GROUPS: dict[int, dist.ProcessGroup] = {}  # in a worker: the group of the first so many ranks
 
 
@@ -24,19 +22,15 @@ class Ranks:
     """`run(function, world, ...)` calls function(group, ...) on the first `world` processes, rank by rank."""
 
     def __init__(self) -> None:
-        for name in HEAVY:  # once, and not in each of them
-            importlib.import_module(name)
-        context = mp.get_context("fork")
         self.folder = tempfile.TemporaryDirectory()
-        self.tasks = [context.SimpleQueue() for _ in range(MOST)]
-        self.pipes = [context.Pipe(duplex=False) for _ in range(MOST)]
+        self.tasks = [CONTEXT.SimpleQueue() for _ in range(MOST)]
+        self.pipes = [CONTEXT.Pipe(duplex=False) for _ in range(MOST)]
         store = str(Path(self.folder.name) / "store")
         self.processes = [
-            context.Process(target=_work, args=(rank, store, self.tasks[rank], self.pipes[rank][1]), daemon=True)
-            for rank in range(MOST)
+            process(_work, rank, store, self.tasks[rank], self.pipes[rank][1], daemon=True) for rank in range(MOST)
         ]
-        for process in self.processes:
-            process.start()
+        for started in self.processes:
+            started.start()
 
     def run(self, function: Callable[..., Any], world: int, *args: Any, timeout: float = 120, **options: Any) -> list:
         """-> what each rank returned.  Raises AssertionError with the tracebacks if any raised or kept silent."""
@@ -56,9 +50,9 @@ class Ranks:
     def close(self) -> None:
         for tasks in self.tasks:
             tasks.put(None)
-        for process in self.processes:
-            process.join(10)
-            process.kill()
+        for started in self.processes:
+            started.join(10)
+            started.kill()
         self.folder.cleanup()
 
 

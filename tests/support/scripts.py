@@ -1,8 +1,7 @@
-"""Scripts of the pages, in processes forked from this one, which has imported their packages already."""
+"""Scripts of the pages, each in a process that has imported the most of what they need."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import runpy
 import socket
@@ -11,10 +10,7 @@ import time
 import traceback
 from pathlib import Path
 
-import torch
-import torch._dynamo  # which the first step of an optimiser imports, here once for all
-
-FORK = multiprocessing.get_context("fork")  # imports anew would take several times as long as the scripts
+from forks import process
 
 
 def run_script(code: str, folder: Path, ranks: int | None = None) -> str:
@@ -32,21 +28,18 @@ def run_script(code: str, folder: Path, ranks: int | None = None) -> str:
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
         environments = [common | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     logs = [folder / f"{rank}.log" for rank in range(len(environments))]
-    processes = [
-        FORK.Process(target=_run, args=(path, log, environment))
-        for log, environment in zip(logs, environments, strict=True)
-    ]
-    for process in processes:
-        process.start()
+    processes = [process(_run, path, log, environment) for log, environment in zip(logs, environments, strict=True)]
+    for started in processes:
+        started.start()
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        codes = [process.exitcode for process in processes]
+        codes = [started.exitcode for started in processes]
         if any(codes) or None not in codes:  # one has failed, and the others would wait for it; or all are done
             break
         time.sleep(0.01)
-    for process in processes:
-        process.kill()
-        process.join()
+    for started in processes:
+        started.kill()
+        started.join()
     said = "\n".join(log.read_text() for log in logs)
     assert codes == [0] * len(processes), f"exit statuses {codes}:\n{said[-6000:]}"
     return said
@@ -61,7 +54,6 @@ def _run(path: Path, log: Path, environment: dict[str, str]) -> None:
     os.chdir(path.parent)
     os.environ |= environment
     sys.argv = [str(path)]
-    torch.use_deterministic_algorithms(False)  # which a fixture of all tests has turned on
     status = 0
     try:
         runpy.run_path(str(path), run_name="__main__")

@@ -18,7 +18,6 @@ killed, or both.  Who is not killed must end with words: a rank or a worker that
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import random
 import resource
@@ -40,7 +39,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "support")]  # as a script
 
-import torch.distributed.fsdp  # noqa: E402, F401  which forked processes find imported, as all that is here
+import forks  # noqa: E402
 from runs import CIBR, config, log_of, require_same_state  # noqa: E402
 from torch.utils.data._utils import worker  # noqa: E402
 
@@ -51,7 +50,6 @@ from cibr.train import train  # noqa: E402
 
 trainer = sys.modules["cibr.train"]  # the module
 
-FORK = multiprocessing.get_context("fork")  # a new interpreter for every kill would take minutes
 RUN: dict[str, Any] = {**CIBR, "steps": 18, "save_every": 4, "log_every": 3, "keep": 3}  # an epoch has 12 steps
 TIMES = ("seconds", "samples_per_second", "share_of_time")
 WORDS = 2  # the exit status of a process that stopped with words
@@ -66,27 +64,28 @@ MODES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-def child(settings: RunConfig, *, before: Callable[[], None] = lambda: None, **environment: str) -> BaseProcess:
+def child(settings: RunConfig, *, before: Callable[[], None] | None = None, **environment: str) -> BaseProcess:
     """A process that goes on with the run, and ends with 2 for a UsageError, with 128 + n after signal n."""
-
-    def body() -> None:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-        os.environ |= environment
-        worker.MP_STATUS_CHECK_INTERVAL = 0.5  # workers look so often for a parent that was killed; a join awaits them
-        try:
-            before()
-            stopped_by = train(settings, resume=True).stopped_by
-        except UsageError as error:
-            say(settings, str(error))
-            os._exit(WORDS)
-        except BaseException:
-            say(settings, traceback.format_exc())
-            os._exit(1)
-        os._exit(0 if stopped_by is None else 128 + stopped_by)
-
-    process = FORK.Process(target=body)
+    process = forks.process(_go_on, settings, before, environment)
     process.start()
     return process
+
+
+def _go_on(settings: RunConfig, before: Callable[[], None] | None, environment: dict[str, str]) -> None:
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    os.environ |= environment
+    worker.MP_STATUS_CHECK_INTERVAL = 0.5  # workers look so often for a parent that was killed; a join awaits them
+    try:
+        if before is not None:
+            before()
+        stopped_by = train(settings, resume=True).stopped_by
+    except UsageError as error:
+        say(settings, str(error))
+        os._exit(WORDS)
+    except BaseException:
+        say(settings, traceback.format_exc())
+        os._exit(1)
+    os._exit(0 if stopped_by is None else 128 + stopped_by)
 
 
 def say(settings: RunConfig, text: str) -> None:
@@ -99,13 +98,13 @@ def said(run: Path) -> str:
     return (run / "said.txt").read_text() if (run / "said.txt").exists() else ""
 
 
-def two_ranks(settings: RunConfig, before: Callable[[], None] = lambda: None, on: int = 0) -> list[BaseProcess]:
+def two_ranks(settings: RunConfig, before: Callable[[], None] | None = None, on: int = 0) -> list[BaseProcess]:
     """`before` is called on one of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    hooks = [before if rank == on else lambda: None for rank in range(2)]
+    hooks = [before if rank == on else None for rank in range(2)]
     return [child(settings, before=hook, RANK=str(r), LOCAL_RANK=str(r), **common) for r, hook in enumerate(hooks)]
 
 
@@ -137,11 +136,11 @@ class Calls:
     """Counts the calls of functions, Python's and C's, within one of PLACES; may kill the process at one."""
 
     def __init__(self, place: str, kill_at: int | None = None) -> None:
-        self.place, self.count, self.kill_at = PLACES[place], 0, kill_at
+        self.place, self.count, self.kill_at = place, 0, kill_at
 
     def begin(self) -> None:
         """From now on, in this process and its workers."""
-        module, name = self.place
+        module, name = PLACES[self.place]
         own = getattr(module, name)
 
         def counted(*given: Any, **more: Any) -> Any:
@@ -172,7 +171,7 @@ class Unkilled:
 
     @classmethod
     def of(cls, run: Path) -> Unkilled:
-        """Trains in this process, so that forked ones find everything imported, and once for each count."""
+        """Trains in this process, and once more for each count."""
         train(config(run, **RUN))
         calls, again = {}, run.with_name(f"{run.name}-counted")
         for place, (module, name) in PLACES.items():
@@ -206,7 +205,8 @@ def disk_ends(size: int, *, killed: bool) -> None:
 
 def go_on(settings: RunConfig, kind: str | None, whole: Unkilled, rng: random.Random) -> list[int]:
     """Goes on with the run until it ends, or a random moment of this `kind`; returns each rank's exit status."""
-    began, wait, before = time.monotonic(), rng.random() * whole.seconds, lambda: None
+    began, wait = time.monotonic(), rng.random() * whole.seconds
+    before: Callable[[], None] | None = None
     if kind in PLACES:
         before = Calls(kind, rng.randrange(whole.calls[kind])).begin
     elif kind in ("byte", "full"):

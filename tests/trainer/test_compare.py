@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from forks import process
 from runs import ROOT
 from safetensors.torch import save_file
 from scipy import stats
@@ -159,7 +159,7 @@ def finished(out: Path) -> list[Path]:
 def test_a_comparison_that_was_killed_goes_on(features: dict[str, Path], tmp_path: Path) -> None:
     """Killed after its first run; the second call does the others, from where they were, and nothing again."""
     file, out = spec(features["classes"], tmp_path), tmp_path / "out"
-    child = multiprocessing.get_context("fork").Process(target=run_comparison, args=(file, out))
+    child = process(run_comparison, file, out)
     child.start()
     while not finished(out) and child.is_alive():
         time.sleep(0.002)
@@ -180,7 +180,7 @@ def test_the_table(
     features: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In two processes, by the command; its numbers are those of the runs' results; then its pictures."""
-    monkeypatch.setattr(runs, "START", "fork")  # a new interpreter imports torch for ten seconds
+    monkeypatch.setattr(runs, "START", "forkserver")  # a new interpreter imports torch for ten seconds
     file = spec(features["classes"], tmp_path)
     with pytest.raises(SystemExit) as ended:
         main(["compare", str(file), "--out", str(tmp_path / "out"), "--jobs", "2"])

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def test_a_full_disk_says_so_and_loses_nothing(tmp_path: Path, whole: Path, size
     first = child(settings, before=unhurried)
     killed_at(tmp_path / "run", 6, [first], 0)
     kept = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
-    process = child(settings, before=lambda: disk_ends(size, killed=False))
+    process = child(settings, before=partial(disk_ends, size, killed=False))
     process.join(120)
     assert process.exitcode == WORDS
     text = said(tmp_path / "run")
@@ -247,10 +248,14 @@ def test_ranks_and_parts_and_shards_take_the_steps_of_one_process(tmp_path: Path
         torch.testing.assert_close(other[key], value, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
 
 
+def killed_by_its_save() -> None:
+    checkpoint.save = lambda *given, **more: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+
+
 def test_a_killed_first_save_asks_for_nothing_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """config.json is there before the first step, so --resume alone goes on."""
     settings = config(tmp_path / "run", **RUN)
-    process = child(settings, before=lambda: setattr(checkpoint, "save", lambda *a, **k: os.kill(os.getpid(), 9)))
+    process = child(settings, before=killed_by_its_save)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL and checkpoint.find(tmp_path / "run") is None
     with pytest.raises(SystemExit, match="0"):
