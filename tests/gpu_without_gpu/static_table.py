@@ -47,7 +47,7 @@ TARGETS: tuple[int | str, ...] = (*GPUS, *AMD)
 SOURCES = ("csrc/additive/moments/cuda.cu", "csrc/additive/shifts/cuda.cu")
 ARCHITECTURES = {80: "80", 90: "90a", 100: "100a", 120: "120"}  # nvcc's names
 SLACK = 1.05  # of a hot loop's length
-CHECKED = 8
+CHECKED = 16
 Facts = dict[str, Any]
 
 
