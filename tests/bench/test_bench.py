@@ -265,7 +265,7 @@ def test_what_a_name_chooses():
     assert all(case.quick for case in all_cases.chosen(CASES, [], quick=True))
     brief = all_cases.chosen(CASES, [], brief=True)
     assert {case.op for case in brief} == {*all_cases.WIDTHS} - {"log_mean_exp"} and not any(c.extra for c in brief)
-    assert [c.target for c in brief if c.target] == [c.target for c in CASES if c.target]
+    assert {c.target for c in brief if c.target} == {c.target for c in CASES if c.target}
 
 
 def test_sizes_widths_and_tiers_of_the_extra_cases():
