@@ -74,7 +74,7 @@ def sharded_dot_softplus_sums(
 ) -> tuple[Tensor, Tensor]:
     """-> rows (n,) and cols (n,) of this rank's rows and columns, over those of all ranks.  No checks.
 
-    options: ids, attract and backend, as of `sharded_dot_softplus`.
+    options: row_ids, col_ids, attract and backend, as of `sharded_dot_softplus`.
     """
     rows, cols = dot_softplus_sums(x, gather(y, shards), scale, bias, first_positive=shards.offset, **options)
     if shards.world == 1:

@@ -52,7 +52,7 @@ class Problem:
         return self.scale * (promote(self.image) * promote(self.text)).sum(1) + self.bias
 
     def losses(self, positives: Tensor) -> Tensor:
-        """-> (n,): of each pair, half of its row and of its column."""
+        """-> (n,): of each pair, half of its row and of its column, times its weight."""
         losses = self._sums(self.image, self.text) / 2 + softplus(-positives)
         for anchors, queue in self._queues():
             rows, _ = dot_softplus_sums(
